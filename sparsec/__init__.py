@@ -1,0 +1,54 @@
+"""sparsec: the sparsity compiler for PyTorch.
+
+``torch.compile(model, backend="sparsec")`` needs no import of this package; the functions below are the
+front: prune a model, explain a decision, tune, save. Importing sparsec imports nothing heavy, torch included.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparsec.explain import Explanation, explain
+    from sparsec.io import load, save
+    from sparsec.runtime.store import invalidate
+    from sparsec.sparsify import Report, methods, sparsify
+    from sparsec.tune import tune
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Explanation": "sparsec.explain",
+    "Report": "sparsec.sparsify",
+    "explain": "sparsec.explain",
+    "invalidate": "sparsec.runtime.store",
+    "load": "sparsec.io",
+    "methods": "sparsec.sparsify",
+    "save": "sparsec.io",
+    "sparsify": "sparsec.sparsify",
+    "tune": "sparsec.tune",
+}
+
+__all__ = [
+    "Explanation",
+    "Report",
+    "__version__",
+    "explain",
+    "invalidate",
+    "load",
+    "methods",
+    "save",
+    "sparsify",
+    "tune",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sparsec' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

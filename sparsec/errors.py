@@ -1,0 +1,186 @@
+"""Every mistake has one class, a stable code, and a last sentence that says what to do.
+
+SparsecError
+ ├── OptionError                    S1xx  what the user asked torch.compile or a command for
+ │    ├── UnknownOption             S101
+ │    ├── BadOptionValue            S102
+ │    ├── UnknownTarget             S103
+ │    ├── UnknownFormat             S104
+ │    └── ModeAndOptions            S105
+ ├── RecipeError                    S2xx  what the user asked sparsify for
+ │    ├── UnknownMethod             S201
+ │    ├── UnknownRecipeKey          S202
+ │    ├── UnmatchedTarget           S203
+ │    ├── BadPattern                S204
+ │    └── BadRecipe                 S205
+ ├── PackError                      S3xx  a weight that does not hold what a format promises
+ │    ├── PatternMismatch           S301
+ │    └── RoundTripMismatch         S302
+ ├── BuildError                     S4xx  making machine code
+ │    ├── NoCompiler                S401
+ │    └── CompileFailed             S402
+ ├── VerifyError                    S501  a kernel disagreed with its reference
+ └── InputError                     S6xx  files and models given to commands
+      ├── ModelNotFound             S601
+      ├── BadModelFile              S602
+      ├── OutputExists              S603
+      └── MissingPackage            S604
+SparsecWarning                            a fallback happened; the answer is still right
+
+Inside the compiler only OptionError reaches the user: everything else becomes a recorded fallback to dense.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SparsecWarning(UserWarning):
+    """A fallback: the result is right, but something was not accelerated, cached or read."""
+
+
+class SparsecError(Exception):
+    """Base. ``message`` is a template filled with the keyword arguments, which stay readable as attributes."""
+
+    code = "S000"
+    message = "{detail}"
+
+    def __init__(self, **fields: object) -> None:
+        self.fields = fields
+        super().__init__(f"{self.message.format(**fields)} [{self.code}]")
+
+    def __reduce__(self) -> tuple[object, ...]:  # exceptions with keyword arguments do not pickle by themselves
+        return (_rebuild, (type(self), self.fields))
+
+
+def _rebuild(cls: type[SparsecError], fields: dict[str, object]) -> SparsecError:
+    return cls(**fields)
+
+
+class OptionError(SparsecError, ValueError):
+    code = "S100"
+
+
+class UnknownOption(OptionError):
+    code = "S101"
+    message = "unknown option {key!r}{nearest}. Valid options are: {known}."
+
+
+class BadOptionValue(OptionError):
+    code = "S102"
+    message = "option {key!r} is {value!r}, but {expected}."
+
+
+class UnknownTarget(OptionError):
+    code = "S103"
+    message = "unknown target {name!r}{nearest}. Known targets are: {known}."
+
+
+class UnknownFormat(OptionError):
+    code = "S104"
+    message = "unknown format {name!r}{nearest}. Known formats are: {known}."
+
+
+class ModeAndOptions(OptionError):
+    code = "S105"
+    message = (
+        "mode={mode!r} and options were both given. Drop mode and pass its settings as "
+        'options={{"inductor": torch._inductor.list_mode_options({mode!r})}}.'
+    )
+
+
+class RecipeError(SparsecError, ValueError):
+    code = "S200"
+
+
+class UnknownMethod(RecipeError):
+    code = "S201"
+    message = "unknown method {name!r}{nearest}. Known methods are: {known}."
+
+
+class UnknownRecipeKey(RecipeError):
+    code = "S202"
+    message = "the recipe has an unknown key {key!r}{nearest}. Valid keys for {where} are: {known}."
+
+
+class UnmatchedTarget(RecipeError):
+    code = "S203"
+    message = "the {where} entry {entry!r} matches no layer of this model. The nearest layers are: {nearest}."
+
+
+class BadPattern(RecipeError):
+    code = "S204"
+    message = "pattern {pattern!r} {why}. Write unstructured, N:M (keep N of M), V:N:M or block:RxC."
+
+
+class BadRecipe(RecipeError):
+    code = "S205"
+    message = "the recipe is not valid: {detail}."
+
+
+class PackError(SparsecError):
+    code = "S300"
+
+
+class PatternMismatch(PackError):
+    code = "S301"
+    message = "the weight is not {format}: {detail}. It stays dense."
+
+
+class RoundTripMismatch(PackError):
+    code = "S302"
+    message = "unpacking {format} did not give the weight back ({detail}). It stays dense; please report this."
+
+
+class BuildError(SparsecError):
+    code = "S400"
+
+
+class NoCompiler(BuildError):
+    code = "S401"
+    message = "no C++ compiler was found (looked for {tried}). Install g++ or clang++, or set CXX to its path."
+
+
+class CompileFailed(BuildError):
+    code = "S402"
+    message = "{compiler} could not compile {source}: {detail}. The source was kept; please report it."
+
+
+class VerifyError(SparsecError):
+    code = "S501"
+    message = "{where}: the {format} kernel differs from the reference by {error:.3g} (allowed {allowed:.3g})."
+
+
+class InputError(SparsecError, ValueError):
+    code = "S600"
+
+
+class ModelNotFound(InputError):
+    code = "S601"
+    message = "no model at {path!r}: {why}. Give a local Hugging Face folder or file.py:factory."
+
+
+class BadModelFile(InputError):
+    code = "S602"
+    message = "{path!r} cannot be read as a model: {why}."
+
+
+class OutputExists(InputError):
+    code = "S603"
+    message = "{path!r} already holds {what}. Choose another folder, or pass --overwrite."
+
+
+class MissingPackage(InputError):
+    code = "S604"
+    message = "{feature} needs the package {package}. Run: pip install 'sparsec[{extra}]'."
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the nearest of ``known``, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))

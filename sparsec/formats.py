@@ -1,0 +1,69 @@
+"""Format = Pattern x Values: which positions can be non-zero, and how the kept values are stored.
+
+Names are what a user types and reads: ``bitmap``, ``index``, ``nm:2:4`` (keep 2 of 4), ``block:16x1`` (16 rows by 1
+column); with values ``bitmap+bf16``. A weight has shape [N, K] = [out_features, in_features]; patterns are relative
+to that orientation, so N:M groups run along K.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparsec.errors import UnknownFormat, did_you_mean, listed
+
+PATTERN_KINDS = ("dense", "bitmap", "index", "nm", "block")
+VALUE_BYTES = {"fp32": 4, "bf16": 2}
+_DEFAULT_PARAMS = {"nm": (2, 4), "block": (16, 1)}
+
+
+@dataclass(frozen=True, order=True)
+class Pattern:
+    """Positions. ``params``: () for dense/bitmap/index, (n, m) for nm, (rows, cols) for block."""
+
+    kind: str
+    params: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        if self.kind == "nm":
+            return f"nm:{self.params[0]}:{self.params[1]}"
+        if self.kind == "block":
+            return f"block:{self.params[0]}x{self.params[1]}"
+        return self.kind
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """Read ``bitmap``, ``nm:2:4``, ``block:16x1``. Raises UnknownFormat."""
+        kind, _, rest = text.partition(":")
+        if kind not in PATTERN_KINDS:
+            raise UnknownFormat(name=text, nearest=did_you_mean(kind, PATTERN_KINDS), known=listed(PATTERN_KINDS))
+        if not rest:
+            return cls(kind, _DEFAULT_PARAMS.get(kind, ()))
+        try:
+            params = tuple(int(p) for p in rest.replace("x", ":").split(":"))
+        except ValueError:
+            params = ()
+        if kind not in _DEFAULT_PARAMS or len(params) != 2 or min(params) < 1:
+            raise UnknownFormat(name=text, nearest="", known="bitmap, index, nm:N:M, block:RxC")
+        return cls(kind, params)
+
+
+@dataclass(frozen=True, order=True)
+class Format:
+    """A pattern and a value type (``fp32`` or ``bf16``)."""
+
+    pattern: Pattern
+    values: str
+
+    def __str__(self) -> str:
+        return f"{self.pattern}+{self.values}"
+
+    @classmethod
+    def parse(cls, text: str) -> Format:
+        pattern, _, values = text.partition("+")
+        values = values or "fp32"
+        if values not in VALUE_BYTES:
+            raise UnknownFormat(name=text, nearest=did_you_mean(values, VALUE_BYTES), known=listed(VALUE_BYTES))
+        return cls(Pattern.parse(pattern), values)
+
+
+DENSE = Pattern("dense")

@@ -1,0 +1,55 @@
+"""A target is frozen data: what the machine is, and what was measured on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Target:
+    """Identity of a machine as kernels see it. ``fingerprint`` keys everything measured on it."""
+
+    name: str  # "cpu"
+    isa: str  # "avx512", "avx2", "portable"
+    bf16_dot: bool
+    cores: int
+    model: str  # "AMD EPYC", for people
+    l2_bytes: int = 0
+    l3_bytes: int = 0
+
+    @property
+    def fingerprint(self) -> str:
+        flags = "+bf16" if self.bf16_dot else ""
+        return f"{self.name}/{self.model}/{self.isa}{flags}/{self.cores}c"
+
+
+@dataclass(frozen=True)
+class DenseRate:
+    """Dense linear of one dtype: seconds per weight (N*K = 1) at measured row counts, weights cold in memory."""
+
+    dtype: str
+    points: tuple[tuple[int, float], ...]  # ((M, seconds per weight), ...), M ascending
+
+
+@dataclass(frozen=True)
+class KernelRate:
+    """One sparse kernel: seconds = (position + position_row*M)*N*K + (nonzero + nonzero_row*M)*nnz, compute only."""
+
+    pattern: str  # "bitmap", "index", "nm", "block"
+    loop: str
+    dtype: str
+    position: float
+    position_row: float
+    nonzero: float
+    nonzero_row: float
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Measured once per machine and thread count. Bandwidth in bytes/s, all threads; overhead in s per call."""
+
+    threads: int
+    bandwidth: float
+    overhead: float
+    dense: tuple[DenseRate, ...]
+    kernels: tuple[KernelRate, ...]
