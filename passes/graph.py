@@ -1,0 +1,109 @@
+"""Reading a Dynamo graph: which inputs are weights, what a node is called, what shape it has.
+
+In: the GraphModule and example inputs that Dynamo hands a backend. Nothing here changes the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from sparsec.compat import source_name, static_input
+from sparsec.facts import Declined
+
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True)
+class View:
+    """A graph as rules see it. ``examples`` maps placeholder nodes to the real values Dynamo gave."""
+
+    graph: torch.fx.Graph
+    examples: Mapping[Node, Any]
+
+    @classmethod
+    def of(cls, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> View:
+        placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        return cls(gm.graph, dict(zip(placeholders, example_inputs, strict=True)))
+
+    def weight(self, node: Any) -> torch.Tensor | Declined:
+        """The real tensor behind a node, if it is a weight that keeps its identity from call to call."""
+        if not isinstance(node, Node):
+            return Declined("the weight is a constant in the code")
+        if node.op == "get_attr":
+            return Declined("the weight was frozen into the graph; compile without prepare_freezing")
+        if node.op != "placeholder":
+            return Declined(f"the weight is computed in the graph ({describe(node)}), not a parameter", node.name)
+        value = self.examples[node]
+        if not isinstance(value, torch.Tensor):
+            return Declined("the weight is not a tensor", node.name)
+        if not static_input(node) and not isinstance(value, torch.nn.Parameter):
+            return Declined("the weight is an argument of the function, not a parameter of a module", node.name)
+        if type(value) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+            return Declined(f"the weight is a {type(value).__name__}, a tensor subclass", node.name)
+        if value.device.type != "cpu":
+            return Declined(f"the weight is on {value.device}; this target runs on the CPU", node.name)
+        if value.layout != torch.strided:
+            return Declined(f"the weight already has the layout {value.layout}", node.name)
+        return value
+
+
+def checked_dtype(x: torch.Tensor, weight: torch.Tensor) -> str | Declined:
+    """``fp32`` or ``bf16`` when x and weight agree on one of them."""
+    if x.dtype != weight.dtype:
+        return Declined(f"x is {short(x.dtype)} and the weight {short(weight.dtype)}; they must be the same")
+    if x.dtype not in DTYPES:
+        return Declined(f"{short(x.dtype)} has no CPU kernel yet; float32 and bfloat16 have")
+    return DTYPES[x.dtype]
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def value_of(node: Any) -> torch.Tensor | None:
+    """The fake tensor that Dynamo computed for a node, if it is a tensor."""
+    value = node.meta.get("example_value") if isinstance(node, Node) else None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def sizes(tensor: torch.Tensor) -> tuple[int | str, ...]:
+    """The shape with symbolic sizes as text."""
+    return tuple(int(s) if isinstance(s, int) else str(s) for s in tensor.shape)
+
+
+def fqn(node: Node, weight: Node | None = None) -> str:
+    """Name of the layer as the user knows it: the module path, else the parameter's path, else the node's name.
+
+    The weight's own path wins when the module stack does not lead to it (a parameter used by a parent module).
+    """
+    owner = source_name(weight) if weight is not None else ""
+    module, _, leaf = owner.rpartition(".")
+    if leaf == "weight" and module:
+        return module
+    stack = node.meta.get("nn_module_stack") or {}
+    path = list(stack.values())[-1][0] if stack else ""
+    inner = path.partition("]")[2].lstrip(".") or (path.partition(".")[2] if "]" not in path else "")
+    return owner or inner or node.name
+
+
+def describe(node: Node) -> str:
+    """A node's operation in a word: ``mul``, ``getitem``, ``relu``."""
+    if node.op == "call_method":
+        return str(node.target)
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
+    """A positional or keyword argument of a call."""
+    if len(node.args) > index:
+        return node.args[index]
+    return node.kwargs.get(name, default)
+
+
+def is_call(node: Node, *targets: Callable[..., Any]) -> bool:
+    return node.op == "call_function" and node.target in targets

@@ -1,0 +1,127 @@
+"""The only door to private torch APIs, checked when it is opened. Written for torch 2.11 to 2.13.
+
+What goes out: plain functions. A torch that lacks one of these names raises one sentence at import of this module,
+which happens when the backend is first used, not at ``import sparsec``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+try:
+    from torch._dynamo.utils import dynamo_timed
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+    from torch._logging import trace_structured
+    from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+except ImportError as error:  # pragma: no cover
+    raise ImportError(
+        f"sparsec needs torch 2.11 to 2.13; torch {torch.__version__} lacks {error.name or error}. "
+        "Install torch==2.13.0 or a newer sparsec."
+    ) from error
+
+__all__ = [
+    "compile_rest",
+    "copy_graph_module",
+    "emit_artifact",
+    "is_fake",
+    "mode_options",
+    "real_tensors",
+    "shared_libraries",
+    "source_name",
+    "static_input",
+    "timed_stage",
+]
+
+
+def compile_rest(
+    gm: torch.fx.GraphModule, example_inputs: Sequence[Any], patches: Mapping[str, Any]
+) -> Callable[..., Any]:
+    """Hand a Dynamo graph to Inductor, which takes ownership of it."""
+    return compile_fx(gm, list(example_inputs), config_patches=dict(patches))  # type: ignore[no-any-return,arg-type]
+
+
+def mode_options(mode: str) -> dict[str, Any]:
+    """The Inductor settings behind ``torch.compile(mode=...)``. Raises RuntimeError for an unknown mode."""
+    return dict(list_mode_options(mode))
+
+
+@contextmanager
+def real_tensors() -> Iterator[None]:
+    """Dynamo calls backends under a fake mode; leave it to compute on real weights, without gradients."""
+    with unset_fake_temporarily(), torch.no_grad():
+        yield
+
+
+def is_fake(tensor: object) -> bool:
+    return isinstance(tensor, FakeTensor)
+
+
+def copy_graph_module(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """A copy whose graph may be rewritten while ``gm`` stays as Dynamo made it.
+
+    Node meta is copied shallowly; what Dynamo and AOTAutograd keep as attributes of placeholders and of the module
+    (``_dynamo_source``, ``_param_name_to_source``) is carried over, or their caches and checks fail.
+    """
+    graph = torch.fx.Graph()
+    mapping: dict[torch.fx.Node, torch.fx.Node] = {}
+    result = graph.graph_copy(gm.graph, mapping)
+    graph.output(result)
+    for old, new in mapping.items():
+        new.meta = dict(old.meta)
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+    for old, new in zip(reversed(gm.graph.nodes), reversed(graph.nodes), strict=False):  # the output node
+        new.meta = dict(old.meta)
+        break
+    copy = torch.fx.GraphModule(gm, graph, class_name=type(gm).__name__)
+    copy.meta = dict(gm.meta)
+    for key, value in vars(gm).items():
+        if key not in vars(copy) and not key.startswith("_forward"):
+            setattr(copy, key, value)
+    return copy
+
+
+def source_name(placeholder: torch.fx.Node) -> str:
+    """Where a graph input comes from, as a module path: ``L['self']._modules['a']._parameters['w']`` -> ``a.w``."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    name = getattr(source, "name", "") if source is not None else ""
+    text = name() if callable(name) else str(name)
+    _, _, path = text.partition("]")
+    parts = re.findall(r"(?:_modules|_parameters|_buffers)\['([^']+)'\]|\.(?!_modules|_parameters|_buffers)(\w+)", path)
+    return ".".join(a or b for a, b in parts)
+
+
+def static_input(placeholder: torch.fx.Node) -> bool:
+    """Whether Dynamo knows this input as a parameter, buffer or attribute of a module, not as an argument."""
+    return "_dynamo_static_input_type" in (placeholder.meta.get("tensor_dict") or {})
+
+
+@contextmanager
+def timed_stage(name: str) -> Iterator[None]:
+    """Show a stage in torch's own compile-time tables."""
+    with dynamo_timed(f"sparsec.{name}"):
+        yield
+
+
+def emit_artifact(name: str, text: str) -> None:
+    """Add a text to the structured trace (``TORCH_TRACE``), where tlparse shows it."""
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=lambda: text)
+
+
+def shared_libraries() -> list[str]:
+    """Flags to compile C++ against this torch: includes, libraries, run path."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    flags = [f"-I{path}" for path in include_paths()]
+    for path in library_paths():
+        flags += [f"-L{path}", f"-Wl,-rpath,{path}"]
+    abi = int(torch.compiled_with_cxx11_abi())
+    return [*flags, f"-D_GLIBCXX_USE_CXX11_ABI={abi}", "-ltorch_cpu", "-lc10"]
+
+
