@@ -173,7 +173,11 @@ class OutputExists(InputError):
 
 class MissingPackage(InputError):
     code = "S604"
-    message = "{feature} needs the package {package}. Run: pip install 'sparsec[{extra}]'."
+    message = "{feature} needs the package {package}. Run: {run}."
+
+    def __init__(self, **fields: object) -> None:
+        """``extra`` names one of sparsec's extras; ``run`` gives the whole command where there is none."""
+        super().__init__(**{"run": f"pip install 'sparsec[{fields.get('extra')}]'", **fields})
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
