@@ -12,7 +12,8 @@ SparsecError
  │    ├── UnknownRecipeKey          S202
  │    ├── UnmatchedTarget           S203
  │    ├── BadPattern                S204
- │    └── BadRecipe                 S205
+ │    ├── BadRecipe                 S205
+ │    └── UnprunableLayer           S206
  ├── PackError                      S3xx  a weight that does not hold what a format promises
  │    ├── PatternMismatch           S301
  │    └── RoundTripMismatch         S302
@@ -24,7 +25,8 @@ SparsecError
       ├── ModelNotFound             S601
       ├── BadModelFile              S602
       ├── OutputExists              S603
-      └── MissingPackage            S604
+      ├── MissingPackage            S604
+      └── WriteFailed               S605
 SparsecWarning                            a fallback happened; the answer is still right
 
 Inside the compiler only OptionError reaches the user: everything else becomes a recorded fallback to dense.
@@ -119,6 +121,11 @@ class BadRecipe(RecipeError):
     message = "the recipe is not valid: {detail}."
 
 
+class UnprunableLayer(RecipeError):
+    code = "S206"
+    message = "{name!r} cannot be pruned: {why}. {help}"
+
+
 class PackError(SparsecError):
     code = "S300"
 
@@ -178,6 +185,11 @@ class MissingPackage(InputError):
     def __init__(self, **fields: object) -> None:
         """``extra`` names one of sparsec's extras; ``run`` gives the whole command where there is none."""
         super().__init__(**{"run": f"pip install 'sparsec[{fields.get('extra')}]'", **fields})
+
+
+class WriteFailed(InputError):
+    code = "S605"
+    message = "{path!r} could not be written: {why}. Nothing was left behind; choose a place with space and try again."
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
