@@ -123,5 +123,3 @@ def shared_libraries() -> list[str]:
         flags += [f"-L{path}", f"-Wl,-rpath,{path}"]
     abi = int(torch.compiled_with_cxx11_abi())
     return [*flags, f"-D_GLIBCXX_USE_CXX11_ABI={abi}", "-ltorch_cpu", "-lc10"]
-
-

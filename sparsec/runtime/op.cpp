@@ -6,13 +6,14 @@
 // same ATen kernels that Inductor would have called. Kernels are plain C functions (codegen/cpp/abi.h); threads are
 // torch's own.
 #include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/addmm.h>
+#include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/gelu.h>
-#include <ATen/ops/mm.h>
+#include <ATen/ops/mm_cpu_dispatch.h>
 #include <ATen/ops/relu.h>
 #include <ATen/ops/silu.h>
 #include <torch/library.h>
@@ -116,8 +117,8 @@ Tensor activate(Tensor y, int64_t act) {
 }
 
 Tensor dense_rows(const Tensor &rows, const Tensor &w, const std::optional<Tensor> &b, const Entry &e) {
-  Tensor wt = e.transposed ? w : w.reshape({e.n, e.k}).t();
-  Tensor y = b && b->defined() ? at::addmm(*b, rows, wt) : at::mm(rows, wt);
+  Tensor wt = e.transposed ? w : (w.dim() == 2 ? w : w.reshape({e.n, e.k})).t();
+  Tensor y = b && b->defined() ? at::cpu::addmm(*b, rows, wt) : at::cpu::mm(rows, wt);
   return activate(std::move(y), e.act);
 }
 
@@ -236,6 +237,7 @@ Tensor rows_through(const Entry &e, const Tensor &rows, const Tensor &w, const s
 }
 
 Tensor linear(const Tensor &x, const Tensor &w, const std::optional<Tensor> &b, c10::string_view plan) {
+  at::AutoDispatchBelowADInplaceOrView guard;  // inference only: no autograd bookkeeping for the calls inside
   auto entry = lookup(w, plan);
   check_shapes(x, w, *entry);
   if (x.dim() == 1) return rows_through(*entry, x.unsqueeze(0).contiguous(), w, b).squeeze(0);
@@ -244,6 +246,7 @@ Tensor linear(const Tensor &x, const Tensor &w, const std::optional<Tensor> &b, 
 
 std::vector<Tensor> linear_group(const Tensor &x, at::TensorList weights, const c10::List<std::optional<Tensor>> &biases,
                                  const std::vector<std::string> &plans) {
+  at::AutoDispatchBelowADInplaceOrView guard;  // inference only: no autograd bookkeeping for the calls inside
   Tensor rows = as_rows(x.dim() == 1 ? x.unsqueeze(0) : x);
   int64_t m = rows.size(0);
   std::vector<std::shared_ptr<const Entry>> entries;
@@ -271,8 +274,10 @@ std::vector<Tensor> linear_group(const Tensor &x, at::TensorList weights, const 
 
 // x [B, C, H, W], w [N, C, 1, 1]. The memory format of the result is that of x.
 Tensor conv1x1(const Tensor &x, const Tensor &w, const std::optional<Tensor> &b, c10::string_view plan) {
+  at::AutoDispatchBelowADInplaceOrView guard;  // inference only: no autograd bookkeeping for the calls inside
   auto entry = lookup(w, plan);
-  auto format = x.is_contiguous() ? at::MemoryFormat::Contiguous : x.suggest_memory_format();
+  bool last = !x.is_contiguous() && x.is_contiguous(at::MemoryFormat::ChannelsLast);
+  auto format = last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
   int64_t m = x.size(0) * x.size(2) * x.size(3);
   if (!entry->at(m)) return activate(at::conv2d(x, w, b), entry->act).contiguous(format);
   Tensor rows = x.permute({0, 2, 3, 1}).reshape({m, x.size(1)}).contiguous();

@@ -1,0 +1,204 @@
+"""The compiler is this list: a Dynamo graph goes in at the top, a callable comes out at the bottom.
+
+Each stage has one name, used in dumps (``SPARSEC_DUMP``), timings, errors, reports and tests. Stages before
+``rewrite`` only read. The weights of the graph are decided and packed here when they are at hand; weights that a
+later call brings (regional compilation, updates) go through the same functions in ``runtime.store``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from sparsec import compat, dump
+from sparsec.facts import Decision, Declined, Site, WeightFact
+from sparsec.options import Options
+from sparsec.passes.graph import View
+from sparsec.passes.rewrite import RULES
+from sparsec.passes.rewrite.activation import activation_of
+from sparsec.passes.rewrite.contract import Rule
+from sparsec.passes.rewrite.group import group_calls
+from sparsec.plan import Plan
+from sparsec.records import CompileRecord, LayerRecord, StageRecord
+from sparsec.runtime.store import STORE
+
+
+@dataclass
+class Compilation:
+    """One graph on its way through the stages. ``gm`` is a copy that may be changed; ``view`` reads it."""
+
+    gm: torch.fx.GraphModule
+    example_inputs: Sequence[Any]
+    options: Options
+    record: CompileRecord = field(default_factory=CompileRecord)
+    sites: list[tuple[Site, Rule]] = field(default_factory=list)
+    plans: list[Plan] = field(default_factory=list)
+    facts: list[WeightFact] = field(default_factory=list)
+    decisions: list[Decision] = field(default_factory=list)
+    compiled: Callable[..., Any] | None = None
+
+    @property
+    def view(self) -> View:
+        return View.of(self.gm, self.example_inputs)
+
+    def node(self, name: str) -> torch.fx.Node:
+        return next(n for n in self.gm.graph.nodes if n.name == name)
+
+    def weight(self, site: Site) -> torch.Tensor:
+        value = self.view.weight(self.node(site.weight))
+        assert isinstance(value, torch.Tensor)
+        return value
+
+
+def capture(c: Compilation) -> int:
+    """Find the sites; everything linear that is not one keeps its reason."""
+    view = c.view
+    refusal = _refusal(c)
+    for node in c.gm.graph.nodes:
+        found, rule = _match(node, view)
+        if isinstance(found, Site) and refusal:
+            found = Declined(refusal, node.name, found.fqn, found.kind)
+        if isinstance(found, Declined):
+            c.record.declined.append(found)
+        elif found is not None and rule is not None:
+            c.sites.append((found, rule))
+    c.plans = [
+        Plan(s.fqn, s.kind, c.options.policy, transposed=s.transposed, m=_rows(s.x_shape, s.kind)) for s, _ in c.sites
+    ]
+    return len(c.sites)
+
+
+def profile(c: Compilation) -> int:
+    """Read the real weights."""
+    c.facts = [STORE.profiled(c.weight(s), p) for (s, _), p in zip(c.sites, c.plans, strict=True)]
+    return len(c.facts)
+
+
+def decide(c: Compilation) -> int:
+    """Choose, per weight and range of M, the format that pays on this target; dense wins ties."""
+    c.decisions = [STORE.decide(c.weight(s), f, p) for (s, _), f, p in zip(c.sites, c.facts, c.plans, strict=True)]
+    for (site, _), fact, decision in zip(c.sites, c.facts, c.decisions, strict=True):
+        c.record.layers.append(LayerRecord(site.fqn, site, fact, decision))
+    return sum(d.sparse for d in c.decisions)
+
+
+def rewrite(c: Compilation) -> int:
+    """Put the op in the place of every site.
+
+    Dense weights too: the graph may serve other modules whose weights are sparse, and the op runs dense weights with
+    the kernel that Inductor would call. An activation is folded only where the weight at hand is sparse.
+    """
+    graph = c.gm.graph
+    for i, (site, rule) in enumerate(c.sites):
+        node = c.node(site.node)
+        folded = activation_of(node) if c.decisions[i].sparse else None
+        if folded:
+            c.plans[i] = replace(c.plans[i], act=folded[1])
+        with graph.inserting_before(node):
+            new = rule.emit(graph, node, c.plans[i].encode())
+        last = folded[0] if folded else node
+        new.meta = dict(last.meta)
+        last.replace_all_uses_with(new)
+        if folded:
+            graph.erase_node(last)
+        graph.erase_node(node)
+    group_calls(graph)
+    graph.lint()
+    c.gm.recompile()
+    return len(c.sites)
+
+
+def pack(c: Compilation) -> int:
+    """Pack the weights at hand, build their kernels, and put both where the op finds them."""
+    for (site, _), plan, fact, decision in zip(c.sites, c.plans, c.facts, c.decisions, strict=True):
+        text = plan.encode()
+        STORE.place(text, c.record, site)
+        STORE.install(c.weight(site), text, fact, decision)
+    return sum(d.sparse for d in c.decisions)
+
+
+def finish(c: Compilation) -> int:
+    """Inductor compiles everything, with the ops as opaque calls."""
+    c.compiled = compat.compile_rest(c.gm, c.example_inputs, dict(c.options.inductor))
+    return 1
+
+
+STAGES: tuple[Callable[[Compilation], int], ...] = (capture, profile, decide, rewrite, pack, finish)
+
+
+def run(c: Compilation, stop_after: str = "finish") -> Compilation:
+    """Run the stages in order. An exception carries the name of its stage as ``sparsec_stage``."""
+    for number, stage in enumerate(STAGES):
+        name = stage.__name__
+        started = time.perf_counter()
+        try:
+            changed = stage(c) if stage is finish else _with_real_tensors(stage, c)
+        except Exception as error:
+            error.sparsec_stage = name  # type: ignore[attr-defined]
+            raise
+        c.record.stages.append(StageRecord(name, 1e3 * (time.perf_counter() - started), changed))
+        dump.stage(number, c)
+        if name == stop_after:
+            break
+    return c
+
+
+def inspect(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
+) -> list[CompileRecord]:
+    """Capture, profile and decide every graph of ``model(*args, **kwargs)``; the model runs eagerly, unchanged."""
+    from sparsec.backend import prepare_process
+
+    prepare_process(options)
+    records: list[CompileRecord] = []
+
+    def look(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        c = Compilation(gm, example_inputs, options)
+        records.append(c.record)
+        run(c, stop_after="decide")
+        return gm.forward
+
+    torch.compile(model, backend=look)(*args, **kwargs)
+    return records
+
+
+def _with_real_tensors(stage: Callable[[Compilation], int], c: Compilation) -> int:
+    if stage is capture or stage is rewrite:  # these read fake values and must stay in Dynamo's fake mode
+        return stage(c)
+    with compat.real_tensors():
+        return stage(c)
+
+
+def _match(node: torch.fx.Node, view: View) -> tuple[Site | Declined | None, Rule | None]:
+    for rule in RULES:
+        found = rule.match(node, view)
+        if found is not None:
+            return found, rule
+    return None, None
+
+
+def _refusal(c: Compilation) -> str:
+    """Why no site of this graph may be taken, if so."""
+    targets = {n.target for n in c.gm.graph.nodes if n.op == "call_function"}
+    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in c.example_inputs):
+        return "gradients are on; run under torch.no_grad() or torch.inference_mode()"
+    if any(n.target is torch._C._set_grad_enabled and n.args == (True,) for n in c.gm.graph.nodes):
+        return "the function turns gradients on inside; only inference is taken"
+    if torch.is_autocast_enabled("cpu") or torch.amp.autocast_mode._enter_autocast in targets:
+        return "autocast is on; convert the model instead: model.to(torch.bfloat16)"
+    return ""
+
+
+def _rows(shape: tuple[int | str, ...], kind: str) -> int:
+    """Rows of x as [M, K]; 0 when a size is symbolic."""
+    sizes = (shape[0], *shape[2:]) if kind == "conv1x1" else shape[:-1]
+    rows = 1
+    for size in sizes:
+        if isinstance(size, str):
+            return 0
+        rows *= size
+    return rows

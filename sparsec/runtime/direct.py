@@ -1,0 +1,47 @@
+"""One kernel on one weight, without a graph: what tuning, calibration and tests call."""
+
+from __future__ import annotations
+
+import torch
+
+from sparsec import targets
+from sparsec.cache import cache_dir
+from sparsec.codegen import build, cpp
+from sparsec.codegen.spec import ACTS, KernelSpec, Packed
+from sparsec.formats import Format
+from sparsec.passes.graph import DTYPES
+from sparsec.runtime import library
+from sparsec.runtime.store import FOREVER, route
+
+
+class Direct:
+    """Callable ``y = act(x @ weight.T + bias)``; x [..., K] of the weight's dtype, y [..., N].
+
+    ``packed`` may be given to share one pack between loops. Raises PackError where the weight does not fit the
+    format, BuildError where the kernel cannot be made.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        format: Format,
+        loop: str,
+        bias: torch.Tensor | None = None,
+        act: str = "",
+        target: str = "auto",
+        cache: str = "",
+        packed: Packed | None = None,
+    ) -> None:
+        library.load()
+        machine = targets.resolve(target)
+        dtype = DTYPES[weight.dtype]
+        spec = KernelSpec(format, loop, dtype, machine.isa, machine.bf16_dot and dtype == "bf16")
+        self.packed = packed if packed is not None else cpp.pack_verified(weight.detach(), format, "direct")
+        self.kernel = build.build(spec, cache_dir(cache))
+        self.bias, self.act, self.n = bias, ACTS.index(act), int(weight.shape[0])
+        self._tensors = [*self.packed.tensors, self.packed.work]
+        self._route = route(0, FOREVER, self.kernel, self.packed, 0)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = torch.ops.sparsec._direct(x, self.bias, self._tensors, self._route, self.n, self.act)
+        return y

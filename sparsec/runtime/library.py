@@ -1,0 +1,66 @@
+"""Builds and loads the C++ ops once per process, and gives them their Python halves.
+
+Out: ``load()`` makes ``torch.ops.sparsec.*`` exist. The library is compiled once per machine (about 6 s) and cached.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+
+from sparsec import compat
+from sparsec.cache import cache_dir
+from sparsec.codegen import build
+
+_HERE = Path(__file__).parent
+_python_half: list[torch.library.Library] = []  # a Library unregisters its ops when it is collected
+
+
+@functools.cache
+def load(chosen_cache: str = "") -> None:
+    """Make the ops exist in this process. Raises NoCompiler or CompileFailed."""
+    if _python_half:
+        return
+    abi = Path(build.__file__).parent / "cpp" / "abi.h"
+    text = (_HERE / "op.cpp").read_text().replace('#include "abi.h"', abi.read_text().replace("#pragma once", ""))
+    flags = ["-O2", "-std=c++20", "-fopenmp", *compat.shared_libraries(), f"-DSPARSEC_TORCH_{_torch_tag()}=1"]
+    path = build.compile_shared(text, "sparsec_op", flags, cache_dir(chosen_cache))
+    torch.ops.load_library(str(path))
+    _register_python_half()
+
+
+def _torch_tag() -> str:
+    return "".join(c if c.isalnum() else "_" for c in torch.__version__)
+
+
+def _register_python_half() -> None:
+    from sparsec.runtime import store
+
+    library = torch.library.Library("sparsec", "FRAGMENT")
+    library.impl("_resolve", store.STORE.resolve, "CPU")
+    library.impl("_verify", store.STORE.verify, "CPU")
+    _python_half.append(library)
+    torch.library.register_fake("sparsec::linear", _linear_shape, lib=library)
+    torch.library.register_fake("sparsec::linear_group", _group_shapes, lib=library)
+    torch.library.register_fake("sparsec::conv1x1", _conv_shape, lib=library)
+
+
+def _linear_shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, plan: str) -> torch.Tensor:
+    from sparsec.plan import Plan
+
+    n = weight.shape[1] if Plan.decode(plan).transposed else weight.shape[0]
+    return x.new_empty((*x.shape[:-1], n))
+
+
+def _group_shapes(
+    x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor | None], plans: list[str]
+) -> list[torch.Tensor]:
+    return [_linear_shape(x, w, b, p) for w, b, p in zip(weights, biases, plans, strict=True)]
+
+
+def _conv_shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, plan: str) -> torch.Tensor:
+    shape = (x.shape[0], weight.shape[0], x.shape[2], x.shape[3])
+    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return x.new_empty(shape).to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)

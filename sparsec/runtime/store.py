@@ -1,0 +1,254 @@
+"""The store: what is known, decided and packed for each weight, found by the weight's identity.
+
+In: weights that the C++ op meets for the first time (or again after a change). Out: an entry in the op's table that
+serves every later call without Python. Facts and packs are shared by content, so tied or copied weights are packed
+once. Nothing here keeps a weight alive.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import warnings
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sparsec import targets
+from sparsec.cache import cache_dir
+from sparsec.codegen import build, cpp, reference
+from sparsec.codegen.spec import ACTS, Kernel, KernelSpec, Packed
+from sparsec.compat import is_fake
+from sparsec.errors import SparsecWarning, VerifyError
+from sparsec.facts import Decision, Site, WeightFact
+from sparsec.formats import Format
+from sparsec.passes.decide import decide, dense_decision
+from sparsec.passes.graph import DTYPES
+from sparsec.passes.profile.weights import profile
+from sparsec.plan import Plan
+from sparsec.records import CompileRecord, LayerRecord
+
+# A weight that changed after fewer uses than this is served dense for `uses * 2` calls before it is packed again:
+# packing costs about as much as a hundred dense calls.
+MIN_USES = 16
+MAX_WAIT = 4096
+FOREVER = 2**62
+
+
+@dataclass
+class Held:
+    """What the store keeps for one living weight and plan."""
+
+    packs: list[Packed] = field(default_factory=list)
+    wait: int = MIN_USES
+
+
+class Store:
+    """One per process; every method may be called from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._held: dict[tuple[int, str], Held] = {}
+        self._packs: weakref.WeakValueDictionary[tuple[str, str], Packed] = weakref.WeakValueDictionary()
+        self._places: dict[str, tuple[weakref.ref[CompileRecord], Site]] = {}
+        self._short_lived: dict[tuple[str, tuple[int, ...]], int] = {}
+        self._watched: set[int] = set()
+        self.verified = 0  # comparisons made under verify=True
+        self.packed_count = 0  # packs made in this process, for tests and `doctor`
+
+    # ------------------------------------------------------------------------------------------ called by the op
+
+    def resolve(self, weight: torch.Tensor, plan_text: str) -> None:
+        """Decide, pack and install one weight. Any failure installs dense, with the reason recorded."""
+        with self._lock, torch.no_grad():
+            plan = Plan.decode(plan_text)
+            if self._changes_too_fast(weight, plan_text):
+                return
+            try:
+                fact, decision = self.decided(weight, plan)
+                self.install(weight, plan_text, fact, decision)
+            except Exception as error:  # the answer must come out whatever happens here
+                reason = f"{type(error).__name__}: {error}"
+                warnings.warn(f"sparsec runs {plan.name or 'a layer'} dense: {reason}", SparsecWarning, stacklevel=2)
+                fact, decision = None, dense_decision(reason, "fallback")
+                self._install_dense(weight, plan_text)
+            self._note(plan_text, fact, decision)
+
+    def verify(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor, plan_text: str
+    ) -> None:
+        """Compare one result with the reference. Raises VerifyError; counts comparisons in ``verified``."""
+        plan = Plan.decode(plan_text)
+        w = matrix(weight, plan)
+        expected = reference.linear(x, w, bias, plan.act).float()
+        scale = reference.linear(x.abs().float(), w.abs().float(), bias.abs().float() if bias is not None else None, "")
+        rounding = 2.0**-7 if x.dtype == torch.bfloat16 else 0.0
+        allowed = (2e-5 if x.dtype == torch.float32 else 1e-3) * scale + rounding * expected.abs() + 1e-30
+        off = ((y.float() - expected).abs() / allowed).masked_fill(y.float() == expected, 0.0)
+        off = torch.nan_to_num(off, nan=float("inf"))
+        finite = bool(x.isfinite().all())  # zero weights skip x, so 0 * inf is 0 here and NaN in dense
+        worst = float(off.max()) if off.numel() and finite else 0.0
+        self.verified += 1
+        if worst > 1.0:
+            raise VerifyError(where=plan.name, format=plan.kind, error=worst, allowed=1.0)
+
+    # ---------------------------------------------------------------------------------- called by the pipeline
+
+    def decided(self, weight: torch.Tensor, plan: Plan) -> tuple[WeightFact, Decision]:
+        """Profile a weight and decide how it runs; measures first where the policy says so."""
+        fact = self.profiled(weight, plan)
+        return fact, self.decide(weight, fact, plan)
+
+    def profiled(self, weight: torch.Tensor, plan: Plan) -> WeightFact:
+        return profile(matrix(weight, plan))
+
+    def decide(self, weight: torch.Tensor, fact: WeightFact, plan: Plan) -> Decision:
+        from sparsec.measure import rates
+        from sparsec.tune import measured_for
+
+        policy = plan.policy
+        target = targets.resolve(policy.target)
+        known = rates(target, torch.get_num_threads(), cache_dir(policy.cache_dir))
+        dtype = DTYPES[weight.dtype]
+        measured: Mapping[Any, Any] | None = None
+        if policy.tune != "off":
+            measured = measured_for(matrix(weight, plan), fact, dtype, target, policy, (plan.m,) if plan.m else ())
+        return decide(fact, dtype, target, known, policy, measured)
+
+    def install(self, weight: torch.Tensor, plan_text: str, fact: WeightFact, decision: Decision) -> None:
+        """Pack what the decision names, build its kernels and put both into the op's table."""
+        plan = Plan.decode(plan_text)
+        if is_fake(weight):
+            return
+        tensors: list[torch.Tensor] = []
+        table: list[int] = []
+        packs: dict[str, Packed] = {}
+        for part in decision.ranges:
+            if part.format == "dense":
+                continue
+            packed = packs.get(part.format)
+            if packed is None:
+                packed = packs[part.format] = self.packed(matrix(weight, plan), fact, part.format)
+            kernel = self.kernel(packed.format, part.kernel, DTYPES[weight.dtype], plan.policy.target, plan)
+            hi = FOREVER if part.m_hi is None else part.m_hi
+            table += route(part.m_lo, hi, kernel, packed, len(tensors))
+            tensors += [*packed.tensors, packed.work]
+        held = self._held.setdefault((weight._cdata, plan_text), Held())
+        held.packs = list(packs.values())
+        self._put(weight, plan_text, tensors, table)
+
+    def packed(self, weight: torch.Tensor, fact: WeightFact, format_name: str) -> Packed:
+        """The proven pack of a [N, K] weight; made once per content and format."""
+        known = self._packs.get((fact.key, format_name))
+        if known is not None:
+            return known
+        packed = cpp.pack_verified(weight.detach(), Format.parse(format_name), fact.key)
+        self._packs[(fact.key, format_name)] = packed
+        self.packed_count += 1
+        return packed
+
+    def kernel(self, format_: Format, loop: str, dtype: str, target_name: str, plan: Plan) -> Kernel:
+        target = targets.resolve(target_name)
+        bf16_dot = target.bf16_dot and dtype == "bf16"
+        spec = KernelSpec(format_, loop, dtype, target.isa, bf16_dot)
+        return build.build(spec, cache_dir(plan.policy.cache_dir))
+
+    def place(self, plan_text: str, record: CompileRecord, site: Site) -> None:
+        """Remember which layer a plan belongs to, so that weights seen later are reported under its name."""
+        self._places[plan_text] = (weakref.ref(record), site)
+
+    def forget(self, weight: torch.Tensor) -> None:
+        """Drop everything known about one weight; it is looked at again at the next call."""
+        with self._lock:
+            self._drop(weight._cdata)
+
+    # ------------------------------------------------------------------------------------------------- inside
+
+    def _put(
+        self, weight: torch.Tensor, plan_text: str, tensors: list[torch.Tensor], table: list[int], wait: int = 0
+    ) -> None:
+        plan = Plan.decode(plan_text)
+        n, k = matrix(weight, plan).shape
+        facts = [ACTS.index(plan.act), int(plan.transposed), int(plan.policy.verify), n, k, wait]
+        torch.ops.sparsec._install(weight, plan_text, facts, tensors, table)
+        if weight._cdata not in self._watched:
+            self._watched.add(weight._cdata)
+            weakref.finalize(weight, _died, weight._cdata, plan_text, tuple(weight.shape)).atexit = False
+
+    def _install_dense(self, weight: torch.Tensor, plan_text: str, wait: int = 0) -> None:
+        self._held.setdefault((weight._cdata, plan_text), Held()).packs = []
+        self._put(weight, plan_text, [], [], wait)
+
+    def _changes_too_fast(self, weight: torch.Tensor, plan_text: str) -> bool:
+        """Serve dense, without looking at the values, a weight whose packs never live long enough to pay."""
+        if self._short_lived.get((plan_text, tuple(weight.shape)), 0) >= 3:
+            self._install_dense(weight, plan_text)
+            return True
+        held = self._held.get((weight._cdata, plan_text))
+        if held is None or not held.packs:
+            return False
+        if torch.ops.sparsec._uses(weight._cdata, plan_text) >= MIN_USES:
+            held.wait = MIN_USES
+            return False
+        held.wait = min(2 * held.wait, MAX_WAIT)
+        self._install_dense(weight, plan_text, held.wait)
+        return True
+
+    def _note(self, plan_text: str, fact: WeightFact | None, decision: Decision) -> None:
+        reference_, site = self._places.get(plan_text, (None, None))
+        record = reference_() if reference_ is not None else None
+        if record is None or site is None or fact is None:
+            return
+        record.layers.append(LayerRecord(site.fqn, site, fact, decision))
+
+    def _drop(self, impl: int) -> int:
+        self._watched.discard(impl)
+        for key in [key for key in self._held if key[0] == impl]:
+            del self._held[key]
+        return int(torch.ops.sparsec._forget(impl))
+
+
+def _died(impl: int, plan_text: str, shape: tuple[int, ...]) -> None:
+    """A weight was collected: free its packs, and remember whether it was used often enough to have paid."""
+    with STORE._lock:
+        uses = STORE._drop(impl)
+        key = (plan_text, shape)
+        STORE._short_lived[key] = STORE._short_lived.get(key, 0) + 1 if uses < MIN_USES else 0
+
+
+def matrix(weight: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """The weight as [N, K], a view where the layout allows one."""
+    if plan.transposed:
+        return weight.detach().t()
+    return weight.detach().reshape(weight.shape[0], -1)
+
+
+def route(m_lo: int, m_hi: int, kernel: Kernel, packed: Packed, first: int) -> list[int]:
+    """The nine integers of a route in ``op.cpp``."""
+    tiles = packed.work.numel() - 1
+    addresses = [kernel.run, kernel.prepare, kernel.prepare_units, kernel.scratch]
+    return [m_lo, m_hi, *addresses, first, len(packed.tensors), tiles]
+
+
+def invalidate(model: torch.nn.Module | torch.Tensor) -> int:
+    """Look again at every weight of ``model``, after an edit that nothing can see (``p.data.mul_(...)``).
+
+    Returns the number of weights that were forgotten. Edits in place, ``load_state_dict`` and swapped parameters are
+    noticed without this.
+    """
+    tensors = [model] if isinstance(model, torch.Tensor) else [*model.parameters(), *model.buffers()]
+    for tensor in tensors:
+        if hasattr(torch.ops.sparsec, "_forget"):
+            STORE.forget(tensor)
+    return len(tensors)
+
+
+@functools.cache
+def _store() -> Store:
+    return Store()
+
+
+STORE = _store()
