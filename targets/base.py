@@ -33,9 +33,12 @@ class DenseRate:
 
 @dataclass(frozen=True)
 class KernelRate:
-    """One sparse kernel: seconds = (position + position_row*M)*N*K + (nonzero + nonzero_row*M)*nnz, compute only."""
+    """One sparse kernel: seconds = (position + position_row*M)*N*K + (nonzero + nonzero_row*M)*nnz, compute only.
 
-    pattern: str  # "bitmap", "index", "nm", "block"
+    nnz counts stored values: the padding of N:M groups and of blocks is computed with.
+    """
+
+    pattern: str  # "bitmap", "index", "nm", "block"; or one with its parameters, "nm:2:4", which goes first
     loop: str
     dtype: str
     position: float
@@ -46,10 +49,11 @@ class KernelRate:
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured once per machine and thread count. Bandwidth in bytes/s, all threads; overhead in s per call."""
+    """Measured once per machine and thread count. Bandwidth in bytes/s, all threads; overheads in s per call."""
 
     threads: int
     bandwidth: float
     overhead: float
     dense: tuple[DenseRate, ...]
     kernels: tuple[KernelRate, ...]
+    dense_overhead: float = 0.0
