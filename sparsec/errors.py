@@ -26,7 +26,8 @@ SparsecError
       ├── BadModelFile              S602
       ├── OutputExists              S603
       ├── MissingPackage            S604
-      └── WriteFailed               S605
+      ├── WriteFailed               S605
+      └── OffloadedModel            S606
 SparsecWarning                            a fallback happened; the answer is still right
 
 Inside the compiler only OptionError reaches the user: everything else becomes a recorded fallback to dense.
@@ -190,6 +191,14 @@ class MissingPackage(InputError):
 class WriteFailed(InputError):
     code = "S605"
     message = "{path!r} could not be written: {why}. Nothing was left behind; choose a place with space and try again."
+
+
+class OffloadedModel(InputError):
+    code = "S606"
+    message = (
+        "{name} is offloaded by accelerate: its weights come and go with every call, so a packed copy would be made "
+        "each time. Load the model without offloading."
+    )
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
