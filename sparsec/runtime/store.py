@@ -35,6 +35,9 @@ from sparsec.records import CompileRecord, LayerRecord
 # packing costs about as much as a hundred dense calls.
 MIN_USES = 16
 MAX_WAIT = 4096
+# Weights in a row that died after one use, at one place of one graph: they are made anew for every call (offloading,
+# functional_call), so later ones are served dense without being looked at. Compiling again starts afresh.
+MAX_SHORT_LIVED = 4
 FOREVER = 2**62
 
 
@@ -54,7 +57,7 @@ class Store:
         self._held: dict[tuple[int, str], Held] = {}
         self._packs: weakref.WeakValueDictionary[tuple[str, str], Packed] = weakref.WeakValueDictionary()
         self._places: dict[str, tuple[weakref.ref[CompileRecord], Site]] = {}
-        self._short_lived: dict[tuple[str, tuple[int, ...]], int] = {}
+        self._short_lived: dict[str, int] = {}
         self._watched: set[int] = set()
         self.verified = 0  # comparisons made under verify=True
         self.packed_count = 0  # packs made in this process, for tests and `doctor`
@@ -159,6 +162,7 @@ class Store:
     def place(self, plan_text: str, record: CompileRecord, site: Site) -> None:
         """Remember which layer a plan belongs to, so that weights seen later are reported under its name."""
         self._places[plan_text] = (weakref.ref(record), site)
+        self._short_lived.pop(plan_text, None)
 
     def forget(self, weight: torch.Tensor) -> None:
         """Drop everything known about one weight; it is looked at again at the next call."""
@@ -176,7 +180,7 @@ class Store:
         torch.ops.sparsec._install(weight, plan_text, facts, tensors, table)
         if weight._cdata not in self._watched:
             self._watched.add(weight._cdata)
-            weakref.finalize(weight, _died, weight._cdata, plan_text, tuple(weight.shape)).atexit = False
+            weakref.finalize(weight, _died, weight._cdata, plan_text).atexit = False
 
     def _install_dense(self, weight: torch.Tensor, plan_text: str, wait: int = 0) -> None:
         self._held.setdefault((weight._cdata, plan_text), Held()).packs = []
@@ -184,7 +188,7 @@ class Store:
 
     def _changes_too_fast(self, weight: torch.Tensor, plan_text: str) -> bool:
         """Serve dense, without looking at the values, a weight whose packs never live long enough to pay."""
-        if self._short_lived.get((plan_text, tuple(weight.shape)), 0) >= 3:
+        if self._short_lived.get(plan_text, 0) >= MAX_SHORT_LIVED:
             self._install_dense(weight, plan_text)
             return True
         held = self._held.get((weight._cdata, plan_text))
@@ -211,12 +215,11 @@ class Store:
         return int(torch.ops.sparsec._forget(impl))
 
 
-def _died(impl: int, plan_text: str, shape: tuple[int, ...]) -> None:
+def _died(impl: int, plan_text: str) -> None:
     """A weight was collected: free its packs, and remember whether it was used often enough to have paid."""
     with STORE._lock:
         uses = STORE._drop(impl)
-        key = (plan_text, shape)
-        STORE._short_lived[key] = STORE._short_lived.get(key, 0) + 1 if uses < MIN_USES else 0
+        STORE._short_lived[plan_text] = STORE._short_lived.get(plan_text, 0) + 1 if uses <= 1 else 0
 
 
 def matrix(weight: torch.Tensor, plan: Plan) -> torch.Tensor:
