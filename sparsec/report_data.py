@@ -1,0 +1,270 @@
+"""What a report is made of. In: records of a compilation and the batches asked for. Out: layers with their times.
+
+A layer's *expected* times come from the cost model (or from the tuner's record where the decision was measured); its
+*measured* times from running it in this process. They are different fields and never mixed.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from sparsec.facts import Candidate, Decision, Range, WeightFact
+from sparsec.formats import VALUE_BYTES
+from sparsec.records import CompileRecord, LayerRecord
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of one call: dense, and as sparsec runs the layer (equal where it stays dense)."""
+
+    dense_s: float
+    ours_s: float
+
+    @property
+    def speedup(self) -> float:
+        """How many times faster than dense."""
+        return self.dense_s / self.ours_s if self.ours_s > 0 else 1.0
+
+
+@dataclass(frozen=True)
+class Measured(Cost):
+    """Minima of interleaved rounds, and the 95 % interval [low, high] of the ratio taken round by round."""
+
+    low: float = 1.0
+    high: float = 1.0
+
+
+@dataclass(frozen=True)
+class AtBatch:
+    """One layer at one batch: ``rows`` is M, the rows of x; ``decision`` is ``dense`` or the name of a format."""
+
+    batch: int
+    rows: int
+    decision: str
+    kernel: str
+    expected: Cost | None
+    measured: Measured | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weight at one place of the graph. The plain attributes are those at the first batch of the report."""
+
+    record: LayerRecord
+    at: tuple[AtBatch, ...]
+
+    @property
+    def name(self) -> str:
+        return self.record.name
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.record.fact.n, self.record.fact.k
+
+    @property
+    def density(self) -> float:
+        """Share of non-zeros, 0 to 1."""
+        return self.record.fact.density
+
+    @property
+    def pattern(self) -> str:
+        """What the zeros look like: ``dense``, ``unstructured``, ``2:4``, ``near 2:4``, ``block 16x1``, ``rows`` ..."""
+        return pattern_of(self.record.fact, self.record.decision)
+
+    @property
+    def rows(self) -> int:
+        """M: rows of x at the first batch."""
+        return self.at[0].rows
+
+    @property
+    def decision(self) -> str:
+        """``dense``, or the name of the format that runs."""
+        return self.at[0].decision
+
+    @property
+    def reason(self) -> str:
+        """One sentence why; it names the break-even where the layer stays dense."""
+        return reason_of(self.record.decision, self.at)
+
+    @property
+    def expected(self) -> Cost | None:
+        return self.at[0].expected
+
+    @property
+    def measured(self) -> Measured | None:
+        return self.at[0].measured
+
+
+def layers_of(records: Sequence[CompileRecord], batches: Sequence[int], given: int) -> tuple[Layer, ...]:
+    """Every layer of every record, at each batch. ``given``: the batch of the inputs the graphs were made with."""
+    return tuple(_layer(record, batches, given) for graph in records for record in graph.layers)
+
+
+def _layer(record: LayerRecord, batches: Sequence[int], given: int) -> Layer:
+    ats = []
+    for batch in batches:
+        rows = rows_at(record.site.x_shape, batch, given)
+        chosen = record.decision.at(rows)
+        ats.append(AtBatch(batch, rows, chosen.format, chosen.kernel, expected(record.decision, rows)))
+    return Layer(record, tuple(ats))
+
+
+def rows_at(x_shape: Sequence[int | str], batch: int, given: int) -> int:
+    """M for a batch: the product of x's leading sizes, scaled from the batch they were seen with.
+
+    A symbolic size counts as the batch itself. At least 1.
+    """
+    seen = math.prod(size if isinstance(size, int) else given for size in x_shape[:-1])
+    return max(1, math.ceil(seen * batch / max(given, 1)))
+
+
+def expected(decision: Decision, rows: int) -> Cost | None:
+    """The times of a decision at ``rows``; None where the decision carries neither costs nor times."""
+    chosen = decision.at(rows)
+    dense = _cost(decision, "dense", "", rows) or chosen.dense_s
+    if dense <= 0:
+        return None
+    if chosen.format == "dense":
+        return Cost(dense, dense)
+    if decision.source == "measured" and chosen.dense_s > 0:  # the tuner's ratio beats the model's
+        return Cost(dense, dense * chosen.ours_s / chosen.dense_s)
+    return Cost(dense, _cost(decision, chosen.format, chosen.kernel, rows) or chosen.ours_s or dense)
+
+
+def _cost(decision: Decision, format: str, kernel: str, rows: int) -> float:
+    costs = [
+        seconds(c, rows)
+        for c in decision.candidates
+        if c.format == format and (not kernel or not c.kernel or c.kernel == kernel)
+    ]
+    return min(costs, default=0.0)
+
+
+def seconds(candidate: Candidate, rows: int) -> float:
+    """The cost expression of a candidate at M = ``rows``."""
+    return float(_function(candidate.cost)(rows))
+
+
+@functools.lru_cache(maxsize=4096)
+def _function(text: str) -> Callable[[int], float]:
+    import sympy
+
+    m = sympy.Symbol("M", positive=True)
+    function: Callable[[int], float] = sympy.lambdify(m, sympy.sympify(text, locals={"M": m}), "math")
+    return function
+
+
+def best_sparse(decision: Decision, rows: int) -> tuple[Candidate, float] | None:
+    """The fastest sparse candidate at ``rows`` and its seconds by the cost model."""
+    sparse = [(c, seconds(c, rows)) for c in decision.candidates if c.format != "dense"]
+    return min(sparse, key=lambda pair: pair[1], default=None)
+
+
+def read_bytes(layer: Layer) -> tuple[int, int]:
+    """Weight bytes read by a call at the first batch: dense, and as the layer runs."""
+    dense = layer.record.fact.n * layer.record.fact.k * VALUE_BYTES.get(layer.record.site.dtype, 4)
+    kept = [c.bytes for c in layer.record.decision.candidates if c.format == layer.decision]
+    return dense, min(kept, default=dense) if layer.decision != "dense" else dense
+
+
+def pattern_of(fact: WeightFact, decision: Decision) -> str:
+    """A word for the zeros of a weight, from its facts."""
+    if fact.nnz == fact.n * fact.k:
+        return "dense"
+    if fact.nnz == 0:
+        return "all zero"
+    exact = [f for f in fact.nm if f.exact and fact.density > 0.5 * f.n / f.m]  # 4:8 by chance is not a pattern
+    if exact:
+        best = min(exact, key=lambda f: (f.n / f.m, f.m))
+        return f"{best.n}:{best.m}"
+    kept = (fact.n - fact.zero_rows) * (fact.k - fact.zero_cols)
+    if fact.nnz >= 0.99 * kept:
+        return {(True, False): "rows", (False, True): "columns"}.get(
+            (fact.zero_rows > 0, fact.zero_cols > 0), "rows+columns" if fact.zero_rows else "unstructured"
+        )
+    blocks = [f for f in fact.blocks if f.rows * f.cols > 1 and f.nonzero < f.total and f.fill > 0.99]
+    if blocks:
+        largest = max(blocks, key=lambda f: f.rows * f.cols)
+        return f"block {largest.rows}x{largest.cols}"
+    near = decision.near.partition("(")[0].strip()
+    return near or "unstructured"
+
+
+def reason_of(decision: Decision, at: Sequence[AtBatch]) -> str:
+    """The decision's sentence, with what pattern it nearly has and where it would flip."""
+    parts = [decision.reason.strip().rstrip(".") or "no reason was recorded; please report this"]
+    near = decision.near.partition("(")[2].rstrip(") ")
+    if near and near not in parts[0]:
+        parts.append(near)
+    if any(a.decision == "dense" for a in at) and "break-even" not in parts[0]:
+        parts.append(break_even(decision, at))
+    return "; ".join(parts)
+
+
+def break_even(decision: Decision, at: Sequence[AtBatch]) -> str:
+    """Where sparse begins or ceases to pay, in words."""
+    if decision.sparse:
+        return f"break-even: {ranges_in_words(decision.ranges)}"
+    if decision.break_even is None:
+        return "no break-even: dense wins at every sparsity for this shape"
+    rows = " at 1 row" if at[0].rows > 1 else ""
+    return f"break-even is {percent(decision.break_even)} zero{rows}"
+
+
+def ranges_in_words(ranges: Sequence[Range]) -> str:
+    """``bitmap up to 64 rows, dense above``."""
+    words = []
+    for r in merge_ranges(ranges):
+        if r.m_hi is None:
+            words.append(f"{short_format(r.format)} above" if words else f"{short_format(r.format)} at any rows")
+        else:
+            words.append(f"{short_format(r.format)} up to {r.m_hi} row{'s' if r.m_hi > 1 else ''}")
+    return ", ".join(words)
+
+
+def merge_ranges(ranges: Sequence[Range]) -> list[Range]:
+    """Neighbours that run the same format become one; which loop runs is a detail."""
+    merged: list[Range] = []
+    for r in ranges:
+        if merged and merged[-1].format == r.format:
+            merged[-1] = replace(merged[-1], m_hi=r.m_hi)
+        else:
+            merged.append(r)
+    return merged
+
+
+def short_format(name: str) -> str:
+    """``bitmap+fp32`` -> ``bitmap``: the value type is the layer's own and need not be repeated."""
+    return name.partition("+")[0]
+
+
+def percent(share: float, digits: int = 0) -> str:
+    """``50 %``; never rounds something to nothing or to all."""
+    value = 100 * share
+    least = 10.0**-digits
+    if 0 < value < least / 2:
+        return f"<{least:g} %"
+    if 100 - least / 2 < value < 100:
+        return f">{100 - least:g} %"
+    return f"{value:.{digits}f} %"
+
+
+def duration(s: float) -> str:
+    """``41 us``, ``2.1 ms``: two to three digits and a unit."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        value = s / scale
+        if value >= 0.9995 or unit == "us":
+            return f"{value:.1f} {unit}" if value < 9.95 else f"{value:.0f} {unit}"
+    raise AssertionError
+
+
+def count(number: float) -> str:
+    """``10.6 M``, ``1.24 B``, ``812``."""
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.3g} {unit}"
+    return f"{number:.0f}"

@@ -1,0 +1,257 @@
+"""An explanation as JSON-able values: what ``--json`` prints, what the page holds, what two reports are compared by.
+
+In: Explanations. Out: dicts of numbers, texts and lists. No weight is in them. Times are seconds, shares 0 to 1.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from sparsec import __version__
+from sparsec.report_data import (
+    AtBatch,
+    Cost,
+    Layer,
+    Measured,
+    duration,
+    merge_ranges,
+    percent,
+    read_bytes,
+    seconds,
+    short_format,
+)
+
+if TYPE_CHECKING:
+    from sparsec.explain import Explanation
+
+SCHEMA = 1
+CURVE_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+_DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
+
+
+def to_dict(report: Explanation, compare: Explanation | None = None) -> dict[str, Any]:
+    """The report. Keys: schema, model, environment, totals, layers, groups, not_taken, what_would_help, stages, ..."""
+    from sparsec.report_text import how, next_command, summary
+
+    indexed = {id(layer): i for i, layer in enumerate(report.layers)}
+    groups = report.groups
+    share = {indexed[id(layer)]: g.share / len(g.layers) for g in groups for layer in g.layers}
+    body: dict[str, Any] = {
+        "schema": SCHEMA,
+        "model": {"name": report.model, "weights": report.weights, "summary": summary(report)},
+        "environment": environment(report),
+        "options": asdict(report.options.policy) | {"inductor": {k: str(v) for k, v in report.options.inductor}},
+        "batch": list(report.batches),
+        "seconds": round(report.seconds, 3),
+        "totals": [_totals(report, batch) for batch in report.batches],
+        "forward_s": _short(report.forward_s),
+        "failures": list(report.failures),
+        "notes": list(report.notes),
+        "layers": [_layer(layer, share.get(i, 0.0)) for i, layer in enumerate(report.layers)],
+        "groups": [
+            {"name": g.name, "layers": list(g.members), "zero": g.zero, "reason": g.reason, "share": _short(g.share)}
+            for g in groups
+        ],
+        "not_taken": [asdict(r) | {"names": list(r.names), "ops": list(r.ops)} for r in report.refusals],
+        "what_would_help": list(report.helps),
+        "stages": [asdict(s) | {"ms": round(s.ms, 3)} for s in report.stages],
+        "curve_rows": list(CURVE_ROWS),
+        "how": how(report) if report.layers else "",
+        "next": next_command(report),
+    }
+    if compare is not None:
+        body["compare"] = difference(report, compare)
+    return body
+
+
+def environment(report: Explanation) -> dict[str, Any]:
+    """Where the report was made."""
+    import torch
+
+    return {
+        "sparsec": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "target": report.target,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _totals(report: Explanation, batch: int) -> dict[str, Any]:
+    return {"batch": batch, "expected": _cost(report.expected(batch)), "measured": _cost(report.measured(batch))}
+
+
+def _cost(cost: Cost | None) -> dict[str, Any] | None:
+    if cost is None:
+        return None
+    body = {"dense_s": _short(cost.dense_s), "ours_s": _short(cost.ours_s), "speedup": _short(cost.speedup)}
+    if isinstance(cost, Measured):
+        body |= {"low": _short(cost.low), "high": _short(cost.high)}
+    return body
+
+
+def _layer(layer: Layer, share: float) -> dict[str, Any]:
+    record, fact, decision = layer.record, layer.record.fact, layer.record.decision
+    dense_bytes, our_bytes = read_bytes(layer)
+    return {
+        "name": layer.name,
+        "kind": record.site.kind,
+        "shape": list(layer.shape),
+        "dtype": record.site.dtype,
+        "act": record.site.act,
+        "x_shape": list(record.site.x_shape),
+        "density": _short(layer.density),
+        "nnz": fact.nnz,
+        "pattern": layer.pattern,
+        "decision": layer.decision,
+        "reason": layer.reason,
+        "source": decision.source,
+        "break_even": _short(decision.break_even),
+        "near": decision.near,
+        "help": decision.help,
+        "share": _short(share),
+        "expected": _cost(layer.expected),
+        "measured": _cost(layer.measured),
+        "batches": [_at(a) for a in layer.at],
+        "bytes": {"dense": dense_bytes, "ours": our_bytes},
+        "ranges": [[r.m_lo, r.m_hi, r.format] for r in merge_ranges(decision.ranges)],
+        "candidates": [_candidate(c) for c in decision.candidates],
+        "curve": curve(layer),
+        "rows": {"min": fact.row_nnz_min, "max": fact.row_nnz_max, "hist": list(fact.row_hist)},
+        "zero_rows": fact.zero_rows,
+        "zero_cols": fact.zero_cols,
+        "negative_zeros": fact.negative_zeros,
+        "nonfinite": fact.nonfinite,
+        "values": fact.values.kind,
+        "thumbnail": thumbnail(fact.thumbnail),
+    }
+
+
+def _at(at: AtBatch) -> dict[str, Any]:
+    return {
+        "batch": at.batch,
+        "rows": at.rows,
+        "decision": at.decision,
+        "kernel": at.kernel,
+        "expected": _cost(at.expected),
+        "measured": _cost(at.measured),
+    }
+
+
+def _candidate(candidate: Any) -> dict[str, Any]:
+    return {"format": candidate.format, "kernel": candidate.kernel, "bytes": candidate.bytes}
+
+
+def curve(layer: Layer) -> dict[str, list[float]]:
+    """Seconds by the cost model per format (its best loop) at each of CURVE_ROWS."""
+    lines: dict[str, list[float]] = {}
+    for candidate in layer.record.decision.candidates:
+        line = [seconds(candidate, m) for m in CURVE_ROWS]
+        known = lines.get(candidate.format)
+        lines[candidate.format] = [min(a, b) for a, b in zip(known, line, strict=True)] if known else line
+    return {name: [_short(s) or 0.0 for s in line] for name, line in lines.items()}
+
+
+def thumbnail(percents: Sequence[int]) -> str:
+    """16 x 16 mean densities, row-major, one digit of base 36 each (0: empty, z: full); a list would fill the page."""
+    return "".join(_DIGITS[max(0, min(35, round(p * 35 / 100)))] for p in percents)
+
+
+def _short(number: float | None) -> float | None:
+    """Four significant digits are more than any of these numbers has."""
+    return None if number is None else float(f"{number:.4g}")
+
+
+def difference(now: Explanation, before: Explanation) -> dict[str, Any]:
+    """What changed from ``before`` to ``now``, layer by layer, matched by name."""
+    ours, theirs = _by_name(now), _by_name(before)
+    changed = []
+    for name in (n for n in ours if n in theirs):
+        a, b = theirs[name], ours[name]
+        what = _changes(a, b)
+        if what:
+            changed.append({"name": name, **what})
+    return {
+        "model": before.model,
+        "totals": [
+            {"batch": b, "before": _cost(before.expected(b)), "now": _cost(now.expected(b))}
+            for b in now.batches
+            if b in before.batches
+        ],
+        "changed": changed,
+        "same": sum(n in theirs for n in ours) - len(changed),
+        "only_now": [n for n in ours if n not in theirs],
+        "only_before": [n for n in theirs if n not in ours],
+    }
+
+
+def _by_name(report: Explanation) -> dict[str, Layer]:
+    """Layers by name; a layer that is called again gets ``#2`` behind its name."""
+    seen: Counter[str] = Counter()
+    named = {}
+    for layer in report.layers:
+        seen[layer.name] += 1
+        named[layer.name + (f" #{seen[layer.name]}" if seen[layer.name] > 1 else "")] = layer
+    return named
+
+
+def _changes(a: Layer, b: Layer) -> dict[str, list[Any]]:
+    what: dict[str, list[Any]] = {}
+    if a.shape != b.shape:
+        what["shape"] = [list(a.shape), list(b.shape)]
+    if abs(a.density - b.density) > 5e-4:
+        what["density"] = [_short(a.density), _short(b.density)]
+    if a.pattern != b.pattern:
+        what["pattern"] = [a.pattern, b.pattern]
+    if a.decision != b.decision:
+        what["decision"] = [a.decision, b.decision]
+    if what and a.expected and b.expected:
+        what["expected_s"] = [_short(a.expected.ours_s), _short(b.expected.ours_s)]
+    return what
+
+
+def difference_lines(diff: Mapping[str, Any]) -> Iterator[str]:
+    """The comparison in words, equal changes folded."""
+    for t in diff["totals"]:
+        if t["before"] and t["now"]:
+            ratio = t["before"]["ours_s"] / t["now"]["ours_s"] if t["now"]["ours_s"] else 1.0
+            yield (
+                f"linear layers at batch {t['batch']}, expected: {duration(t['before']['ours_s'])} there, "
+                f"{duration(t['now']['ours_s'])} here ({ratio:.2f}x)"
+            )
+    yield from _changed_lines(diff["changed"])
+    for key, where in (("only_now", "only here"), ("only_before", "only there")):
+        if diff[key]:
+            yield f"{where}: {', '.join(_fold_names(diff[key]))}"
+    yield f"the same: {diff['same']} layer{'' if diff['same'] == 1 else 's'}"
+
+
+def _changed_lines(changed: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    folded: dict[str, list[str]] = {}
+    for entry in changed:
+        words = []
+        if "shape" in entry:
+            words.append("shape " + " -> ".join("x".join(map(str, s)) for s in entry["shape"]))
+        if "density" in entry:
+            words.append("zero " + " -> ".join(percent(1 - d) for d in entry["density"]))
+        if "pattern" in entry:
+            words.append(" -> ".join(entry["pattern"]))
+        if "decision" in entry:
+            words.append("runs " + " -> ".join(short_format(d) for d in entry["decision"]))
+        folded.setdefault("; ".join(words), []).append(entry["name"])
+    for what, names in folded.items():
+        yield f"{', '.join(_fold_names(names))}: {what}"
+
+
+def _fold_names(names: Sequence[str]) -> list[str]:
+    from sparsec.report_fold import merge_names, template
+
+    by_template: dict[str, list[str]] = {}
+    for name in names:
+        by_template.setdefault(template(name), []).append(name)
+    return [merge_names(group) for group in by_template.values()]
