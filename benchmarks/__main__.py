@@ -1,0 +1,99 @@
+"""``python -m benchmarks``: measure the grid and write the report. See ``--help``."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from benchmarks import cases
+from benchmarks.engines import ENGINES
+from sparsec.cli.common import console, progress
+from sparsec.errors import BadOptionValue, SparsecError, did_you_mean, listed
+
+if TYPE_CHECKING:
+    from benchmarks.coordinator import Result
+
+
+def main(
+    quick: Annotated[bool, typer.Option("--quick", help="A few cases, about three minutes.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="The whole grid, hours.")] = False,
+    only: Annotated[str, typer.Option(help="Regular expression; keeps the cases whose name it matches.")] = "",
+    engines: Annotated[str, typer.Option(help="Names separated by commas; all by default.")] = "",
+    threads: Annotated[int, typer.Option(help="Threads of every engine; 0: the cores, at most two.")] = 0,
+    rounds: Annotated[int, typer.Option(help="Most rounds of a case.")] = 40,
+    budget: Annotated[float, typer.Option(help="Seconds of timing a case.")] = 0.0,
+    tune: Annotated[str, typer.Option(help="The tune option of sparsec: quick or full; empty for its default.")] = "",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the report.")] = Path("bench_report"),
+    list_only: Annotated[bool, typer.Option("--list", help="Print the names of the cases and stop.")] = False,
+) -> None:
+    """Time every engine on the same weights, in processes of their own that take turns round by round.
+
+    The ratio is that of sparsec to the best dense peer of the same dtype: eager, Inductor, Inductor with freezing, ONNX
+    Runtime (fp32), OpenVINO where it is installed. Cold rows walk through more weights than the caches hold.
+    """
+    chosen = choose(quick, full, only, threads or cases.default_threads())
+    if list_only:
+        print("\n".join(case.name for case in chosen))
+        return
+    names = names_of(engines)
+    if output.exists():
+        shutil.rmtree(output)
+    output.mkdir(parents=True)
+    from benchmarks.report import print_report, write_report
+
+    started = time.perf_counter()
+    results = run(chosen, names, rounds, budget or (2.0 if quick else 5.0), output, tune)
+    report = write_report(results, names, time.perf_counter() - started, output)
+    print_report(report, console())
+
+
+def choose(quick: bool, full: bool, only: str, threads: int) -> list[cases.Case]:
+    """The grid, filtered and ordered so that dense engines keep what they built. Raises BadOptionValue."""
+    grid = cases.full if full else cases.quick if quick else cases.standard
+    try:
+        wanted = re.compile(only)
+    except re.error as error:
+        raise BadOptionValue(key="--only", value=only, expected=f"it is no regular expression ({error})") from None
+    found = [case for case in grid(threads) if wanted.search(case.name)]
+    if not found:
+        raise BadOptionValue(key="--only", value=only, expected="it matches no case; see --list")
+    return sorted(found, key=lambda c: (-c.threads, c.kind == "encoder"))
+
+
+def names_of(engines: str) -> list[str]:
+    names = [name for name in engines.split(",") if name] or list(ENGINES)
+    for name in names:
+        if name not in ENGINES:
+            near = did_you_mean(name, ENGINES)
+            raise BadOptionValue(key="--engines", value=name, expected=f"known are {listed(ENGINES)}{near}")
+    return names
+
+
+def run(
+    chosen: list[cases.Case], names: list[str], rounds: int, budget_s: float, folder: Path, tune: str
+) -> list[Result]:
+    """Measure every case; workers are started anew for another number of threads."""
+    from benchmarks.coordinator import measure, workers
+
+    results: list[Result] = []
+    with progress("bench") as step:
+        for threads, group in groupby(chosen, key=lambda c: c.threads):
+            with workers(names, threads, folder, tune) as remotes:
+                for case in group:
+                    tell = partial(step, len(results), len(chosen))
+                    results.append(measure(case, remotes, rounds, budget_s, tell))
+    return results
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except SparsecError as error:
+        raise SystemExit(f"bench: {error}") from None
