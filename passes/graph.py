@@ -30,6 +30,12 @@ class View:
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         return cls(gm.graph, dict(zip(placeholders, example_inputs, strict=True)))
 
+    def stored(self, node: Any) -> bool:
+        """Whether a node is a parameter, buffer or attribute of a module: an input that outlives the call."""
+        if not isinstance(node, Node) or node.op != "placeholder":
+            return False
+        return static_input(node) or isinstance(self.examples[node], torch.nn.Parameter)
+
     def weight(self, node: Any) -> torch.Tensor | Declined:
         """The real tensor behind a node, if it is a weight that keeps its identity from call to call."""
         if not isinstance(node, Node):
@@ -41,7 +47,7 @@ class View:
         value = self.examples[node]
         if not isinstance(value, torch.Tensor):
             return Declined("the weight is not a tensor", node.name)
-        if not static_input(node) and not isinstance(value, torch.nn.Parameter):
+        if not self.stored(node):
             return Declined("the weight is an argument of the function, not a parameter of a module", node.name)
         if type(value) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
             return Declined(f"the weight is a {type(value).__name__}, a tensor subclass", node.name)

@@ -36,7 +36,7 @@ def sparsec(
     from sparsec import pipeline
 
     try:
-        prepare_process(parsed)
+        pipeline.prepare(parsed)
         c = pipeline.Compilation(compat.copy_graph_module(gm), example_inputs, parsed)
         records.publish(c.record)
         pipeline.run(c)
@@ -59,15 +59,6 @@ def with_mode(options: Options, mode: str | None) -> Options:
         known = "default, reduce-overhead, max-autotune, max-autotune-no-cudagraphs"
         raise BadOptionValue(key="mode", value=mode, expected=f"it must be one of {known}") from None
     return replace(options, inductor=tuple(sorted({**settings, **dict(options.inductor)}.items())))
-
-
-def prepare_process(options: Options) -> None:
-    """Check the target's name and make the ops exist. Raises UnknownTarget, NoCompiler, CompileFailed."""
-    from sparsec import targets
-    from sparsec.runtime import library
-
-    targets.resolve(options.policy.target)
-    library.load(options.policy.cache_dir)
 
 
 def _fall_back(

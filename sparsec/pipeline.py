@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sparsec import compat, dump
+from sparsec import compat, dump, targets
 from sparsec.facts import Decision, Declined, Site, WeightFact
 from sparsec.options import Options
 from sparsec.passes.graph import View
@@ -24,6 +24,7 @@ from sparsec.passes.rewrite.contract import Rule
 from sparsec.passes.rewrite.group import group_calls
 from sparsec.plan import Plan
 from sparsec.records import CompileRecord, LayerRecord, StageRecord
+from sparsec.runtime import library
 from sparsec.runtime.store import STORE
 
 
@@ -66,6 +67,7 @@ def capture(c: Compilation) -> int:
             c.record.declined.append(found)
         elif found is not None and rule is not None:
             c.sites.append((found, rule))
+    c.sites = _with_groups(c)
     c.plans = [
         Plan(s.fqn, s.kind, c.options.policy, transposed=s.transposed, m=_rows(s.x_shape, s.kind)) for s, _ in c.sites
     ]
@@ -147,13 +149,17 @@ def run(c: Compilation, stop_after: str = "finish") -> Compilation:
     return c
 
 
+def prepare(options: Options) -> None:
+    """Check the target's name and make the ops exist. Raises UnknownTarget, NoCompiler, CompileFailed."""
+    targets.resolve(options.policy.target)
+    library.load(options.policy.cache_dir)
+
+
 def inspect(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
 ) -> list[CompileRecord]:
     """Capture, profile and decide every graph of ``model(*args, **kwargs)``; the model runs eagerly, unchanged."""
-    from sparsec.backend import prepare_process
-
-    prepare_process(options)
+    prepare(options)
     records: list[CompileRecord] = []
 
     def look(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -179,6 +185,18 @@ def _match(node: torch.fx.Node, view: View) -> tuple[Site | Declined | None, Rul
         if found is not None:
             return found, rule
     return None, None
+
+
+def _with_groups(c: Compilation) -> list[tuple[Site, Rule]]:
+    """Name the sites that read one x after the first of them: they are called together."""
+    inputs = {site.node: c.node(site.node).all_input_nodes for site, _ in c.sites}
+    readers: dict[torch.fx.Node, list[Site]] = {}
+    for site, _ in c.sites:
+        x = next(n for n in inputs[site.node] if n.name not in (site.weight, site.bias))
+        if site.kind != "conv1x1":
+            readers.setdefault(x, []).append(site)
+    names = {s.node: group[0].node for group in readers.values() if len(group) > 1 for s in group}
+    return [(replace(site, group=names.get(site.node, "")), rule) for site, rule in c.sites]
 
 
 def _refusal(c: Compilation) -> str:

@@ -32,8 +32,8 @@ class MatmulRule:
         if kind == "addmm" and _in_conv1d(node):
             kind = "hf_conv1d"
         weight = value_of(w)
-        if weight is not None and weight.dim() != 2:
-            return None  # a batched product of activations; the last rule names it
+        if not view.stored(w) or (weight is not None and weight.dim() != 2):
+            return None  # a product of activations or a batched one; the last rule names it
         return site(node, view, x, w, b, kind=kind, transposed=transposed)
 
     def emit(self, graph: Graph, node: Node, plan: str) -> Node:
