@@ -8,8 +8,12 @@ to that orientation, so N:M groups run along K.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from sparsec.errors import UnknownFormat, did_you_mean, listed
+
+if TYPE_CHECKING:
+    from sparsec.facts import WeightFact
 
 PATTERN_KINDS = ("dense", "bitmap", "index", "nm", "block")
 VALUE_BYTES = {"fp32": 4, "bf16": 2}
@@ -67,3 +71,43 @@ class Format:
 
 
 DENSE = Pattern("dense")
+
+
+def stored_values(pattern: Pattern, fact: WeightFact) -> int:
+    """How many values a format keeps of a weight: its non-zeros, and the zeros that pad N:M groups and blocks.
+
+    Raises KeyError for a block shape that the weight was not profiled for.
+    """
+    if pattern.kind == "dense":
+        return fact.n * fact.k
+    if pattern.kind == "nm":
+        n, m = pattern.params
+        return fact.n * -(-fact.k // m) * n
+    if pattern.kind == "block":
+        found = fact.block_fact(*pattern.params)
+        if found is None:
+            raise KeyError(f"{pattern} is not a fact of this weight")
+        return found.nonzero * found.rows * found.cols
+    return fact.nnz
+
+
+def storage_bytes(format: Format, fact: WeightFact) -> int:
+    """Bytes of weight that a kernel of ``format`` reads per call; the packers keep to it within a tenth."""
+    width = VALUE_BYTES[format.values]
+    kept = stored_values(format.pattern, fact)
+    index = 2 if fact.k <= 65536 else 4
+    positions = {
+        "dense": 0,
+        "bitmap": -(-fact.n * fact.k // 8),
+        "index": kept * index,
+        "nm": _nm_position_bytes(format.pattern, fact),
+        "block": kept // max(format.pattern.params[0] * format.pattern.params[-1], 1) * index
+        if format.pattern.kind == "block"
+        else 0,
+    }
+    return kept * width + positions[format.pattern.kind]
+
+
+def _nm_position_bytes(pattern: Pattern, fact: WeightFact) -> int:
+    """One bit a position."""
+    return -(-fact.n * fact.k // 8) if pattern.kind == "nm" else 0

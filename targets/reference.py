@@ -34,10 +34,10 @@ def rates(threads: int) -> Rates:
 
 # pattern, loop, then seconds per position, per position and row of x, per non-zero, per non-zero and row of x
 _KERNELS = (
-    ("bitmap", "dot", 5e-11, 2e-11, 0.0, 2e-11),
-    ("bitmap", "outer", 6e-11, 0.0, 5e-11, 6e-11),
+    ("bitmap", "dot", 5e-11, 3e-11, 0.0, 3e-11),
+    ("bitmap", "outer", 6e-11, 0.0, 5e-11, 1e-10),
     ("index", "dot", 0.0, 0.0, 5e-11, 2e-10),
-    ("index", "outer", 0.0, 0.0, 1e-10, 6e-11),
+    ("index", "outer", 0.0, 0.0, 1e-10, 1e-10),
     ("nm", "dot", 0.0, 0.0, 2e-11, 6e-11),
     ("nm", "outer", 0.0, 0.0, 5e-11, 6e-11),
     ("block", "dot", 0.0, 0.0, 1e-11, 5e-11),

@@ -1,0 +1,235 @@
+"""Which format runs a weight, for which M: facts and measured rates in, a ``Decision`` that covers every M out.
+
+Dense is always a candidate and wins ties: a sparse format must be expected to gain ``min_speedup``, and where nothing
+was measured on this very weight, a margin on top. With measurements they alone decide.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from sparsec.facts import Decision, NMFact, Range, WeightFact
+from sparsec.formats import VALUE_BYTES, Pattern
+from sparsec.options import Policy
+from sparsec.passes.decide import words
+from sparsec.passes.decide.candidates import Way, allowed, dense_way, sparse_ways
+from sparsec.passes.decide.cost import turning_points
+from sparsec.passes.decide.measured import bucket, by_measurement
+from sparsec.targets.base import Rates, Target
+from sparsec.timing import Ratio
+
+__all__ = ["MODEL_MARGIN", "SWITCH_FORMAT", "SWITCH_LOOP", "bucket", "decide", "dense_decision"]
+
+# What the model does not know (how a shape splits over threads, what else is in the cache, which dense kernel the
+# library picks for it) moved real ratios by up to a tenth against it; a gain below that is not one we can promise.
+MODEL_MARGIN = 1.10
+# A second kernel for the same pack takes seconds to compile; a second format also doubles the memory of the packs.
+SWITCH_LOOP = 1.05
+SWITCH_FORMAT = 1.15
+
+
+def decide(
+    fact: WeightFact,
+    dtype: str,
+    target: Target,
+    rates: Rates,
+    policy: Policy,
+    measured: Mapping[tuple[str, str, int], Ratio] | None = None,
+) -> Decision:
+    """Decide one weight for x of ``dtype`` (``fp32`` or ``bf16``) on ``target``.
+
+    ``measured``: (format name, loop, M bucket) -> times faster than dense; see ``bucket``. Never raises for a weight:
+    what cannot run sparse is a dense decision with its reason.
+    """
+    asked = _Question(fact, dtype, rates, policy)
+    if not asked.dense:
+        return dense_decision(f"no kernel for {dtype} on {target.name} yet", "model")
+    plain = _by_model(replace(fact, key="", thumbnail=(), row_hist=()), dtype, rates, policy)
+    if not measured or len(plain.candidates) == 1 or asked.refusal():
+        return plain
+    dense, ways = asked.dense, asked.ways()
+    ranges = by_measurement(plain.ranges, dense, ways, measured, policy.min_speedup)
+    decision = replace(plain, ranges=ranges, source="measured")
+    return replace(decision, reason=_measured_reason(plain, decision, dense, ways, measured))
+
+
+def dense_decision(reason: str, source: str = "fallback") -> Decision:
+    """Dense for every M. ``source``: ``fallback`` for a failure, ``model`` for a choice."""
+    return Decision(ranges=(Range(1, None, "dense", "", 0.0, 0.0),), reason=reason, source=source)
+
+
+@functools.lru_cache(maxsize=4096)
+def _by_model(fact: WeightFact, dtype: str, rates: Rates, policy: Policy) -> Decision:
+    asked = _Question(fact, dtype, rates, policy)
+    dense, ways, refusal = asked.dense, asked.ways(), asked.refusal()
+    assert dense is not None
+    all_dense = (Range(1, None, "dense", "", dense.cost.at(1), dense.cost.at(1)),)
+    ranges = all_dense if refusal else cheapest(dense, ways, asked.threshold if policy.min_speedup else 0.0)
+    decision = Decision(
+        ranges=ranges,
+        reason=refusal,
+        break_even=asked.break_even(),
+        source="model" if policy.min_speedup or refusal else "forced",
+        candidates=(dense.candidate(), *(w.candidate() for w in ways)),
+        near=words.near(fact),
+        help=asked.help(ranges[0]),
+    )
+    return decision if refusal else replace(decision, reason=asked.reason(decision))
+
+
+def cheapest(dense: Way, ways: list[Way], threshold: float) -> tuple[Range, ...]:
+    """Ranges of M covering 1 to infinity: the cheapest sparse way where it beats dense ``threshold`` times, else dense.
+
+    ``threshold`` 0 leaves dense out. Equal costs go to dense, then to fewer bytes. Going up in M, a way that would
+    need another kernel or another pack than the last one must be cheaper by SWITCH_LOOP or SWITCH_FORMAT.
+    """
+    factors = (1.0, SWITCH_LOOP, SWITCH_FORMAT)
+    starts = set(turning_points([w.cost.times(f) for w in ways for f in factors]))
+    if threshold:
+        starts |= set(turning_points([dense.cost, *(w.cost.times(threshold) for w in ways)]))
+    ranges: list[Range] = []
+    last: Way | None = None
+    for lo in sorted(starts):
+        chosen = _chosen(lo, dense, ways, threshold, last)
+        last = chosen if chosen.sparse else last
+        if ranges and (ranges[-1].format, ranges[-1].kernel) == (chosen.format, chosen.kernel):
+            continue
+        if ranges:
+            ranges[-1] = replace(ranges[-1], m_hi=lo - 1)
+        ranges.append(Range(lo, None, chosen.format, chosen.kernel, dense.cost.at(lo), chosen.cost.at(lo)))
+    return tuple(ranges)
+
+
+def _chosen(m: int, dense: Way, ways: list[Way], threshold: float, last: Way | None) -> Way:
+    """The way at one M; ``last``: the sparse way used at a smaller M."""
+
+    def price(way: Way) -> float:
+        if last is None or way == last:
+            return way.cost.at(m)
+        return way.cost.at(m) * (SWITCH_LOOP if way.format == last.format else SWITCH_FORMAT)
+
+    patient = min(ways, key=lambda w: (price(w), w.bytes, w.format, w.kernel))
+    fastest = min(ways, key=lambda w: (w.cost.at(m), w.bytes, w.format, w.kernel))
+    for way in (patient, fastest):
+        if not threshold or way.cost.at(m) * threshold < dense.cost.at(m):
+            return way
+    return dense
+
+
+@dataclass(frozen=True)
+class _Question:
+    """One weight on one machine under one policy, and what can be asked about it."""
+
+    fact: WeightFact
+    dtype: str
+    rates: Rates
+    policy: Policy
+
+    @property
+    def dense(self) -> Way | None:
+        return dense_way(self.fact, self.dtype, self.rates) if self.dtype in VALUE_BYTES else None
+
+    @property
+    def threshold(self) -> float:
+        """How many times faster than dense the model must expect a format to be."""
+        return (self.policy.min_speedup or 1.0) * MODEL_MARGIN
+
+    def ways(self) -> list[Way]:
+        return sparse_ways(self.fact, self.dtype, self.rates, self.policy.formats)
+
+    def refusal(self) -> str:
+        """Why no sparse format comes into question at all, or nothing."""
+        if self.fact.nonfinite:
+            return words.not_finite(self.fact)
+        if self.fact.nnz == self.fact.n * self.fact.k:
+            return words.NO_ZEROS
+        if not self.rates.kernels:
+            return words.NO_KERNELS
+        return "" if self.ways() else words.not_allowed(self.policy.formats)
+
+    def break_even(self) -> float | None:
+        """The share of zeros, spread at random, from which a sparse format wins at M = 1; None where none does.
+
+        Solved: at M = 1 a cost is a line in the number of kept values, and the threshold is where it meets dense.
+        """
+        positions = self.fact.n * self.fact.k
+        if self.dense is None or not positions:
+            return None
+        goal = self.dense.cost.at(1) / self.threshold
+        kept = -1.0
+        for pattern in (Pattern("bitmap"), Pattern("index")):
+            if not allowed(pattern, self.policy.formats):
+                continue
+            none, some = (self._lines(pattern, nnz) for nnz in (0, positions // 2 + 1))
+            for loop, starts in none.items():
+                slopes = ((b - a) / (positions // 2 + 1) for a, b in zip(starts, some[loop], strict=True))
+                kept = max(kept, min(_furthest(a, s, goal) for a, s in zip(starts, slopes, strict=True)))
+        return None if kept < 0 else 1 - min(kept / positions, 1.0)
+
+    def _lines(self, pattern: Pattern, nnz: int) -> dict[str, list[float]]:
+        """Seconds at M = 1 of the memory and compute lines of each loop, if the weight kept ``nnz`` values."""
+        imagined = replace(self.fact, nnz=nnz, nm=(), blocks=())
+        found = sparse_ways(imagined, self.dtype, self.rates, (str(pattern),))
+        return {w.kernel: [line.at(1) for line in w.cost.pieces[0].lines] for w in found}
+
+    def reason(self, decision: Decision) -> str:
+        first = decision.ranges[0]
+        assert self.dense is not None
+        if first.format != "dense":
+            read = next(c.bytes for c in decision.candidates if c.format == first.format)
+            return words.reads(read, self.dense.bytes)
+        if decision.sparse:
+            return words.skips(self.fact, decision.ranges[1].m_lo)
+        if decision.break_even is not None:
+            return words.break_even(decision.break_even)
+        slow = self.rates.overhead * self.threshold < self.dense.cost.at(1)
+        return words.NEVER if slow else words.too_small(self.fact)
+
+    def help(self, now: Range) -> str:
+        """What another mask of the same weight would give at M = 1, where that is clearly more than now."""
+        assert self.dense is not None
+        if self.fact.nonfinite or not self.rates.kernels:
+            return ""
+        least = max(self.threshold, 1.05 * now.dense_s / now.ours_s if now.ours_s else 1.0)
+        tries = []
+        if self.fact.sparsity <= 0.55 and not any(f.exact for f in self.fact.nm):
+            two_four = replace(self.fact, nnz=self.fact.n * self.fact.k // 2, nm=(NMFact(2, 4, 1, 0),), blocks=())
+            tries.append(("2:4", self._gain(two_four, "nm")))
+        if now.format == "dense":
+            for share in (0.5, 0.7, 0.9):
+                imagined = replace(self.fact, nnz=round((1 - share) * self.fact.n * self.fact.k), nm=(), blocks=())
+                if share > self.fact.sparsity:
+                    tries.append((f"{share:.0%} zero".replace("%", " %"), self._gain(imagined, "")))
+        return words.would_give([(what, gain) for what, gain in tries if gain > least][:2])
+
+    def _gain(self, imagined: WeightFact, kind: str) -> float:
+        assert self.dense is not None
+        ways = sparse_ways(imagined, self.dtype, self.rates, self.policy.formats)
+        costs = [w.cost.at(1) for w in ways if w.format.startswith(kind)]
+        return self.dense.cost.at(1) / min(costs) if costs else 0.0
+
+
+def _furthest(start: float, slope: float, goal: float) -> float:
+    """The largest x >= 0 with start + slope*x <= goal; negative when there is none."""
+    if start >= goal:
+        return -1.0
+    return (goal - start) / slope if slope > 0 else float("inf")
+
+
+def _measured_reason(
+    plain: Decision, now: Decision, dense: Way, ways: list[Way], measured: Mapping[tuple[str, str, int], Ratio]
+) -> str:
+    """The sentence of a measured decision: its first measured M, and what was found there."""
+    known = {(w.format, w.kernel): w for w in ways}
+    at = min(m for _, _, m in measured)
+    found = {(f, loop): r.value for (f, loop, m), r in measured.items() if m == at and (f, loop) in known}
+    ran = now.at(at)
+    if ran.format != "dense":
+        ratio = found.get((ran.format, ran.kernel), ran.dense_s / ran.ours_s if ran.ours_s else 1.0)
+        return f"{words.reads(known[ran.format, ran.kernel].bytes, dense.bytes)}; {words.measured(ratio, at)}"
+    if not found:
+        return plain.reason
+    (format_name, _), ratio = max(found.items(), key=lambda item: item[1])
+    return words.no_gain(format_name, ratio, at)

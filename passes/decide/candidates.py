@@ -1,0 +1,85 @@
+"""The ways to run one weight: dense always, and each sparse format that its facts allow, with bytes and cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sparsec.facts import Candidate, WeightFact
+from sparsec.formats import VALUE_BYTES, Format, Pattern, storage_bytes, stored_values
+from sparsec.passes.decide.cost import Cost, dense_cost, kernel_cost
+from sparsec.targets.base import KernelRate, Rates
+
+FULLEST_NM = 0.75  # above this share of kept values, N:M saves less than its index costs
+FULLEST_BLOCKS = 0.9  # likewise for the share of blocks that hold anything
+
+
+@dataclass(frozen=True)
+class Way:
+    """One format and loop with its cost; ``format`` is ``dense`` or the name of a Format."""
+
+    format: str
+    kernel: str
+    bytes: int
+    cost: Cost
+
+    @property
+    def sparse(self) -> bool:
+        return self.format != "dense"
+
+    def candidate(self) -> Candidate:
+        return Candidate(self.format, self.kernel, self.bytes, self.cost.text())
+
+
+def dense_way(fact: WeightFact, dtype: str, rates: Rates) -> Way | None:
+    """Dense, or None where this machine's dense speed in ``dtype`` is not known."""
+    rate = next((r for r in rates.dense if r.dtype == dtype), None)
+    if rate is None or not rate.points:
+        return None
+    weights = fact.n * fact.k
+    return Way("dense", "", weights * VALUE_BYTES[dtype], dense_cost(rate, weights, rates.dense_overhead))
+
+
+def sparse_ways(fact: WeightFact, dtype: str, rates: Rates, formats: tuple[str, ...]) -> list[Way]:
+    """Every sparse format and loop that holds for the weight, is allowed, and has a kernel with known speed."""
+    ways = []
+    for pattern in patterns(fact):
+        if not allowed(pattern, formats):
+            continue
+        name = Format(pattern, dtype)
+        read = storage_bytes(name, fact)
+        for rate in kernel_rates(rates, pattern, dtype):
+            cost = kernel_cost(rate, rates, fact.n * fact.k, stored_values(pattern, fact), read)
+            ways.append(Way(str(name), rate.loop, read, cost))
+    return ways
+
+
+def allowed(pattern: Pattern, formats: tuple[str, ...]) -> bool:
+    """``formats`` names patterns; ``nm`` and ``block`` without parameters mean all of theirs; empty means all."""
+    return not formats or str(pattern) in formats or pattern.kind in formats
+
+
+def patterns(fact: WeightFact) -> Iterator[Pattern]:
+    """The sparse patterns that this weight holds."""
+    if fact.nnz == fact.n * fact.k:
+        return
+    yield Pattern("bitmap")
+    yield Pattern("index")
+    taken: list[tuple[int, int]] = []
+    for f in fact.nm:
+        implied = any(n * f.m <= f.n * m and f.m % m == 0 for n, m in taken)  # 2:4 is 4:8, and packs the same
+        if f.exact and f.n / f.m <= FULLEST_NM and not implied:
+            taken.append((f.n, f.m))
+            yield Pattern("nm", (f.n, f.m))
+    for b in fact.blocks:
+        if b.rows * b.cols > 1 and b.nonzero <= FULLEST_BLOCKS * b.total:
+            yield Pattern("block", (b.rows, b.cols))
+
+
+def kernel_rates(rates: Rates, pattern: Pattern, dtype: str) -> list[KernelRate]:
+    """The measured loops of a pattern: those of exactly its parameters, else those of its family."""
+    for name in (str(pattern), pattern.kind):
+        found = [r for r in rates.kernels if r.pattern == name and r.dtype == dtype]
+        if found:
+            return found
+    return []
