@@ -7,6 +7,8 @@ front: prune a model, explain a decision, tune, save. Importing sparsec imports 
 from __future__ import annotations
 
 import importlib
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -42,6 +44,17 @@ __all__ = [
     "sparsify",
     "tune",
 ]
+
+
+class _Package(types.ModuleType):
+    """Importing the module ``sparsec.explain`` must not put it in the place of the function ``sparsec.explain``."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _HOME or not isinstance(value, types.ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

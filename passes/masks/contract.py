@@ -1,0 +1,92 @@
+"""What a mask method is: a frozen dataclass that scores weights, or updates them while choosing.
+
+In: one layer's weight as a matrix [N, K] = [out_features, in_features], and the statistics it asked for. Out: a score
+per weight (the higher, the more it is worth keeping), or new values together with the mask.
+
+A method is one file and one line in ``sparsec.passes.masks.METHODS``; its fields are its options and become keys of
+the recipe, checked from their annotations. Pattern, scope and quota are not its business: it hands scores to
+``Choose``, so every method works with every pattern. Its class says::
+
+    needs   names of STATISTICS; () runs without data
+    scope   where weights compete unless the recipe says otherwise: "layer", "global" or "row"
+    norm    how the scores of a block add up: "l2" for magnitudes, "sum" for scores that are squares already
+    source  paper or equation
+    cost    what a user waits for, in a few words
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias, runtime_checkable
+
+if TYPE_CHECKING:
+    import torch
+
+# What a layer's inputs X [tokens, K] can be reduced to; methods that share a name share one pass over the data.
+STATISTICS: Mapping[str, str] = {
+    "sum_x2": "[K] fp32: sum of x^2 over tokens",
+    "xxt": "[K, K] fp32: sum of x x^T over tokens",
+    "absmax": "[K] fp32: largest |x|",
+    "tokens": "[] int64: tokens seen",
+}
+SCOPES = ("layer", "global", "row")
+
+Statistics: TypeAlias = "Mapping[str, torch.Tensor]"
+
+
+class Choose(Protocol):
+    """Which weights stay, from their scores: the recipe's pattern, quota and scope behind one call."""
+
+    def __call__(self, score: torch.Tensor, start: int = 0) -> torch.Tensor:
+        """Scores [N, width] of the in-features from ``start`` on; gives a bool keep-mask of that shape.
+
+        A method that walks over column blocks calls it once a block and the quota holds in each. ``start`` must be a
+        multiple of the pattern's group. A fixed mask is just another ``Choose`` ("keep the mask, update the rest").
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """``keep``: bool [N, K]. ``values``: the new [N, K] weights, or None where the kept ones stay as they are."""
+
+    keep: torch.Tensor
+    values: torch.Tensor | None = None
+
+
+class Method(Protocol):
+    """The static part every method has; beside it, it is ``Scores`` or ``Updates``."""
+
+    needs: ClassVar[tuple[str, ...]]
+    scope: ClassVar[str]
+    norm: ClassVar[str]
+    source: ClassVar[str]
+    cost: ClassVar[str]
+
+
+@runtime_checkable
+class Scores(Protocol):
+    """A method whose kept weights stay as they are (magnitude, Wanda, RIA)."""
+
+    def score(self, weight: torch.Tensor, stats: Statistics) -> torch.Tensor:
+        """[N, K] floats, NaN-free; higher is kept. Must not change ``weight``."""
+        ...
+
+
+@runtime_checkable
+class Updates(Protocol):
+    """A method that chooses and repairs at once (SparseGPT: later columns are scored on already updated weights)."""
+
+    def update(self, weight: torch.Tensor, stats: Statistics, choose: Choose) -> Pruned:
+        """The mask and the new values. Must not change ``weight``."""
+        ...
+
+
+def prune(method: Method, weight: torch.Tensor, stats: Statistics, choose: Choose) -> Pruned:
+    """Run a method on one matrix [N, K]; nothing is written."""
+    if isinstance(method, Updates):
+        return method.update(weight, stats, choose)
+    if isinstance(method, Scores):
+        return Pruned(choose(method.score(weight, stats)))
+    raise TypeError(f"{type(method).__name__} has neither score nor update")

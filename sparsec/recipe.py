@@ -1,0 +1,301 @@
+"""Recipes: what a user asks of ``sparsify``, checked once, then frozen.
+
+In: a method name, a dict of one step, a list of steps, ``{"version": 1, "steps": [...]}``, or a YAML, JSON or TOML
+file of these. Out: ``Recipe``, whose every key has been checked and whose ``to_dict`` runs again to the same masks.
+
+  {method: magnitude, sparsity: 0.5}                        one step
+  {version: 1, ignore: [lm_head], steps: [{method: ...}]}   several, in order
+
+The options of a method (the fields of its dataclass) are keys of its step, with their types and defaults. ``pattern:
+N:M`` keeps N of M. Names that other tools use are read too: ``mask_structure``, ``num_calibration_samples``,
+``max_seq_length``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, create_model, field_validator
+
+from sparsec.cache import digest
+from sparsec.errors import BadRecipe, SparsecError, UnknownRecipeKey, did_you_mean, listed
+from sparsec.passes.masks import METHODS, method_class
+from sparsec.passes.masks.pattern import MaskPattern
+from sparsec.recipe_file import SUFFIXES, read, to_yaml
+
+SKIP = "skip"
+DEFAULT_SPARSITY = 0.5
+_OVERRIDABLE = ("sparsity", "pattern", "scope")  # besides the method's own options
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Calibration(_Model):
+    """The text that methods with ``needs`` are calibrated on."""
+
+    dataset: str | None = Field(default=None, description="name of a dataset, or the path of a .txt or .jsonl file")
+    split: str = Field(default="train", description="split of the dataset")
+    samples: int = Field(default=128, ge=1, description="segments")
+    seqlen: int = Field(default=2048, ge=1, description="tokens a segment")
+    seed: int = Field(default=0, description="which segments are drawn")
+
+
+class Step(_Model):
+    """One method over a set of layers. Each method's own class adds its options."""
+
+    method: str
+    sparsity: float | None = Field(default=None, ge=0, lt=1, description="share that goes; N:M fixes it, else 0.5")
+    pattern: str = Field(default="unstructured", description="unstructured, N:M (keep N of M), V:N:M or block:RxC")
+    scope: Literal["layer", "global", "row"] | None = Field(
+        None, description="where weights compete: each layer, all layers of the step, or each row; null: the method's"
+    )
+    targets: tuple[str, ...] | None = Field(default=None, description="layers to take; null: every prunable layer")
+    ignore: tuple[str, ...] | None = Field(default=None, description="layers to leave; null: the output head; []: none")
+    overrides: dict[str, dict[str, Any] | None] = Field(
+        default_factory=dict, description="layers (same spellings) -> other settings, or skip"
+    )
+
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _pattern(cls, value: object) -> str:
+        return str(MaskPattern.parse(value))
+
+    @field_validator("targets", "ignore", mode="before")
+    @classmethod
+    def _entries(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("overrides", mode="before")
+    @classmethod
+    def _skips(cls, value: object) -> object:
+        if not isinstance(value, Mapping):
+            return value
+        return {k: None if v is None or v is False or v == SKIP else v for k, v in value.items()}
+
+    def method_object(self) -> Any:
+        """The method with this step's options."""
+        cls = method_class(self.method)
+        return cls(**{f.name: getattr(self, f.name) for f in fields(cls)})
+
+    def overridden(self, entry: str) -> Step | None:
+        """The settings of the layers that ``entry`` of ``overrides`` decides for; None: they are skipped."""
+        changes = self.overrides[entry]
+        if changes is None:
+            return None
+        base = self.model_dump(exclude={"overrides"})
+        if "pattern" in changes and "sparsity" not in changes:  # 2:4 brings its own sparsity with it
+            base["sparsity"] = base["sparsity"] if MaskPattern.parse(changes["pattern"]).sparsity is None else None
+        known = (*_OVERRIDABLE, *(f.name for f in fields(method_class(self.method))))
+        changes = _known(changes, known, f"overrides[{entry!r}]")
+        made: Step = _validated(type(self), {**base, **changes}, f"overrides[{entry!r}]")
+        return made.filled()
+
+    def filled(self) -> Step:
+        """With ``sparsity`` and ``scope`` as they will be used. Raises BadRecipe where pattern and sparsity differ."""
+        fixed = MaskPattern.parse(self.pattern).sparsity
+        if fixed is not None and self.sparsity is not None and abs(fixed - self.sparsity) > 1e-6:
+            raise BadRecipe(
+                detail=f"pattern {self.pattern} means sparsity {fixed:g}, but sparsity is {self.sparsity:g}; "
+                "drop one of the two (pattern: unstructured takes any sparsity)"
+            )
+        said = DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
+        scope = self.scope or method_class(self.method).scope
+        return self.model_copy(update={"sparsity": said if fixed is None else fixed, "scope": scope})
+
+
+class Recipe(_Model):
+    """Steps in order. ``made_with`` tells the versions that a resolved recipe was made with; nothing reads it."""
+
+    version: Literal[1] = 1
+    seed: int = Field(default=0, description="of everything random")
+    calibration: Calibration = Calibration()
+    steps: tuple[SerializeAsAny[Step], ...] = Field(min_length=1)
+    made_with: dict[str, str] = Field(default_factory=dict)
+    notes: tuple[str, ...] = Field(default=(), exclude=True)  # how an alias was read; not part of the recipe
+
+    @classmethod
+    def load(cls, said: object) -> Recipe:
+        """Read whatever a user gave. Raises a RecipeError that says what to change."""
+        if isinstance(said, Recipe):
+            return said
+        if isinstance(said, (str, os.PathLike)):
+            said = _named(said)
+        if isinstance(said, Sequence) and not isinstance(said, (str, bytes)):
+            said = {"steps": list(said)}
+        if not isinstance(said, Mapping):
+            raise BadRecipe(detail=f"a recipe is a method name, a file, a dict or a list of steps, not {said!r}")
+        return _from_dict(dict(said))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; ``Recipe.load`` of it gives the same recipe."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        return to_yaml(self.to_dict())
+
+    @property
+    def sha(self) -> str:
+        """A hash of what it asks for, whoever wrote it and with which version."""
+        return digest(self.model_copy(update={"made_with": {}}).model_dump_json())
+
+
+def step_class(method: str) -> type[Step]:
+    """The pydantic class of one method's step. Raises UnknownMethod."""
+    method_class(method)
+    return _step_class(method, METHODS[method])  # by home as well: a name may be registered anew
+
+
+@cache
+def _step_class(method: str, home: str) -> type[Step]:
+    cls = method_class(method)
+    hints = get_type_hints(cls, include_extras=True)
+    options: dict[str, Any] = {}
+    for f in fields(cls):
+        default = f.default if f.default is not MISSING else ...
+        description = f.metadata.get("doc")
+        if f.default_factory is not MISSING:
+            options[f.name] = (hints[f.name], Field(default_factory=f.default_factory, description=description))
+        else:
+            options[f.name] = (hints[f.name], Field(default, description=description))
+    options["method"] = (Literal.__getitem__(method), ...)  # Literal[method] of a name known only now
+    return create_model(f"{cls.__name__}Step", __base__=Step, __doc__=cls.__doc__, **options)
+
+
+def schema(method: str | None = None) -> dict[str, Any]:
+    """JSON Schema of one method's step, or of whole recipes (any method, by ``method``). Raises UnknownMethod."""
+    if method is not None:
+        return step_class(method).model_json_schema()
+    whole = Recipe.model_json_schema()
+    steps = {name: schema(name) for name in METHODS}
+    definitions = whole.setdefault("$defs", {})
+    definitions.pop("Step", None)
+    for name, step in steps.items():
+        definitions.update(step.pop("$defs", {}))
+        definitions[name] = step
+    refs = [{"$ref": f"#/$defs/{name}"} for name in steps]
+    whole["properties"]["steps"]["items"] = {"oneOf": refs, "discriminator": {"propertyName": "method"}}
+    return whole
+
+
+def _named(said: str | os.PathLike[str]) -> Any:
+    path = Path(said)
+    if isinstance(said, os.PathLike) or path.suffix.lower() in SUFFIXES or (os.sep in said and path.is_file()):
+        return read(path)
+    method_class(said)  # raises with the nearest name
+    return {"method": said}
+
+
+def _from_dict(said: dict[str, Any]) -> Recipe:
+    """A recipe of one step is a recipe of several with one in it; keys of both kinds may be mixed there."""
+    notes: list[str] = []
+    if said.pop("preset", None) is not None:
+        raise BadRecipe(detail=f"there are no presets; name a method instead ({listed(METHODS)})")
+    calibration = _calibration(said)
+    top: dict[str, Any] = {key: said.pop(key) for key in ("version", "seed", "made_with") if key in said}
+    steps, shared = [said], None
+    if "steps" in said:
+        steps, shared = said.pop("steps"), said.pop("ignore", None)
+        _known(said, (), "a recipe with steps", ("version", "preset", "seed", "calibration", "ignore", "steps"))
+        if not isinstance(steps, (list, tuple)) or not steps:
+            raise BadRecipe(detail="steps is a list with at least one step")
+    top["steps"] = [_step(step, shared, notes, i) for i, step in enumerate(steps)]
+    made: Recipe = _validated(Recipe, {**top, "calibration": calibration, "notes": tuple(notes)}, "the recipe")
+    return made
+
+
+def _calibration(said: dict[str, Any]) -> Calibration:
+    """Takes ``calibration`` and its aliases out of ``said``."""
+    settings = said.pop("calibration", None) or {}
+    if not isinstance(settings, Mapping):
+        raise BadRecipe(detail="calibration is a dict of settings")
+    settings = _known(settings, Calibration.model_fields, "calibration")
+    for alias, key in (("num_calibration_samples", "samples"), ("max_seq_length", "seqlen")):
+        if alias not in said:
+            continue
+        if key in settings:
+            raise BadRecipe(detail=f"{alias} and calibration.{key} are the same; give one")
+        settings[key] = said.pop(alias)
+    made: Calibration = _validated(Calibration, settings, "calibration")
+    return made
+
+
+def _step(said: object, shared_ignore: Any, notes: list[str], index: int) -> Step:
+    where = f"step {index + 1}"
+    if isinstance(said, Step):
+        return said
+    if isinstance(said, str):
+        said = {"method": said}
+    if not isinstance(said, Mapping):
+        raise BadRecipe(detail=f"{where} is {said!r}, not a dict with a method")
+    step = dict(said)
+    _read_mask_structure(step, notes)
+    if "method" not in step:
+        typo = next((key for key in step if did_you_mean(str(key), ["method"])), None)
+        hint = f" (it has {typo!r})" if typo else f"; known methods are: {listed(METHODS)}"
+        raise BadRecipe(detail=f"{where} names no method{hint}")
+    cls = step_class(step["method"])
+    _known(step, cls.model_fields, f"method {step['method']}")
+    if shared_ignore is not None:
+        both = [*_as_list(shared_ignore), *_as_list(step.get("ignore") or ())]
+        step["ignore"] = list(dict.fromkeys(both))
+    made: Step = _validated(cls, step, where)
+    made = made.filled()
+    for entry in made.overrides:
+        made.overridden(entry)  # wrong keys and values are found now, not at the layer
+    return made
+
+
+def _as_list(entries: Any) -> list[Any]:
+    return [entries] if isinstance(entries, str) else list(entries)
+
+
+def _read_mask_structure(said: dict[str, Any], notes: list[str]) -> None:
+    """llm-compressor's name for the pattern; it counts the weights that go, we count those that stay."""
+    if "mask_structure" not in said:
+        return
+    if "pattern" in said:
+        raise BadRecipe(detail="mask_structure and pattern are the same; give one")
+    structure = said.pop("mask_structure")
+    if structure in ("0:0", "unstructured"):
+        said["pattern"] = "unstructured"
+        return
+    read_as = MaskPattern.parse(structure)
+    if read_as.kind == "nm" and read_as.params[0] * 2 != read_as.params[1]:
+        n, m = read_as.params
+        notes.append(
+            f"mask_structure {n}:{m} prunes {n} of {m}, as in llm-compressor: it was read as pattern {m - n}:{m}"
+        )
+        read_as = MaskPattern("nm", (m - n, m))
+    said["pattern"] = str(read_as)
+
+
+def _known(
+    said: Mapping[Any, Any], known: Sequence[str] | Mapping[str, Any], where: str, shown: Sequence[str] = ()
+) -> dict[str, Any]:
+    """``said`` itself, when all its keys are known. Raises UnknownRecipeKey with the nearest."""
+    names = list(shown or known)
+    for key in said:
+        if key not in known:
+            raise UnknownRecipeKey(key=key, nearest=did_you_mean(str(key), names), where=where, known=listed(names))
+    return dict(said)
+
+
+def _validated(cls: type[Any], said: Mapping[str, Any], where: str) -> Any:
+    try:
+        return cls.model_validate(dict(said))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raised = first.get("ctx", {}).get("error")
+        if isinstance(raised, SparsecError):  # a validator of ours that knows better words
+            raise raised from None
+        place = ".".join(str(part) for part in first["loc"])
+        subject = f"{place} of {where}" if place else where
+        message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        raise BadRecipe(detail=f"{subject} is {first['input']!r}, but must be {message}") from None

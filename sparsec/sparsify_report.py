@@ -1,0 +1,152 @@
+"""What ``sparsify`` did: a record a layer, notes, the resolved recipe. ``str()`` is a table, ``to_dict()`` is JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sparsec.recipe import Recipe
+from sparsec.report_fold import merge_names, template
+
+_CLOSE = 0.02  # layers whose zeros or errors differ by more than this are not one row
+
+
+@dataclass(frozen=True)
+class PrunedLayer:
+    """One weight [N, K] = ``shape`` after one step.
+
+    ``asked`` is the recipe's sparsity for it, ``achieved`` the share of exact zeros it now has, both 0 to 1; with
+    scope ``global`` a layer's own share is what the common threshold gives. ``error`` is ||W - W'|| / ||W||
+    (Frobenius), W as it was before the step. ``tied``: other modules with the same weight, pruned by the same write.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    method: str
+    pattern: str
+    scope: str
+    asked: float
+    achieved: float
+    error: float
+    step: int = 1
+    tied: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def weights(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class Report:
+    """``recipe`` has every default filled in and runs again to the same masks. ``model_sha`` names the model before."""
+
+    recipe: Recipe
+    layers: tuple[PrunedLayer, ...]
+    notes: tuple[str, ...]
+    seconds: float
+    model_sha: str
+
+    @property
+    def achieved(self) -> float:
+        """Share of exact zeros over all layers, each counted once, as the last step left it."""
+        last = {layer.name: layer for layer in self.layers}.values()
+        return sum(x.achieved * x.weights for x in last) / max(sum(x.weights for x in last), 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "recipe": self.recipe.to_dict(),
+            "recipe_sha": self.recipe.sha,
+            "model_sha": self.model_sha,
+            "achieved": self.achieved,
+            "seconds": self.seconds,
+            "layers": [asdict(layer) | {"shape": list(layer.shape)} for layer in self.layers],
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        count = len({layer.name for layer in self.layers})
+        size = sum(layer.weights for layer in {layer.name: layer for layer in self.layers}.values())
+        methods = " + ".join(step.method for step in self.recipe.steps)
+        head = f"sparsify {methods}: {count} layers, {_count(size)} weights, {self.achieved:.1%} zero"
+        rows = [_row(group) for group in _folded(self.layers)]
+        lines = [
+            f"{head}, {self.seconds:.1f} s",
+            "",
+            *table(("layer", "shape", "pattern", "asked", "zero", "error"), rows),
+        ]
+        notes = [*self.notes, *_layer_notes(self.layers)]
+        return "\n".join([*lines, *(["", *(f"note: {note}" for note in notes)] if notes else [])])
+
+
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Aligned columns, two blanks apart; the first is a name that is cut in the middle where it is very long."""
+    rows = [(_short(row[0]), *row[1:]) for row in rows]
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
+
+
+def _short(name: str, most: int = 56) -> str:
+    return name if len(name) <= most else f"{name[: most // 2 - 2]}...{name[-(most // 2 - 1) :]}"
+
+
+def _folded(layers: Sequence[PrunedLayer]) -> list[list[PrunedLayer]]:
+    """Layers whose names differ in numbers only and that came out alike, in one group; in order of first sight."""
+    groups: list[list[PrunedLayer]] = []
+    for layer in layers:
+        home = next((group for group in groups if _alike(group[0], layer)), None)
+        if home is None:
+            groups.append([layer])
+        else:
+            home.append(layer)
+    return groups
+
+
+def _alike(a: PrunedLayer, b: PrunedLayer) -> bool:
+    same = (template(a.name), a.shape, a.pattern, a.scope, a.asked, a.step, a.method)
+    if same != (template(b.name), b.shape, b.pattern, b.scope, b.asked, b.step, b.method):
+        return False
+    return abs(a.achieved - b.achieved) <= _CLOSE and abs(a.error - b.error) <= _CLOSE
+
+
+def _row(group: Sequence[PrunedLayer]) -> tuple[str, ...]:
+    first = group[0]
+    scope = "" if first.scope == "layer" else f", {first.scope}"
+    return (
+        merge_names([layer.name for layer in group]) or "(the model)",
+        f"{first.shape[0]}x{first.shape[1]}",
+        f"{first.pattern}{scope}",
+        f"{first.asked:.1%}",
+        _span([layer.achieved for layer in group], ".1%"),
+        _span([layer.error for layer in group], ".3f"),
+    )
+
+
+def _span(values: Sequence[float], form: str) -> str:
+    low, high = format(min(values), form), format(max(values), form)
+    return low if low == high else f"{low.removesuffix('%')}-{high}"
+
+
+def _layer_notes(layers: Sequence[PrunedLayer]) -> list[str]:
+    same: dict[str, list[str]] = {}
+    for layer in layers:
+        for note in layer.notes:
+            same.setdefault(note, []).append(layer.name)
+    return [f"{_names(names)}: {note}" for note, names in same.items()]
+
+
+def _names(names: list[str]) -> str:
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(template(name), []).append(name)
+    merged = [merge_names(group) for group in kinds.values()]
+    return ", ".join(merged[:3]) + (f" and {len(merged) - 3} more kinds" if len(merged) > 3 else "")
+
+
+def _count(weights: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if weights >= size:
+            return f"{weights / size:.3g} {unit}"
+    return str(weights)
