@@ -11,6 +11,7 @@ SPARSEC_DEBUG=1 shows the traceback behind a sentence.
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -117,7 +118,7 @@ def _load(name: str) -> Callable[..., Any]:
 
 
 def _help(function: Callable[..., Any], line: str) -> str:
-    text = (function.__doc__ or line).strip()
+    text = inspect.cleandoc(function.__doc__ or line)
     example = getattr(sys.modules[function.__module__], "EXAMPLE", "").strip()
     if not example:
         return text
@@ -130,6 +131,7 @@ def _report(error: Exception) -> int:
         import traceback
 
         traceback.print_exc()
+    error = getattr(error, "inner_exception", error)  # torch.compile wraps what a backend raises
     if isinstance(error, SparsecError):
         return _say(str(error), 2)
     usage = getattr(error, "format_message", None)  # the base class of usage errors differs between typer versions

@@ -1,0 +1,284 @@
+"""One process of ``sparsec bench``: a job as JSON on stdin, events as JSON lines on stdout, chatter on stderr.
+
+Events: ``{"event": "progress", done, total, what}``, ``{"event": "record", record}``, ``{"event": "error", ...}``.
+"""
+
+from __future__ import annotations
+
+import datetime
+import inspect
+import json
+import math
+import os
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sparsec import __version__, models, records
+from sparsec.bench import BenchRecord, summary
+from sparsec.codegen.build import find_compiler
+from sparsec.errors import BadOptionValue, NoCompiler, SparsecError, SparsecWarning
+from sparsec.options import Options
+from sparsec.targets import resolve
+from sparsec.timing import Samples, interleave, speedup
+
+Emit = Callable[[dict[str, Any]], None]
+Make = Callable[[Callable[..., Any]], Callable[[], Any]]  # a model to call -> one timed call of it
+
+
+@dataclass(frozen=True)
+class Test:
+    """One thing to time. ``units``: tokens (or samples) that one timed call works through."""
+
+    name: str
+    batch: int
+    n_prompt: int
+    n_gen: int
+    units: int
+    unit: str
+    make: Make
+
+
+def main() -> None:
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever prints must not end up between the events
+
+    def emit(event: dict[str, Any]) -> None:
+        out.write(json.dumps(event, default=str) + "\n")
+        out.flush()
+
+    try:
+        work(json.load(sys.stdin), emit)
+    except SparsecError as error:
+        emit({"event": "error", "error": type(error).__name__, "fields": error.fields})
+    except Exception as error:
+        if os.environ.get("SPARSEC_DEBUG"):
+            raise
+        emit({"event": "error", "error": type(error).__name__, "detail": f"{type(error).__name__}: {error}"})
+
+
+def work(job: Mapping[str, Any], emit: Emit) -> None:
+    """Load the model, then time each test. Raises what ``load_model`` and ``Options.parse`` raise."""
+    options = Options.parse(job["options"])
+    if job["threads"][0]:
+        torch.set_num_threads(job["threads"][0])
+    emit({"event": "progress", "done": 0, "total": 1, "what": "loading"})
+    loaded = models.load_model(job["models"][0], job["dtype"])
+    tests = tests_of(loaded, job)
+    common = {
+        "sparsec_version": __version__,
+        "build_commit": job["commit"],
+        "torch_version": torch.__version__,
+        **_machine(options.policy.target),
+        **_about(loaded),
+        "n_threads": torch.get_num_threads(),
+    }
+    for number, test in enumerate(tests):
+
+        def tell(what: str, share: float, number: int = number, test: Test = test) -> None:
+            done = int(100 * (number + share))
+            emit({"event": "progress", "done": done, "total": 100 * len(tests), "what": f"{test.name} {what}"})
+
+        for record in time_test(loaded, test, job, common, tell):
+            emit({"event": "record", "record": record.to_dict()})
+
+
+def tests_of(loaded: models.LoadedModel, job: Mapping[str, Any]) -> list[Test]:
+    """Causal models: pp (a prompt) and tg (tokens one by one); others: one forward. Raises BadOptionValue."""
+    prompts = job["prompts"] if job["prompts"] is not None else [min(512, loaded.context or 512)]
+    tests = []
+    for batch in job["batches"]:
+        if loaded.kind in ("vision", "module"):
+            tests.append(_forward(loaded, batch, prompts[0] or 1))
+            continue
+        tests += [_forward(loaded, batch, p) for p in prompts if p]
+        if loaded.kind == "causal":
+            tests += [_generation(loaded, batch, n) for n in job["gens"] if n]
+    if not tests:
+        raise BadOptionValue(key="-p", value=0, expected="-p or -n must ask for at least one token")
+    return tests
+
+
+def _forward(loaded: models.LoadedModel, batch: int, tokens: int) -> Test:
+    """One call. ``pp`` computes the logits of the last token only, as generation does with a prompt."""
+    kwargs = loaded.inputs(batch, tokens)
+    causal, counts = loaded.kind == "causal", loaded.kind in ("causal", "encoder")
+    if causal and "logits_to_keep" in inspect.signature(loaded.model.forward).parameters:
+        kwargs["logits_to_keep"] = 1
+    if not counts:
+        return Test("fwd", batch, 0, 0, batch, "samples", lambda call: lambda: call(**kwargs))
+    name = f"pp{tokens}" if causal else f"fwd{tokens}"
+    return Test(name, batch, tokens, 0, batch * tokens, "tokens", lambda call: lambda: call(**kwargs))
+
+
+def _generation(loaded: models.LoadedModel, batch: int, tokens: int) -> Test:
+    """``tokens`` decoding steps from an empty static cache, greedy."""
+    if loaded.context is not None and tokens > loaded.context:
+        raise BadOptionValue(key="-n", value=tokens, expected=f"{loaded.name} takes at most {loaded.context}")
+    from transformers import StaticCache
+
+    cache = StaticCache(config=loaded.config, max_cache_len=tokens)
+    first = loaded.inputs(batch, 1)["input_ids"]
+    positions = [torch.full((batch, 1), i) for i in range(tokens)]
+    masks = _masks(tokens, next(loaded.model.parameters()).dtype, cache)
+    names = inspect.signature(loaded.model.forward).parameters
+
+    def kwargs(ids: torch.Tensor, i: int) -> dict[str, Any]:
+        said = {"input_ids": ids, "position_ids": positions[i], "attention_mask": masks[i], "past_key_values": cache}
+        return {**{k: v for k, v in said.items() if k in names}, "use_cache": True}
+
+    loaded.model(**kwargs(first, 0))  # eagerly once: the cache allocates itself at its first use
+
+    def make(call: Callable[..., Any]) -> Callable[[], Any]:
+        def run() -> torch.Tensor:
+            cache.reset()
+            ids = first
+            for i in range(tokens):
+                logits = call(**kwargs(ids, i)).logits[:, -1:]
+                ids = logits.argmax(-1)
+            return logits  # type: ignore[no-any-return]
+
+        return run
+
+    return Test(f"tg{tokens}", batch, 0, tokens, batch * tokens, "tokens", make)
+
+
+def _masks(tokens: int, dtype: torch.dtype, cache: Any) -> Sequence[torch.Tensor | None]:
+    """Step i sees positions 0..i: additive [1, 1, 1, tokens]. Made outside the timing, as ``generate`` makes them
+    outside the graph. Models with sliding layers make their own."""
+    if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
+        return [None] * tokens
+    hidden = torch.full((tokens, tokens), torch.finfo(dtype).min, dtype=dtype).triu(1)
+    return [hidden[i].view(1, 1, 1, tokens).clone() for i in range(tokens)]
+
+
+def time_test(
+    loaded: models.LoadedModel,
+    test: Test,
+    job: Mapping[str, Any],
+    common: Mapping[str, Any],
+    tell: Callable[[str, float], None],
+) -> list[BenchRecord]:
+    """Compile both engines, compare their outputs, time them in turns; [dense record, sparsec record]."""
+    torch.compiler.reset()  # type: ignore[no-untyped-call]
+    started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    with torch.no_grad(), records.recording() as seen, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", SparsecWarning)
+        base, dense = _dense(loaded.model)
+        sparse = _compile(loaded.model, backend="sparsec", **({"options": job["options"]} if job["options"] else {}))
+        calls = {base: test.make(dense), "sparsec": test.make(sparse)}
+        tell("compiling", 0.0)
+        expected = _tensor(calls[base]())
+        tell("compiling", 0.25)
+        difference = _difference(expected, _tensor(calls["sparsec"]()))
+        tell("timing", 0.5)
+        samples = interleave(
+            calls,
+            rounds=job["rounds"],
+            warmup=2 if job["warmup"] else 1,
+            on_round=lambda i, n: tell("timing", 0.5 + 0.5 * i / n),
+        )
+    notes = dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, SparsecWarning))
+    rest = {**common, "test_time": started, "notes": " ".join(notes)}
+    path = path_taken(seen)
+    return [
+        _record(test, rest, base, samples[base], samples[base], "as it is", 0.0),
+        _record(test, rest, "sparsec", samples["sparsec"], samples[base], path, difference),
+    ]
+
+
+def _dense(model: torch.nn.Module) -> tuple[str, Callable[..., Any]]:
+    try:
+        find_compiler()
+    except NoCompiler:  # Inductor's CPU code needs one too
+        return "eager", model
+    return "inductor", _compile(model, backend="inductor")
+
+
+def _compile(model: torch.nn.Module, **arguments: Any) -> Callable[..., Any]:
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        arguments["isolate_recompiles"] = True
+    return torch.compile(model, dynamic=False, **arguments)
+
+
+def _tensor(output: Any) -> torch.Tensor:
+    """The first tensor of what a model returns."""
+    while not isinstance(output, torch.Tensor):
+        output = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
+    return output.detach().float().clone()
+
+
+def _difference(expected: torch.Tensor, got: torch.Tensor) -> float:
+    largest = float(expected.abs().max()) or 1.0
+    return float((expected - got).abs().max()) / largest
+
+
+def path_taken(seen: Sequence[records.CompileRecord]) -> str:
+    """``"bitmap 24, dense 13"``: layers by the format they ran at the rows of this test."""
+    layers = {}
+    for record in seen:
+        if record.failure:
+            return "dense (fallback)"  # the reason was a warning, so it is in the notes
+        layers.update({(layer.name, layer.site.node): layer for layer in record.layers})
+    chosen = Counter(layer.decision.at(_rows(layer.site.x_shape)).format for layer in layers.values())
+    return ", ".join(f"{name.partition('+')[0]} {count}" for name, count in chosen.most_common()) or "no linear layer"
+
+
+def _rows(x_shape: Sequence[int | str]) -> int:
+    return max(1, math.prod(size for size in x_shape[:-1] if isinstance(size, int)))
+
+
+def _record(
+    test: Test, common: Mapping[str, Any], backend: str, ours: Samples, base: Samples, path: str, difference: float
+) -> BenchRecord:
+    ns = tuple(1e9 * s for s in ours.seconds)
+    rates = tuple(test.units / s for s in ours.seconds)
+    ratio = speedup(base, ours)
+    (avg_ns, stddev_ns), (avg_ts, stddev_ts) = summary(ns), summary(rates)
+    return BenchRecord(
+        **common,
+        backend=backend,
+        n_batch=test.batch,
+        n_prompt=test.n_prompt,
+        n_gen=test.n_gen,
+        test=test.name,
+        unit=test.unit,
+        avg_ns=avg_ns,
+        stddev_ns=stddev_ns,
+        avg_ts=avg_ts,
+        stddev_ts=stddev_ts,
+        speedup=ratio.value,
+        speedup_low=ratio.low,
+        speedup_high=ratio.high,
+        path=path,
+        difference=difference,
+        samples_ns=ns,
+        samples_ts=rates,
+    )
+
+
+def _machine(target: str) -> dict[str, Any]:
+    found = resolve(target)
+    return {"cpu_info": found.model, "isa": found.isa + ("+bf16" if found.bf16_dot else "")}
+
+
+def _about(loaded: models.LoadedModel) -> dict[str, Any]:
+    matrices = [p for p in loaded.model.parameters() if p.dim() >= 2]
+    zero = sum(p.numel() - int(p.count_nonzero()) for p in matrices)
+    return {
+        "model_filename": loaded.path or loaded.name,
+        "model_type": f"{getattr(loaded.config, 'model_type', type(loaded.model).__name__)} {loaded.kind}",
+        "model_size": sum(p.numel() * p.element_size() for p in loaded.model.parameters()),
+        "model_n_params": loaded.weights,
+        "zeros": zero / max(sum(p.numel() for p in matrices), 1),
+        "dtype": loaded.dtype,
+    }
+
+
+if __name__ == "__main__":
+    main()
