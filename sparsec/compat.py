@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -17,7 +17,7 @@ try:
     from torch._dynamo.utils import dynamo_timed
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
-    from torch._logging import trace_structured
+    from torch._logging._internal import trace_structured
     from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 except ImportError as error:  # pragma: no cover
     raise ImportError(
@@ -43,7 +43,8 @@ def compile_rest(
     gm: torch.fx.GraphModule, example_inputs: Sequence[Any], patches: Mapping[str, Any]
 ) -> Callable[..., Any]:
     """Hand a Dynamo graph to Inductor, which takes ownership of it."""
-    return compile_fx(gm, list(example_inputs), config_patches=dict(patches))  # type: ignore[no-any-return,arg-type]
+    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=dict(patches))
+    return cast(Callable[..., Any], compiled)
 
 
 def mode_options(mode: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Explanation", "Layer", "explain", "log_record"]
 
-Progress = Callable[[str, int, int], None]  # what, done, of how many
+Progress = Callable[[int, int, str], None]  # steps done, of how many, what
 
 GRADIENTS = (
     "gradients are on here, so torch.compile would leave every layer dense. Run under torch.no_grad() or "
@@ -38,7 +38,8 @@ class Explanation:
     """What sparsec would do with a model, and why. ``layers`` are in the order of the graph.
 
     ``batches``: the batch sizes reported; the plain numbers of a layer are those at the first. ``forward_s``: seconds
-    of the model's eager forward, where measured. ``spec``: what to write for MODEL in a command, if known.
+    of the model's eager forward, where measured. ``spec``: what to write for MODEL in a command, if known; ``tokens``
+    of its inputs (0: unknown).
     """
 
     model: str
@@ -55,6 +56,7 @@ class Explanation:
     options: Options = field(default_factory=Options)
     forward_s: float | None = None
     spec: str = ""
+    tokens: int = 0
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -145,12 +147,13 @@ def explain_with(
     batches: Sequence[int] = (),
     name: str = "",
     spec: str = "",
+    tokens: int = 0,
     on_progress: Progress | None = None,
 ) -> Explanation:
     """``explain`` with parsed options, a name for the model, and progress; what the command line calls."""
     started = time.perf_counter()
-    tell = on_progress or (lambda what, done, of: None)
-    tell("capture, profile, decide", 0, 0)
+    tell = on_progress or (lambda done, total, what: None)
+    tell(0, 1, "capture, profile, decide")
     model = getattr(model, "_orig_mod", model)  # an already compiled model is looked at as it was
     records, notes = _inspect(model, args, kwargs, options)
     given = batch_of(args, kwargs)
@@ -161,11 +164,12 @@ def explain_with(
         notes=tuple(notes),
         weights=sum(p.numel() for p in model.parameters()) if hasattr(model, "parameters") else 0,
         spec=spec,
+        tokens=tokens,
     )
     if report.layers:
-        from sparsec.report_help import helps_of
+        from sparsec.report_help import what_if
 
-        report = replace(report, helps=helps_of(report))
+        report = what_if(report)
     if measure and report.layers:
         from sparsec.report_measure import measured
 

@@ -197,5 +197,3 @@ class Decision:
     @property
     def sparse(self) -> bool:
         return any(r.format != "dense" for r in self.ranges)
-
-

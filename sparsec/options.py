@@ -60,7 +60,8 @@ class Options:
                 raise UnknownOption(key=key, nearest=did_you_mean(str(key), known), known=listed(known))
         inductor = said.pop("inductor", None) or {}
         _check_inductor(inductor)
-        policy = replace(Policy(), **{key: _CHECKS[key](key, value) for key, value in said.items()})
+        checked: dict[str, Any] = {key: _CHECKS[key](key, value) for key, value in said.items()}
+        policy = replace(Policy(), **checked)
         if os.environ.get("SPARSEC_VERIFY", "0") not in ("", "0"):
             policy = replace(policy, verify=True)
         return cls(policy, tuple(sorted(inductor.items())))

@@ -47,7 +47,8 @@ class Compilation:
         return View.of(self.gm, self.example_inputs)
 
     def node(self, name: str) -> torch.fx.Node:
-        return next(n for n in self.gm.graph.nodes if n.name == name)
+        found: torch.fx.Node = next(n for n in self.gm.graph.nodes if n.name == name)
+        return found
 
     def weight(self, site: Site) -> torch.Tensor:
         value = self.view.weight(self.node(site.weight))

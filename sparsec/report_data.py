@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from sparsec.facts import Candidate, Decision, Range, WeightFact
+from sparsec.facts import Candidate, Decision, Range, Site, WeightFact
 from sparsec.formats import VALUE_BYTES
 from sparsec.records import CompileRecord, LayerRecord
 
@@ -31,7 +31,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class Measured(Cost):
-    """Minima of interleaved rounds, and the 95 % interval [low, high] of the ratio taken round by round."""
+    """Timed in interleaved rounds: dense is the minimum, ours is dense over the median ratio of the rounds.
+
+    [low, high] is the 95 % interval of that ratio.
+    """
 
     low: float = 1.0
     high: float = 1.0
@@ -39,7 +42,10 @@ class Measured(Cost):
 
 @dataclass(frozen=True)
 class AtBatch:
-    """One layer at one batch: ``rows`` is M, the rows of x; ``decision`` is ``dense`` or the name of a format."""
+    """One layer at one batch: ``rows`` is M, the rows of x; ``decision`` is ``dense`` or the name of a format.
+
+    ``break_even``: share of zeros from which sparse would win at these rows; None where no share does or none is known.
+    """
 
     batch: int
     rows: int
@@ -47,6 +53,7 @@ class AtBatch:
     kernel: str
     expected: Cost | None
     measured: Measured | None = None
+    break_even: float | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,40 @@ def layers_of(records: Sequence[CompileRecord], batches: Sequence[int], given: i
 def _layer(record: LayerRecord, batches: Sequence[int], given: int) -> Layer:
     ats = []
     for batch in batches:
-        rows = rows_at(record.site.x_shape, batch, given)
+        rows = rows_at(record.site, batch, given)
+        chosen = record.decision.at(rows)
+        ats.append(AtBatch(batch, rows, chosen.format, chosen.kernel, expected(record.decision, rows)))
+    return Layer(record, tuple(ats))
+
+
+def rows_at(site: Site, batch: int, given: int) -> int:
+    """M for a batch: the product of x's leading sizes, scaled from the batch they were seen with.
+
+    A 1x1 convolution sees [B, C, H, W] and has B*H*W rows. A symbolic size counts as the batch. At least 1.
+    """
+    shape = site.x_shape
+    sizes = (shape[0], *shape[2:]) if site.kind == "conv1x1" else shape[:-1]
+    seen = math.prod(size if isinstance(size, int) else given for size in sizes)
+    return max(1, math.ceil(seen * batch / max(given, 1)))
+
+
+def expected(self) -> Cost | None:
+        return self.at[0].expected
+
+    @property
+    def measured(self) -> Measured | None:
+        return self.at[0].measured
+
+
+def layers_of(records: Sequence[CompileRecord], batches: Sequence[int], given: int) -> tuple[Layer, ...]:
+    """Every layer of every record, at each batch. ``given``: the batch of the inputs the graphs were made with."""
+    return tuple(_layer(record, batches, given) for graph in records for record in graph.layers)
+
+
+def _layer(record: LayerRecord, batches: Sequence[int], given: int) -> Layer:
+    ats = []
+    for batch in batches:
+        rows = rows_at(record.site, batch, given)
         chosen = record.decision.at(rows)
         ats.append(AtBatch(batch, rows, chosen.format, chosen.kernel, expected(record.decision, rows)))
     return Layer(record, tuple(ats))
@@ -200,19 +240,24 @@ def reason_of(decision: Decision, at: Sequence[AtBatch]) -> str:
     near = decision.near.partition("(")[2].rstrip(") ")
     if near and near not in parts[0]:
         parts.append(near)
-    if any(a.decision == "dense" for a in at) and "break-even" not in parts[0]:
-        parts.append(break_even(decision, at))
-    return "; ".join(parts)
+    if any(a.decision == "dense" for a in at):
+        parts.append(break_even(decision, at, said="break-even" in parts[0]))
+    return "; ".join(part for part in parts if part)
 
 
-def break_even(decision: Decision, at: Sequence[AtBatch]) -> str:
-    """Where sparse begins or ceases to pay, in words."""
+def break_even(decision: Decision, at: Sequence[AtBatch], said: bool = False) -> str:
+    """Where sparse begins or ceases to pay, in words. ``said``: the reason names the break-even of one row already."""
     if decision.sparse:
         return f"break-even: {ranges_in_words(decision.ranges)}"
+    first = at[0]
+    if first.rows > 1 and first.break_even is not None:
+        there = f"{percent(first.break_even)}{'' if said else ' zero'} at {first.rows} rows"
+        return there if said else f"break-even is {there}"
+    if said:
+        return ""
     if decision.break_even is None:
         return "no break-even: dense wins at every sparsity for this shape"
-    rows = " at 1 row" if at[0].rows > 1 else ""
-    return f"break-even is {percent(decision.break_even)} zero{rows}"
+    return f"break-even is {percent(decision.break_even)} zero{' at 1 row' if first.rows > 1 else ''}"
 
 
 def ranges_in_words(ranges: Sequence[Range]) -> str:

@@ -46,6 +46,7 @@ def to_dict(report: Explanation, compare: Explanation | None = None) -> dict[str
         "environment": environment(report),
         "options": asdict(report.options.policy) | {"inductor": {k: str(v) for k, v in report.options.inductor}},
         "batch": list(report.batches),
+        "tokens": report.tokens,
         "seconds": round(report.seconds, 3),
         "totals": [_totals(report, batch) for batch in report.batches],
         "forward_s": _short(report.forward_s),
@@ -138,6 +139,7 @@ def _at(at: AtBatch) -> dict[str, Any]:
         "rows": at.rows,
         "decision": at.decision,
         "kernel": at.kernel,
+        "break_even": _short(at.break_even),
         "expected": _cost(at.expected),
         "measured": _cost(at.measured),
     }

@@ -15,7 +15,7 @@ from sparsec.facts import Declined
 from sparsec.report_data import Cost, Layer, Measured, percent
 
 SPREAD = 0.05  # layers whose share of zeros differs by more than this do not fold
-_NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e-?\d+)?")
+_NUMBER = re.compile(r"\d{1,3}(?: \d{3})+(?!\d)|\d+(?:\.\d+)?(?:e-?\d+)?")  # 1 812, 97.3, 1e-5
 
 
 @dataclass(frozen=True)
@@ -146,10 +146,14 @@ def merge_numbers(texts: Sequence[str]) -> str:
     spans = iter(columns)
 
     def span(match: re.Match[str]) -> str:
-        low, high = min(column := next(spans), key=float), max(column, key=float)
-        return low if float(low) == float(high) else f"{low} to {high}"
+        column = sorted(next(spans), key=_value)
+        return column[0] if _value(column[0]) == _value(column[-1]) else f"{column[0]} to {column[-1]}"
 
     return _NUMBER.sub(span, texts[0])
+
+
+def _value(number: str) -> float:
+    return float(number.replace(" ", ""))
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,9 @@ def to_html(report: Explanation, compare: Explanation | None = None) -> str:
     context = {
         "d": body,
         "tiles": tiles(report),
-        "charts": [(batch, bars(report, groups, i)) for i, batch in enumerate(report.batches) if report.expected(batch)],
+        "charts": [
+            (batch, bars(report, groups, i)) for i, batch in enumerate(report.batches) if report.expected(batch)
+        ],
         "kinds": sorted({kind(layer.record.decision.at(a.rows).format) for layer in report.layers for a in layer.at}),
         "columns": columns(report),
         "rows": [row(report, group, i) for i, group in enumerate(groups)],
@@ -101,10 +103,16 @@ def tiles(report: Explanation) -> list[tuple[str, str, str]]:
     made = []
     if expected:
         rest = ", ".join(f"{cost.speedup:.2f}x at {b}" for b, cost in others)
-        made.append(("expected, linear layers", f"{expected.speedup:.2f}x", f"at batch {first}" + (f"; {rest}" if rest else "")))
+        made.append(
+            ("expected, linear layers", f"{expected.speedup:.2f}x", f"at batch {first}" + (f"; {rest}" if rest else ""))
+        )
     if measured:
         made.append(
-            ("measured, linear layers", f"{measured.speedup:.2f}x", f"{measured.low:.2f} to {measured.high:.2f} at batch {first}")
+            (
+                "measured, linear layers",
+                f"{measured.speedup:.2f}x",
+                f"{measured.low:.2f} to {measured.high:.2f} at batch {first}",
+            )
         )
     facts = {(layer.name, layer.record.fact.key): layer for layer in report.layers}.values()
     size, kept = sum(x.record.fact.n * x.record.fact.k for x in facts), sum(x.record.fact.nnz for x in facts)
@@ -142,7 +150,9 @@ def bars(report: Explanation, groups: Sequence[Group], index: int) -> list[Bar]:
         if small > 0:
             number = sum(s / whole.dense_s < LEAST for _, _, s in times)
             label = f"{number} more row{'s' if number > 1 else ''}"
-            segments.append(Segment("", f"{label}: {duration(small)}", "others", 100 * small / whole.dense_s, "#layers"))
+            segments.append(
+                Segment("", f"{label}: {duration(small)}", "others", 100 * small / whole.dense_s, "#layers")
+            )
         all_of = whole.dense_s if name == "dense" else whole.ours_s
         made.append(Bar(name, duration(all_of), tuple(segments)))
     return made
@@ -223,5 +233,6 @@ def reproduce(report: Explanation) -> str:
     batches = ",".join(map(str, report.batches))
     if not report.spec:
         return f"sparsec.explain(model, *inputs, batch=[{batches}])"
+    tokens = f" --tokens {report.tokens}" if report.tokens else ""
     measure = " --measure" if report.measured() else ""
-    return f"sparsec explain {report.spec} --batch {batches}{measure} --html report.html"
+    return f"sparsec explain {report.spec} --batch {batches}{tokens}{measure} --html report.html"

@@ -63,6 +63,8 @@ def _head(report: Explanation) -> list[Line]:
     import torch
 
     batches = "batch " + ", ".join(str(b) for b in report.batches)
+    if report.tokens:
+        batches += f" of {report.tokens} token{'s' if report.tokens > 1 else ''}"
     torch_version = f"torch {torch.__version__.partition('+')[0]}"
     facts = "   ".join([report.target, torch_version, batches, f"{report.seconds:.1f} s"])
     title = f"sparsec explain  {report.model}"
@@ -246,8 +248,10 @@ def next_command(report: Explanation) -> str:
     if all(layer.record.fact.density > 0.95 for layer in report.layers):
         return f"sparsec sparsify {spec} --method magnitude --sparsity 0.8 -o OUT"
     if report.measured() is None:
-        return f"sparsec explain {spec} --batch {batch} --measure"
-    return f"sparsec bench {spec} -b {batch}"
+        return (
+            f"sparsec explain {spec} --batch {batch}{f' --tokens {report.tokens}' if report.tokens else ''} --measure"
+        )
+    return f"sparsec bench {spec} -b {batch}{f' -p {report.tokens}' if report.tokens else ''}"
 
 
 def cut(name: str, width: int) -> list[str]:

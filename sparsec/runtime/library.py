@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ def load(chosen_cache: str = "") -> None:
     text = (_HERE / "op.cpp").read_text().replace('#include "abi.h"', abi.read_text().replace("#pragma once", ""))
     flags = ["-O2", "-std=c++20", "-fopenmp", *compat.shared_libraries(), f"-DSPARSEC_TORCH_{_torch_tag()}=1"]
     path = build.compile_shared(text, "sparsec_op", flags, cache_dir(chosen_cache))
-    torch.ops.load_library(str(path))
+    torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     _register_python_half()
 
 
@@ -38,7 +39,7 @@ def _torch_tag() -> str:
 def _register_python_half() -> None:
     from sparsec.runtime import store
 
-    library = torch.library.Library("sparsec", "FRAGMENT")
+    library: Any = torch.library.Library("sparsec", "FRAGMENT")  # type: ignore[no-untyped-call]
     library.impl("_resolve", store.STORE.resolve, "CPU")
     library.impl("_verify", store.STORE.verify, "CPU")
     _python_half.append(library)
