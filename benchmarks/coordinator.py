@@ -127,8 +127,13 @@ class Remote:
         return reply
 
     def _stop(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(signal.SIGSTOP)
+        """Returns when the process stands still: the signal alone takes a while on a busy machine."""
+        if self.process.poll() is not None:
+            return
+        self.process.send_signal(signal.SIGSTOP)
+        _, status = os.waitpid(self.process.pid, os.WUNTRACED)
+        if not os.WIFSTOPPED(status):
+            self.process.returncode = os.waitstatus_to_exitcode(status)
 
     def close(self) -> None:
         self.process.kill()

@@ -135,7 +135,7 @@ def build_sparsec(case: Case) -> Built:
         built = on_torch(compile_, "sparsec")(case)
     for record in records:
         if record.failure:
-            raise Declines(f"fell back to dense: {record.failure}")
+            raise RuntimeError(f"sparsec fell back to dense: {record.failure}")
     rows = case.m if case.kind == "linear" else case.batch * case.tokens
     layers = [(layer.decision, layer.fact) for record in records for layer in record.layers]
     chosen = [f"{d.at(rows).format} {d.at(rows).kernel}".strip() for d, _ in layers]
