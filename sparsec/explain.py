@@ -1,8 +1,8 @@
 """``sparsec.explain(model, *inputs)``: why is my pruned model not faster?
 
-In: a model and the inputs of one call. Out: an ``Explanation``: per layer what its zeros look like, what would run, why,
-and what that gains; what was not taken; what would help. ``str()`` is a table, ``to_dict()`` is JSON-able, ``to_html()``
-one self-contained page. The model is not changed and Inductor is not run.
+In: a model and the inputs of one call. Out: an ``Explanation``: per layer what its zeros look like, what would run,
+why, and what that gains; what was not taken; what would help. ``str()`` is a table, ``to_dict()`` is JSON-able,
+``to_html()`` one self-contained page. The model is not changed and Inductor is not run.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Explanation:
     weights: int = 0
     seconds: float = 0.0
     target: str = ""
+    machine: str = ""
     options: Options = field(default_factory=Options)
     forward_s: float | None = None
     spec: str = ""
@@ -184,6 +185,7 @@ def build(
 ) -> Explanation:
     """A report from the records of a compilation alone. ``given``: the batch that the graphs were made with."""
     options = options or Options()
+    target, machine = _target(options)
     stages: dict[str, StageRecord] = {}
     for stage in (s for record in records for s in record.stages):
         before = stages.get(stage.name, StageRecord(stage.name, 0.0, 0))
@@ -195,7 +197,8 @@ def build(
         batches=tuple(batches),
         failures=tuple(dict.fromkeys(record.failure for record in records if record.failure)),
         stages=tuple(stages.values()),
-        target=_target(options),
+        target=target,
+        machine=machine,
         options=options,
     )
 
@@ -268,15 +271,17 @@ def causes(error: BaseException) -> list[BaseException]:
     return chain
 
 
-def _target(options: Options) -> str:
+def _target(options: Options) -> tuple[str, str]:
+    """(``cpu: avx512+bf16 2c``, the machine's own name)."""
     try:
         from sparsec import targets
 
-        return str(targets.resolve(options.policy.target).fingerprint)
+        t = targets.resolve(options.policy.target)
     except OptionError:
         raise
     except Exception as error:  # a report must come out on any machine
-        return f"unknown ({type(error).__name__})"
+        return f"unknown target ({type(error).__name__})", ""
+    return f"{t.name}: {t.isa}{'+bf16' if t.bf16_dot else ''} {t.cores}c", t.model
 
 
 def _emit(report: Explanation) -> None:

@@ -131,37 +131,6 @@ def rows_at(site: Site, batch: int, given: int) -> int:
     return max(1, math.ceil(seen * batch / max(given, 1)))
 
 
-def expected(self) -> Cost | None:
-        return self.at[0].expected
-
-    @property
-    def measured(self) -> Measured | None:
-        return self.at[0].measured
-
-
-def layers_of(records: Sequence[CompileRecord], batches: Sequence[int], given: int) -> tuple[Layer, ...]:
-    """Every layer of every record, at each batch. ``given``: the batch of the inputs the graphs were made with."""
-    return tuple(_layer(record, batches, given) for graph in records for record in graph.layers)
-
-
-def _layer(record: LayerRecord, batches: Sequence[int], given: int) -> Layer:
-    ats = []
-    for batch in batches:
-        rows = rows_at(record.site, batch, given)
-        chosen = record.decision.at(rows)
-        ats.append(AtBatch(batch, rows, chosen.format, chosen.kernel, expected(record.decision, rows)))
-    return Layer(record, tuple(ats))
-
-
-def rows_at(x_shape: Sequence[int | str], batch: int, given: int) -> int:
-    """M for a batch: the product of x's leading sizes, scaled from the batch they were seen with.
-
-    A symbolic size counts as the batch itself. At least 1.
-    """
-    seen = math.prod(size if isinstance(size, int) else given for size in x_shape[:-1])
-    return max(1, math.ceil(seen * batch / max(given, 1)))
-
-
 def expected(decision: Decision, rows: int) -> Cost | None:
     """The times of a decision at ``rows``; None where the decision carries neither costs nor times."""
     chosen = decision.at(rows)
@@ -237,9 +206,8 @@ def pattern_of(fact: WeightFact, decision: Decision) -> str:
 def reason_of(decision: Decision, at: Sequence[AtBatch]) -> str:
     """The decision's sentence, with what pattern it nearly has and where it would flip."""
     parts = [decision.reason.strip().rstrip(".") or "no reason was recorded; please report this"]
-    near = decision.near.partition("(")[2].rstrip(") ")
-    if near and near not in parts[0]:
-        parts.append(near)
+    if decision.near and decision.near not in parts[0]:
+        parts.append(decision.near)
     if any(a.decision == "dense" for a in at):
         parts.append(break_even(decision, at, said="break-even" in parts[0]))
     return "; ".join(part for part in parts if part)
@@ -262,7 +230,7 @@ def break_even(decision: Decision, at: Sequence[AtBatch], said: bool = False) ->
 
 def ranges_in_words(ranges: Sequence[Range]) -> str:
     """``bitmap up to 64 rows, dense above``."""
-    words = []
+    words: list[str] = []
     for r in merge_ranges(ranges):
         if r.m_hi is None:
             words.append(f"{short_format(r.format)} above" if words else f"{short_format(r.format)} at any rows")

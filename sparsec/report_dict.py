@@ -44,7 +44,11 @@ def to_dict(report: Explanation, compare: Explanation | None = None) -> dict[str
         "schema": SCHEMA,
         "model": {"name": report.model, "weights": report.weights, "summary": summary(report)},
         "environment": environment(report),
-        "options": asdict(report.options.policy) | {"inductor": {k: str(v) for k, v in report.options.inductor}},
+        "options": asdict(report.options.policy)
+        | {
+            "formats": list(report.options.policy.formats),
+            "inductor": {k: str(v) for k, v in report.options.inductor},
+        },
         "batch": list(report.batches),
         "tokens": report.tokens,
         "seconds": round(report.seconds, 3),
@@ -79,6 +83,7 @@ def environment(report: Explanation) -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "target": report.target,
+        "machine": report.machine,
         "threads": torch.get_num_threads(),
     }
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, TextIO
 
 from sparsec.report_data import Cost, count, duration, percent, short_format
-from sparsec.report_fold import Group, total
+from sparsec.report_fold import Group
 
 if TYPE_CHECKING:
     from sparsec.explain import Explanation
@@ -228,8 +228,8 @@ def how(report: Explanation) -> str:
     """How the numbers were got, in a sentence."""
     if report.measured() is not None:
         return (
-            "dense, ours and measured were timed here, layer by layer in one interleaved run against F.linear (minimum; "
-            "ratio by rounds); expected comes from the cost model"
+            "dense, ours and measured were timed here, each layer against F.linear in one interleaved run; "
+            "expected comes from the cost model"
         )
     sources = {layer.record.decision.source for layer in report.layers}
     if sources == {"measured"}:
@@ -280,6 +280,3 @@ def _ascii(text: str) -> str:
     """Names and sentences may hold anything; a table holds printable ASCII."""
     plain = text.encode("ascii", "backslashreplace").decode()
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in plain)
-
-
-__all__: Iterable[str] = ["lines_of", "show", "summary", "to_text"]

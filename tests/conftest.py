@@ -59,10 +59,20 @@ def make_layer_record(
     """
     nnz = round(n * k * density)
     profile = WeightFact(
-        key=f"{name}:{n}x{k}:{density}", n=n, k=k, dtype="fp32", nnz=nnz, row_nnz_min=nnz // n, row_nnz_max=-(-nnz // n),
-        row_hist=tuple(n if i == min(int(density * 10), 9) else 0 for i in range(10)), zero_rows=0, zero_cols=0,
-        negative_zeros=0, nonfinite=0, thumbnail=(round(100 * density),) * 256,
-    )  # fmt: skip
+        key=f"{name}:{n}x{k}:{density}",
+        n=n,
+        k=k,
+        dtype="fp32",
+        nnz=nnz,
+        row_nnz_min=nnz // n,
+        row_nnz_max=-(-nnz // n),
+        row_hist=tuple(n if i == min(int(density * 10), 9) else 0 for i in range(10)),
+        zero_rows=0,
+        zero_cols=0,
+        negative_zeros=0,
+        nonfinite=0,
+        thumbnail=(round(100 * density),) * 256,
+    )
     per_weight = 2e-10
     dense = f"{per_weight * n * k:.6g} + {per_weight * n * k / 8:.6g}*M"
     sparse = f"{per_weight * n * k * (density + 0.03):.6g} + {per_weight * n * k * density / 4:.6g}*M"

@@ -1,0 +1,126 @@
+"""Timing the layers of a report in this process: what ``measure=True`` adds.
+
+In: an Explanation and its model. Out: the same with measured times. Each distinct layer is timed as it would run
+against ``F.linear``, in turns in one run, on random x of the right shape. Up to four of the identical layers are called
+in turn, so that one weight does not sit in the nearest cache by itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sparsec.formats import Format
+from sparsec.passes.graph import DTYPES
+from sparsec.report_data import AtBatch, Layer, Measured
+from sparsec.report_fold import Group
+from sparsec.timing import interleave, speedup
+
+if TYPE_CHECKING:
+    from sparsec.explain import Explanation, Progress
+
+TOGETHER = 4
+ROUNDS = 25
+SECONDS = 1.0  # per layer and batch
+MOST_ROWS = 4096  # more rows take time and memory and change no ratio: both sides are linear there
+TORCH = {name: dtype for dtype, name in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One layer's parameters: weight [N, K] and bias [N] or None."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+def measured(
+    report: Explanation, model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], tell: Progress
+) -> Explanation:
+    """Time every distinct layer at every batch, and the model's eager forward once."""
+    groups = report.groups
+    layers = list(report.layers)
+    steps = len(groups) * len(report.batches) + 1
+    done = itertools.count()
+    notes = list(report.notes)
+    with torch.no_grad():
+        for group in groups:
+            weights = [w for layer in group.layers[:TOGETHER] if (w := find(model, layer)) is not None]
+            if not weights:
+                notes.append(f"{group.name} could not be timed: its weight was not found in the model by that name")
+                next(done)
+                continue
+            for i in range(len(report.batches)):
+                tell(next(done), steps, group.name)
+                found = time_group(group, weights, group.first.at[i], report.options.policy.target)
+                for index in group.members:
+                    layers[index] = _with(layers[index], i, found)
+        tell(steps - 1, steps, "the whole model, eager")
+        forward_s = interleave({"eager": lambda: model(*args, **kwargs)}, rounds=7, budget_s=5.0)["eager"].best
+    tell(steps, steps, "")
+    if any(at.rows > MOST_ROWS for layer in layers for at in layer.at):
+        notes.append(f"times of more than {MOST_ROWS} rows are those of {MOST_ROWS} rows, scaled")
+    return replace(report, layers=tuple(layers), forward_s=forward_s, notes=tuple(notes))
+
+
+def find(model: torch.nn.Module, layer: Layer) -> Weights | None:
+    """A layer's weight as [N, K] and its bias, by the layer's name: a module with ``weight``, or a parameter."""
+    site = layer.record.site
+    owner: Any = model
+    for part in filter(None, layer.name.split(".")):
+        owner = getattr(owner, part, None)
+    weight = owner if isinstance(owner, torch.Tensor) else getattr(owner, "weight", None)
+    bias = None if isinstance(owner, torch.Tensor) else getattr(owner, "bias", None)
+    if not isinstance(weight, torch.Tensor) or weight.numel() != layer.shape[0] * layer.shape[1]:
+        return None
+    matrix = weight.detach().t() if site.transposed else weight.detach().reshape(weight.shape[0], -1)
+    if tuple(matrix.shape) != layer.shape:
+        return None
+    return Weights(matrix, bias.detach() if site.bias is not None and isinstance(bias, torch.Tensor) else None)
+
+
+def time_group(group: Group, weights: Sequence[Weights], at: AtBatch, target: str) -> Measured:
+    """Seconds of a call at one batch: dense, and as decided, with the interval of the ratio."""
+    generator = torch.Generator().manual_seed(0)
+    dtype = TORCH[group.first.record.site.dtype]
+    rows = min(at.rows, MOST_ROWS)
+    scale = at.rows / rows
+    x = torch.randn(rows, group.first.shape[1], generator=generator).to(dtype)
+    functions: dict[str, Callable[[], object]] = {"dense": _turns([_dense(w, x) for w in weights])}
+    if at.decision != "dense":
+        functions["ours"] = _turns([_ours(w, x, at, target) for w in weights])
+    samples = interleave(functions, rounds=ROUNDS, budget_s=SECONDS)
+    dense = samples["dense"].best * scale
+    if "ours" not in samples:
+        return Measured(dense, dense, 1.0, 1.0)
+    ratio = speedup(samples["dense"], samples["ours"])
+    return Measured(dense, dense / ratio.value, ratio.low, ratio.high)
+
+
+def _dense(w: Weights, x: torch.Tensor) -> Callable[[], object]:
+    return lambda: torch.nn.functional.linear(x, w.weight, w.bias)
+
+
+def _ours(w: Weights, x: torch.Tensor, at: AtBatch, target: str) -> Callable[[], object]:
+    from sparsec.runtime.direct import Direct
+
+    direct = Direct(w.weight, Format.parse(at.decision), at.kernel, w.bias, target=target)
+    return lambda: direct(x)
+
+
+def _turns(functions: Sequence[Callable[[], object]]) -> Callable[[], object]:
+    """Calls one function after the other, one a call."""
+    if len(functions) == 1:
+        return functions[0]
+    turn = itertools.cycle(functions)
+    return lambda: next(turn)()
+
+
+def _with(layer: Layer, index: int, found: Measured) -> Layer:
+    at = list(layer.at)
+    at[index] = replace(at[index], measured=found)
+    return replace(layer, at=tuple(at))
