@@ -26,6 +26,7 @@ from sparsec.demo_models import (
     cosine,
     load_encoder,
     mean_pooled,
+    repeat_first_block,
     wide_case,
     wide_stack,
 )
@@ -152,10 +153,12 @@ def wide_half(settings: Settings, progress: Progress) -> dict[str, Any]:
     """Decode of one token through wide blocks: here weights do not fit a cache, and zeros save memory traffic."""
     model = wide_stack(settings.blocks, settings.hidden, settings.inner)
     case = wide_case(settings.hidden)
-    shape = f"{settings.blocks} blocks of {settings.hidden}/{settings.inner}, bf16, random weights"
+    blocks = f"{settings.blocks} block{'s' * (settings.blocks > 1)}"
+    shape = f"{blocks} of {settings.hidden}/{settings.inner}, bf16, random weights"
     half: dict[str, Any] = {"model": shape, "rows": [], "quality": []}
     for sparsity in settings.sparsities:
-        prune(model, sparsity)
+        prune(model[0], sparsity)
+        repeat_first_block(model)
         row, ours = compare(model, case, sparsity, settings, progress)
         half["rows"].append(row)
         found, masked = ours.run(**case.inputs)[0].float(), model(**case.inputs)[0].float()

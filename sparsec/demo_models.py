@@ -165,19 +165,28 @@ class Block(nn.Module):
 
 def wide_stack(
     blocks: int, hidden: int = 4096, inner: int = 11008, dtype: torch.dtype = torch.bfloat16, past: int = 128
-) -> nn.Module:
+) -> nn.Sequential:
     """``blocks`` blocks in eval mode, weights normal with variance 1/fan-in, so that activations keep their size."""
     torch.manual_seed(0)
     with torch.device("meta"):
         heads = max(1, hidden // 128)
         stack = nn.Sequential(*(Block(hidden, inner, heads, past, dtype) for _ in range(blocks)))
     stack = stack.to_empty(device="cpu").eval().requires_grad_(False)
-    for name, tensor in [*stack.named_parameters(), *stack.named_buffers()]:
+    for name, tensor in [*stack.named_buffers(), *stack[0].named_parameters()]:
         if tensor.dim() == 1:
             tensor.fill_(1.0)
         else:
             tensor.normal_(0.0, 1.0 if "past" in name else tensor.shape[-1] ** -0.5)
+    repeat_first_block(stack)
     return stack
+
+
+def repeat_first_block(stack: nn.Module) -> None:
+    """Make the other blocks rotations of the first: other memory, same statistics, and only one block to prune."""
+    first, *others = stack.children()
+    for i, block in enumerate(others, 1):
+        for source, target in zip(first.parameters(), block.parameters(), strict=True):
+            target.copy_(source.roll(i, 0))
 
 
 def wide_case(hidden: int = 4096, dtype: torch.dtype = torch.bfloat16) -> Case:
