@@ -29,6 +29,7 @@ __all__ = [
     "compile_rest",
     "copy_graph_module",
     "emit_artifact",
+    "enters_autocast",
     "is_fake",
     "mode_options",
     "real_tensors",
@@ -36,6 +37,7 @@ __all__ = [
     "source_name",
     "static_input",
     "timed_stage",
+    "turns_gradients_on",
 ]
 
 
@@ -108,6 +110,16 @@ def timed_stage(name: str) -> Iterator[None]:
     """Show a stage in torch's own compile-time tables."""
     with dynamo_timed(f"sparsec.{name}"):
         yield
+
+
+def turns_gradients_on(graph: torch.fx.Graph) -> bool:
+    """Whether the captured function switches gradient recording on inside."""
+    return any(n.target is torch._C._set_grad_enabled and n.args == (True,) for n in graph.nodes)
+
+
+def enters_autocast(graph: torch.fx.Graph) -> bool:
+    """Whether the captured function opens an autocast region inside."""
+    return any(n.target is torch.amp.autocast_mode._enter_autocast for n in graph.nodes)
 
 
 def emit_artifact(name: str, text: str) -> None:

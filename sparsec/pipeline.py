@@ -202,12 +202,11 @@ def _with_groups(c: Compilation) -> list[tuple[Site, Rule]]:
 
 def _refusal(c: Compilation) -> str:
     """Why no site of this graph may be taken, if so."""
-    targets = {n.target for n in c.gm.graph.nodes if n.op == "call_function"}
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in c.example_inputs):
         return "gradients are on; run under torch.no_grad() or torch.inference_mode()"
-    if any(n.target is torch._C._set_grad_enabled and n.args == (True,) for n in c.gm.graph.nodes):
+    if compat.turns_gradients_on(c.gm.graph):
         return "the function turns gradients on inside; only inference is taken"
-    if torch.is_autocast_enabled("cpu") or torch.amp.autocast_mode._enter_autocast in targets:
+    if torch.is_autocast_enabled("cpu") or compat.enters_autocast(c.gm.graph):
         return "autocast is on; convert the model instead: model.to(torch.bfloat16)"
     return ""
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-_PLAIN = {torch.relu: "relu", F.relu: "relu", torch.relu_: "relu", F.silu: "silu", torch._C._nn.silu: "silu"}
+_PLAIN = {torch.relu: "relu", F.relu: "relu", torch.relu_: "relu", F.silu: "silu"}
 _GELU = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
@@ -27,7 +27,7 @@ def activation_of(node: Node) -> tuple[Node, str] | None:
         return None
     if user.target in _PLAIN:
         return user, _PLAIN[user.target]  # type: ignore[index]
-    if user.target in (F.gelu, torch._C._nn.gelu):
+    if user.target is F.gelu:
         kind = user.kwargs.get("approximate", user.args[1] if len(user.args) > 1 else "none")
         return (user, _GELU[kind]) if kind in _GELU else None  # type: ignore[index]
     return None

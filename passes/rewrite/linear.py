@@ -19,7 +19,7 @@ class LinearRule:
     name = "linear"
 
     def match(self, node: Node, view: View) -> Site | Declined | None:
-        if not is_call(node, torch._C._nn.linear, torch.nn.functional.linear):
+        if not is_call(node, torch.nn.functional.linear):
             return None
         x, w, b = operands(node)
         return site(node, view, x, w, b, kind="linear", transposed=False)

@@ -43,5 +43,5 @@ class Direct:
         self._route = route(0, FOREVER, self.kernel, self.packed, 0)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = torch.ops.sparsec._direct(x, self.bias, self._tensors, self._route, self.n, self.act)
+        y: torch.Tensor = torch.ops.sparsec.direct(x, self.bias, self._tensors, self._route, self.n, self.act)
         return y

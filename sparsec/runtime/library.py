@@ -40,8 +40,8 @@ def _register_python_half() -> None:
     from sparsec.runtime import store
 
     library: Any = torch.library.Library("sparsec", "FRAGMENT")  # type: ignore[no-untyped-call]
-    library.impl("_resolve", store.STORE.resolve, "CPU")
-    library.impl("_verify", store.STORE.verify, "CPU")
+    library.impl("resolve", store.STORE.resolve, "CPU")
+    library.impl("verify", store.STORE.verify, "CPU")
     _python_half.append(library)
     torch.library.register_fake("sparsec::linear", _linear_shape, lib=library)
     torch.library.register_fake("sparsec::linear_group", _group_shapes, lib=library)

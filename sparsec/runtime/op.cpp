@@ -2,7 +2,7 @@
 //
 // A call receives the original weight and finds what was decided for it by identity: TensorImpl (held weakly, so that
 // its address cannot be reused), data pointer and version. A weight that is not known, or has changed, is handed to
-// Python once (sparsec::_resolve), which installs an Entry. Everything that cannot be served here runs dense, with the
+// Python once (sparsec::resolve), which installs an Entry. Everything that cannot be served here runs dense, with the
 // same ATen kernels that Inductor would have called. Kernels are plain C functions (codegen/cpp/abi.h); threads are
 // torch's own.
 #include <ATen/Parallel.h>
@@ -94,7 +94,7 @@ std::shared_ptr<const Entry> lookup(const Tensor &w, c10::string_view plan) {
   auto entry = find(w, plan);
   if (C10_UNLIKELY(!entry)) {
     static auto resolve = c10::Dispatcher::singleton()
-                              .findSchemaOrThrow("sparsec::_resolve", "")
+                              .findSchemaOrThrow("sparsec::resolve", "")
                               .typed<void(const Tensor &, c10::string_view)>();
     resolve.call(w, plan);
     entry = find(w, plan);
@@ -209,7 +209,7 @@ Tensor shaped(Tensor y, const Tensor &x) {
 void verify(const Entry &e, const Tensor &rows, const Tensor &w, const std::optional<Tensor> &b, const Tensor &y) {
   if (!e.verify) return;
   static auto check = c10::Dispatcher::singleton()
-                          .findSchemaOrThrow("sparsec::_verify", "")
+                          .findSchemaOrThrow("sparsec::verify", "")
                           .typed<void(const Tensor &, const Tensor &, const std::optional<Tensor> &, const Tensor &,
                                       c10::string_view)>();
   check.call(rows, w, b, y, e.plan);
@@ -357,18 +357,18 @@ TORCH_LIBRARY_FRAGMENT(sparsec, lib) {
   lib.def("linear(Tensor x, Tensor weight, Tensor? bias, str plan) -> Tensor", tags);
   lib.def("linear_group(Tensor x, Tensor[] weights, Tensor?[] biases, str[] plans) -> Tensor[]", tags);
   lib.def("conv1x1(Tensor x, Tensor weight, Tensor? bias, str plan) -> Tensor", tags);
-  lib.def("_resolve(Tensor weight, str plan) -> ()");
-  lib.def("_verify(Tensor x, Tensor weight, Tensor? bias, Tensor y, str plan) -> ()");
-  lib.def("_install(Tensor weight, str plan, int[] facts, Tensor[] tensors, int[] routes) -> ()");
-  lib.def("_forget(int impl) -> int", forget);
-  lib.def("_uses(int impl, str plan) -> int", uses);
-  lib.def("_direct(Tensor x, Tensor? bias, Tensor[] tensors, int[] route, int n, int act) -> Tensor");
+  lib.def("resolve(Tensor weight, str plan) -> ()");
+  lib.def("verify(Tensor x, Tensor weight, Tensor? bias, Tensor y, str plan) -> ()");
+  lib.def("install(Tensor weight, str plan, int[] facts, Tensor[] tensors, int[] routes) -> ()");
+  lib.def("forget(int impl) -> int", forget);
+  lib.def("uses(int impl, str plan) -> int", uses);
+  lib.def("direct(Tensor x, Tensor? bias, Tensor[] tensors, int[] route, int n, int act) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(sparsec, CPU, lib) {
   lib.impl("linear", linear);
   lib.impl("linear_group", linear_group);
   lib.impl("conv1x1", conv1x1);
-  lib.impl("_install", install);
-  lib.impl("_direct", direct);
+  lib.impl("install", install);
+  lib.impl("direct", direct);
 }

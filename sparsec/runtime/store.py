@@ -177,7 +177,7 @@ class Store:
         plan = Plan.decode(plan_text)
         n, k = matrix(weight, plan).shape
         facts = [ACTS.index(plan.act), int(plan.transposed), int(plan.policy.verify), n, k, wait]
-        torch.ops.sparsec._install(weight, plan_text, facts, tensors, table)
+        torch.ops.sparsec.install(weight, plan_text, facts, tensors, table)
         if weight._cdata not in self._watched:
             self._watched.add(weight._cdata)
             weakref.finalize(weight, _died, weight._cdata, plan_text).atexit = False
@@ -194,7 +194,7 @@ class Store:
         held = self._held.get((weight._cdata, plan_text))
         if held is None or not held.packs:
             return False
-        if torch.ops.sparsec._uses(weight._cdata, plan_text) >= MIN_USES:
+        if torch.ops.sparsec.uses(weight._cdata, plan_text) >= MIN_USES:
             held.wait = MIN_USES
             return False
         held.wait = min(2 * held.wait, MAX_WAIT)
@@ -212,7 +212,7 @@ class Store:
         self._watched.discard(impl)
         for key in [key for key in self._held if key[0] == impl]:
             del self._held[key]
-        return int(torch.ops.sparsec._forget(impl))
+        return int(torch.ops.sparsec.forget(impl))
 
 
 def _died(impl: int, plan_text: str) -> None:
@@ -244,7 +244,7 @@ def invalidate(model: torch.nn.Module | torch.Tensor) -> int:
     """
     tensors = [model] if isinstance(model, torch.Tensor) else [*model.parameters(), *model.buffers()]
     for tensor in tensors:
-        if hasattr(torch.ops.sparsec, "_forget"):
+        if hasattr(torch.ops.sparsec, "forget"):
             STORE.forget(tensor)
     return len(tensors)
 
