@@ -67,7 +67,7 @@ def work(job: Mapping[str, Any], emit: Emit) -> None:
     options = Options.parse(job["options"])
     if job["threads"][0]:
         torch.set_num_threads(job["threads"][0])
-    emit({"event": "progress", "done": 0, "total": 1, "what": "loading"})
+    emit({"event": "progress", "done": 0, "total": 100, "what": "loading"})
     loaded = models.load_model(job["models"][0], job["dtype"])
     tests = tests_of(loaded, job)
     common = {
@@ -75,6 +75,7 @@ def work(job: Mapping[str, Any], emit: Emit) -> None:
         "build_commit": job["commit"],
         "torch_version": torch.__version__,
         **_machine(options.policy.target),
+        "model_filename": job["models"][0],
         **_about(loaded),
         "n_threads": torch.get_num_threads(),
     }
@@ -271,7 +272,6 @@ def _about(loaded: models.LoadedModel) -> dict[str, Any]:
     matrices = [p for p in loaded.model.parameters() if p.dim() >= 2]
     zero = sum(p.numel() - int(p.count_nonzero()) for p in matrices)
     return {
-        "model_filename": loaded.path or loaded.name,
         "model_type": f"{getattr(loaded.config, 'model_type', type(loaded.model).__name__)} {loaded.kind}",
         "model_size": sum(p.numel() * p.element_size() for p in loaded.model.parameters()),
         "model_n_params": loaded.weights,
