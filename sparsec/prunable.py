@@ -19,7 +19,7 @@ from sparsec.recipe import Step
 
 KINDS = {"linear": "Linear", "hf_conv1d": "Conv1D", "conv1x1": "Conv2d"}  # kind -> the class name of its target entry
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_HELP = "Add it to ignore, or give another target."
+_PRUNES = "nn.Linear, Conv1D and 1x1 nn.Conv2d"
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +121,7 @@ def _why_not(module: nn.Module) -> str:
     own = {k: p for k, p in module._parameters.items() if p is not None and p.ndim >= 2 and min(p.shape[-2:]) > 1}
     for name, parameter in own.items():
         shape = "x".join(map(str, parameter.shape))
-        return f"{type(module).__name__} is no layer that sparsify knows; it holds {name} [{shape}]"
+        return f"{type(module).__name__} holds {name} [{shape}] itself, and sparsify prunes only {_PRUNES}"
     return ""
 
 
@@ -211,7 +211,7 @@ def _wanted(seen: Survey, step: Step, notes: list[str]) -> list[str]:
         layers = [name for name in names if name in seen.layers]
         cannot = [name for name in names if name in seen.refused]
         if not layers and cannot:
-            raise UnprunableLayer(name=cannot[0], why=seen.refused[cannot[0]], help=_HELP)
+            raise UnprunableLayer(name=cannot[0], why=seen.refused[cannot[0]], help=f"Target {_PRUNES}.")
         if not layers:
             raise UnmatchedTarget(where="targets", entry=entry, nearest=_nearest(seen, entry))
         taken.update(layers)
@@ -264,7 +264,8 @@ def _job(step: Step, layer: Layer, seen: Survey) -> Job:
     own = step if entry is None else step.overridden(entry)
     assert own is not None  # skipped layers make no job
     if not bool(torch.isfinite(layer.matrix).all()):
-        raise UnprunableLayer(name=layer.name, why="its weight holds NaN or infinite values", help=_HELP)
+        help_ = "Add it to ignore, or repair the checkpoint."
+        raise UnprunableLayer(name=layer.name, why="its weight holds NaN or infinite values", help=help_)
     notes = [f"shares its weight with {', '.join(layer.tied)}; pruned once"] if layer.tied else []
     return Job(layer, own, (*notes, *_pattern_notes(own, *layer.shape)))
 
@@ -286,5 +287,5 @@ def _pattern_notes(step: Step, n: int, k: int) -> list[str]:
 def _nothing(seen: Survey, notes: list[str]) -> str:
     why = f" ({'; '.join(notes)})" if notes else ""
     if not seen.layers:
-        return f"the model has no layer that can be pruned: no nn.Linear, Conv1D or 1x1 nn.Conv2d{why}"
+        return f"the model has no layer that can be pruned ({_PRUNES}){why}"
     return f"it leaves no layer to prune{why}"

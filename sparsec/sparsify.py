@@ -28,9 +28,11 @@ from sparsec.prunable import Job, Selection, select_layers, survey
 from sparsec.recipe import Recipe
 from sparsec.sparsify_report import PrunedLayer, Report
 
-__all__ = ["Prepared", "PrunedLayer", "Report", "methods", "prepare", "sparsify"]
+__all__ = ["Prepared", "PrunedLayer", "Report", "execute", "methods", "prepare", "sparsify"]
 
 _SAMPLED = 512  # values of each tensor that the model's fingerprint reads
+_SCRATCH = 24  # bytes a weight beside the model while its layer is pruned: scores, keys, masks, the new values
+_TIMED = 1 << 20  # weights that a forecast times
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,50 @@ class Prepared:
     model_sha: str
 
     @property
-    def weights(self) -> int:
-        """Weights that masks are made for, counted once a step."""
-        return sum(job.layer.weight.numel() for step in self.steps for job in step.jobs)
+    def jobs(self) -> list[tuple[int, Job]]:
+        """Every (number of the step, job), in the order in which they run."""
+        return [(number, job) for number, step in enumerate(self.steps, 1) for job in step.jobs]
 
-    @property
-    def scratch_bytes(self) -> int:
-        """Memory needed beside the model: scores, keys and masks of the largest layer (bytes, an upper estimate)."""
-        return 24 * max(job.layer.weight.numel() for step in self.steps for job in step.jobs)
+    def to_dict(self) -> dict[str, Any]:
+        """The forecast, as JSON types. ``scratch_bytes`` and ``seconds`` are estimates, the latter timed on a piece."""
+        layers = [
+            {
+                "name": job.layer.name,
+                "shape": list(job.layer.shape),
+                "step": number,
+                "method": job.step.method,
+                "pattern": job.step.pattern,
+                "scope": job.step.scope,
+                "sparsity": job.step.sparsity,
+                "notes": list(job.notes),
+            }
+            for number, job in self.jobs
+        ]
+        largest = max(job.layer.weight.numel() for _, job in self.jobs)
+        return {
+            "recipe": self.recipe.to_dict(),
+            "recipe_sha": self.recipe.sha,
+            "model_sha": self.model_sha,
+            "layers": layers,
+            "weights": sum(job.layer.weight.numel() for _, job in self.jobs),
+            "scratch_bytes": _SCRATCH * largest,
+            "seconds": _forecast_seconds(self),
+            "notes": list(self.notes),
+        }
+
+
+def _forecast_seconds(prepared: Prepared) -> float:
+    """Time a mask of a piece of the largest layer, scaled to all weights; a pool reads its scores four times."""
+    job = max((job for _, job in prepared.jobs), key=lambda job: job.layer.weight.numel())
+    piece = job.layer.matrix[: max(1, _TIMED // job.layer.shape[1])]
+    choose = Selector(MaskPattern.parse(job.step.pattern), float(job.step.sparsity or 0.0))
+    for _ in range(2):  # the first call also pays for what torch loads late
+        started = time.perf_counter()
+        prune(job.step.method_object(), piece, {}, choose)
+    per_weight = (time.perf_counter() - started) / piece.numel()
+    return sum(
+        per_weight * job.layer.weight.numel() * (4 if job.step.scope == "global" else 1) for _, job in prepared.jobs
+    )
 
 
 def sparsify(model: nn.Module, recipe: object, data: Iterable[Any] | None = None, *, progress: bool = True) -> Report:
@@ -65,17 +103,18 @@ def sparsify(model: nn.Module, recipe: object, data: Iterable[Any] | None = None
     method, key or layer, impossible pattern, NaN weights). Should anything fail later, a SparsecWarning says at which
     layer; each layer is then either as it was or finished.
     """
+    return execute(prepare(model, recipe), data, progress=progress)
+
+
+def execute(prepared: Prepared, data: Iterable[Any] | None = None, *, progress: bool = True) -> Report:
+    """Do what was prepared: write the masks into the model that it was prepared for."""
     started = time.perf_counter()
-    model = _unwrapped(model)
-    prepared = prepare(model, recipe)
     notes = list(prepared.notes)
     if data is not None:
         notes.append("data was not read: no step of this recipe needs calibration")
-    rows: list[PrunedLayer] = []
     with progress_bar("sparsify", quiet=not progress) as tick:
-        for row in _rows(prepared, tick):
-            rows.append(row)
-    return Report(prepared.recipe, tuple(rows), tuple(notes), time.perf_counter() - started, prepared.model_sha)
+        rows = tuple(_rows(prepared, tick))
+    return Report(prepared.recipe, rows, tuple(notes), time.perf_counter() - started, prepared.model_sha)
 
 
 def methods() -> dict[str, str]:

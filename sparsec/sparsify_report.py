@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -86,6 +86,31 @@ def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     rows = [(_short(row[0]), *row[1:]) for row in rows]
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
+
+
+def forecast_table(forecast: Mapping[str, Any]) -> list[str]:
+    """The lines of a dry run, from ``Prepared.to_dict()``."""
+    groups: dict[object, list[dict[str, Any]]] = {}
+    for layer in forecast["layers"]:
+        settings = (layer["step"], layer["method"], layer["pattern"], layer["scope"], layer["sparsity"])
+        groups.setdefault((template(layer["name"]), tuple(layer["shape"]), *settings), []).append(layer)
+    rows = []
+    for group in groups.values():
+        first = group[0]
+        rows.append(
+            (
+                merge_names([layer["name"] for layer in group]) or "(the model)",
+                "x".join(map(str, first["shape"])),
+                f"{first['step']} {first['method']}",
+                first["pattern"] if first["scope"] == "layer" else f"{first['pattern']}, {first['scope']}",
+                f"{first['sparsity']:.1%}",
+            )
+        )
+    size = f"{len(forecast['layers'])} layers, {_count(forecast['weights'])} weights"
+    needs = f"about {forecast['scratch_bytes'] / 2**20:.0f} MB beside the model, about {forecast['seconds']:.1f} s"
+    notes = [f"note: {note}" for note in forecast["notes"]]
+    head = ("layer", "shape", "step", "pattern", "sparsity")
+    return [f"dry run: {size}; {needs}", "", *table(head, rows), *notes, "", "nothing was changed"]
 
 
 def _short(name: str, most: int = 56) -> str:

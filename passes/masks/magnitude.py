@@ -13,11 +13,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Magnitude:
-    """Keep the largest weights: score |W|. No data, no update; the baseline of every paper.
+    """Keep the largest weights: score |W|.
 
-    Source: Han et al., "Learning both Weights and Connections", 2015, section 3.1; scope ``layer`` is one threshold a
-    layer, ``global`` one for all layers. Reference code that prunes ``|W| <= sorted(|W|)[int(numel * sparsity)]``
-    removes one weight too many and all ties; here the quota is exact.
+    No data, no update; the baseline of every paper. Source: Han et al., "Learning both Weights and Connections for
+    Efficient Neural Networks", 2015, section 3.1; scope ``layer`` is one threshold a layer, ``global`` one for all.
+    Reference code prunes ``|W| <= sorted(|W|)[int(numel * sparsity)]``, one weight too many and all ties; here the
+    quota is exact.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()

@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 
 from sparsec.passes.masks.pattern import VNM_COLUMNS, MaskPattern
 
+_BAND = 1 << 22
 _PAIRWISE = 32  # up to this group size, counting who beats whom is faster than sorting
 
 
@@ -133,7 +134,9 @@ def _spread(keep: torch.Tensor, shape: torch.Size, pattern: MaskPattern) -> torc
 def _order(score: torch.Tensor) -> torch.Tensor:
     """int32 keys in the order of the scores as fp32; -0.0 and 0.0 are equal."""
     bits = (score + 0.0).contiguous().view(torch.int32)
-    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    if bool((bits < 0).any()):
+        bits ^= (bits >> 31) & 0x7FFFFFFF  # the more negative, the larger its bits
+    return bits
 
 
 def _find_cut(grids: Sequence[Callable[[], torch.Tensor]], kept: int) -> tuple[int, list[int]]:
@@ -143,7 +146,7 @@ def _find_cut(grids: Sequence[Callable[[], torch.Tensor]], kept: int) -> tuple[i
     """
     if kept == 0:
         return 2**31 - 1, [0 for _ in grids]
-    high, above = _bucket([_histogram(_order(grid()) >> 16) for grid in grids], kept)
+    high, above = _bucket([_histogram(_order(grid()).bitwise_right_shift_(16)) for grid in grids], kept)
     low_counts = [_histogram(_low_half(_order(grid()), high)) for grid in grids]
     low, over = _bucket(low_counts, kept - above)
     room = kept - above - over
@@ -160,7 +163,11 @@ def _low_half(keys: torch.Tensor, high: int) -> torch.Tensor:
 
 
 def _histogram(values: torch.Tensor) -> torch.Tensor:
-    return torch.bincount(values.flatten() + 32768, minlength=65536).cpu()
+    """Counts [65536] of 16-bit values -32768..32767; band by band, since bincount widens what it reads."""
+    counts = torch.zeros(65536, dtype=torch.int64, device=values.device)
+    for band in torch.split(values.flatten(), _BAND):
+        counts += torch.bincount(band + 32768, minlength=65536)
+    return counts.cpu()
 
 
 def _bucket(counts: Sequence[torch.Tensor], kept: int) -> tuple[int, int]:

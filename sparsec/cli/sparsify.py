@@ -1,0 +1,173 @@
+"""``sparsec sparsify``: a model and a recipe in, an ordinary checkpoint with exact zeros out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sparsec.cli.common import console, emit_json
+
+if TYPE_CHECKING:
+    from sparsec.sparsify import Prepared
+
+EXAMPLE = """\
+sparsec sparsify tiny:llama --method magnitude --sparsity 0.5 --pattern 2:4 -o pruned
+sparsec sparsify tiny:llama --method magnitude --sparsity 0.7 --scope global --dry-run"""
+
+_RECIPE_FLAGS = ("seed", "calibration")  # the other keys belong to a step
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="A local Hugging Face folder, a hub id or file.py:factory.")],
+    recipe: Annotated[Path | None, typer.Option("--recipe", "-r", help="Recipe file (YAML, JSON, TOML).")] = None,
+    method: Annotated[str | None, typer.Option(help="See: sparsec methods.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Share of weights that go, 0 to 1.")] = None,
+    pattern: Annotated[str | None, typer.Option(help="unstructured, N:M (keep N of M), V:N:M or block:RxC.")] = None,
+    scope: Annotated[str | None, typer.Option(help="Where weights compete: layer, global or row.")] = None,
+    targets: Annotated[
+        list[str] | None, typer.Option(help="Layers to prune: class, name, glob or re:regex. Repeat, or use commas.")
+    ] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="Layers to leave alone, spelled the same.")] = None,
+    overrides: Annotated[
+        str | None, typer.Option(help="Other settings for some layers, as YAML: '{\"*.down_proj\": {sparsity: 0.3}}'.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    calibration: Annotated[str | None, typer.Option(help="As YAML: '{samples: 128, seqlen: 2048}'.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A method's own option. Repeat.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False,
+    save_recipe: Annotated[
+        Path | None, typer.Option("--save-recipe", help="Also write the recipe with every default filled in.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done; change nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+) -> None:
+    """Prune a model and save an ordinary checkpoint with exact zeros.
+
+    Every key of a recipe is a flag here, and flags win over the file. What is written loads with from_pretrained and
+    without sparsec; recipe.yaml beside it gives the same masks again.
+    """
+    if output is None and not dry_run:
+        raise typer.BadParameter("name the folder to write, or pass --dry-run.", param_hint="--output")
+    flags = {
+        "method": method,
+        "sparsity": sparsity,
+        "pattern": pattern,
+        "scope": scope,
+        "targets": _entries(targets),
+        "ignore": _entries(ignore),
+        "overrides": _yaml("--overrides", overrides),
+        "seed": seed,
+        "calibration": _yaml("--calibration", calibration),
+        **_settings(set_),
+    }
+    said = merged(recipe, {key: value for key, value in flags.items() if value is not None})
+    from sparsec.recipe import Recipe
+
+    asked = Recipe.load(said)  # before the model is loaded: the recipe's own mistakes show at once
+    if dry_run:
+        _dry_run(model, asked, save_recipe, overwrite, as_json)
+    elif output is not None:
+        _run(model, asked, output, save_recipe, overwrite, as_json)
+
+
+def _run(model: str, asked: Any, output: Path, save_recipe: Path | None, overwrite: bool, as_json: bool) -> None:
+    from sparsec.io import check_output, save
+    from sparsec.models import load_model
+    from sparsec.sparsify import execute, prepare
+
+    loaded = load_model(model)
+    prepared = prepare(loaded.model, asked)
+    check_output(output, prepared.recipe.sha, prepared.model_sha, overwrite)
+    _write_recipe(prepared, save_recipe, overwrite)
+    report = execute(prepared)
+    save(loaded.model, output, report, loaded.tokenizer, overwrite=overwrite)
+    if as_json:
+        emit_json({**report.to_dict(), "output": str(output)})
+        return
+    out = console()
+    out.print(str(report), markup=False, soft_wrap=True)
+    out.print(f"\nsaved: {output}\nnext:  sparsec explain {output}", markup=False, soft_wrap=True)
+
+
+def _dry_run(model: str, asked: Any, save_recipe: Path | None, overwrite: bool, as_json: bool) -> None:
+    from sparsec.models import load_model
+    from sparsec.sparsify import prepare
+    from sparsec.sparsify_report import forecast_table
+
+    prepared = prepare(load_model(model).model, asked)
+    _write_recipe(prepared, save_recipe, overwrite)
+    if as_json:
+        emit_json(prepared.to_dict())
+        return
+    console().print("\n".join(forecast_table(prepared.to_dict())), markup=False, soft_wrap=True)
+
+
+def _write_recipe(prepared: Prepared, path: Path | None, overwrite: bool) -> None:
+    if path is None:
+        return
+    from sparsec.cache import write_atomic
+    from sparsec.errors import OutputExists
+
+    if path.exists() and not overwrite:
+        raise OutputExists(path=str(path), what="something else")
+    write_atomic(Path(os.path.abspath(path)), prepared.recipe.to_yaml().encode())
+
+
+def merged(recipe: Path | None, flags: dict[str, Any]) -> dict[str, Any]:
+    """What the file says, with the flags in their places. Raises BadRecipe where a flag could mean several steps."""
+    from sparsec.errors import BadRecipe
+    from sparsec.recipe_file import read
+
+    said = {} if recipe is None else read(recipe)
+    if isinstance(said, str):
+        said = {"method": said}
+    if isinstance(said, list):
+        said = {"steps": said}
+    if not isinstance(said, dict):
+        raise BadRecipe(detail=f"{str(recipe)!r} holds {said!r}, not a recipe")
+    step = said
+    if "steps" in said:
+        of_step = [key for key in flags if key not in _RECIPE_FLAGS]
+        steps = said["steps"]
+        if of_step and (not isinstance(steps, list) or len(steps) != 1):
+            raise BadRecipe(detail=f"--{of_step[0]} could mean any step of {str(recipe)!r}; change the file instead")
+        if of_step:
+            step = said["steps"][0] = {"method": steps[0]} if isinstance(steps[0], str) else dict(steps[0])
+    for key, value in flags.items():
+        (said if key in _RECIPE_FLAGS else step)[key] = value
+    if "pattern" in flags:
+        step.pop("mask_structure", None)
+        if "sparsity" not in flags and ":" in flags["pattern"]:
+            step.pop("sparsity", None)  # the file's was for the file's pattern
+    if "steps" not in said and "method" not in said:
+        raise BadRecipe(detail="no method was named; pass --method magnitude, or --recipe FILE")
+    return said
+
+
+def _entries(values: list[str] | None) -> list[str] | None:
+    """Repeated flags and comma lists; a regex keeps its commas."""
+    if not values:
+        return None
+    return [part for value in values for part in ([value] if value.startswith("re:") else value.split(","))]
+
+
+def _yaml(flag: str, text: str | None) -> Any:
+    from sparsec.recipe_file import parse_yaml
+
+    return None if text is None else parse_yaml(text, flag)
+
+
+def _settings(pairs: list[str] | None) -> dict[str, Any]:
+    settings = {}
+    for pair in pairs or ():
+        key, sign, value = pair.partition("=")
+        if not sign or not key:
+            raise typer.BadParameter(f"{pair!r} is not KEY=VALUE.", param_hint="--set")
+        settings[key.replace("-", "_")] = _yaml("--set", value)
+    return settings
