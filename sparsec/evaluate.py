@@ -115,7 +115,9 @@ def check_tasks(tasks: Sequence[str], model: LoadedModel, dense: LoadedModel | N
         chosen = tuple(t for t, kind in TASKS.items() if kind == model.kind and (dense or t not in NEED_DENSE))
         if not chosen:
             need = "name the dense model with --against" if model.kind == "encoder" else "it needs token ids"
-            raise BadOptionValue(key="tasks", value="", expected=f"no task fits a {model.kind} model alone; {need}")
+            raise BadOptionValue(
+                key="tasks", value="", expected=f"no task fits {model.name} ({model.kind}) alone; {need}"
+            )
         return chosen
     for task in tasks:
         if task not in TASKS:
