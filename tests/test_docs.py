@@ -67,6 +67,14 @@ def test_python_blocks_of_the_readme_run(monkeypatch: pytest.MonkeyPatch, tmp_pa
         exec(compile(block, "README.md", "exec"), names)
 
 
+def test_code_in_contributing_is_the_code_of_the_repository() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^```\w+ file=(\S+)\n(.*?)^```", text, re.S | re.M)
+    assert {path.split("/")[0] for path, _ in quoted} >= {"passes", "codegen", "targets"}
+    for path, block in quoted:
+        assert block in (ROOT / path).read_text(encoding="utf-8"), f"{path} no longer holds:\n{block}"
+
+
 def shell_lines(name: str) -> list[str]:
     lines = [line.split(" #")[0].strip() for block in blocks(name, "sh") for line in block.splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
