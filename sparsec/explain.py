@@ -161,7 +161,7 @@ def explain_with(
     report = build(records, batches=tuple(batches) or (given,), given=given, options=options)
     report = replace(
         report,
-        model=name or str(getattr(model, "name_or_path", "") or type(model).__name__),
+        model=name or name_of(model),
         notes=tuple(notes),
         weights=sum(p.numel() for p in model.parameters()) if hasattr(model, "parameters") else 0,
         spec=spec,
@@ -210,6 +210,15 @@ def log_record(record: CompileRecord) -> str:
     report = replace(build([record], batches=(given,), given=given), model="one compiled graph")
     _emit(report)
     return report.text()
+
+
+def name_of(model: torch.nn.Module) -> str:
+    """The checkpoint's name where the model knows it, else the class's."""
+    said = str(getattr(model, "name_or_path", "") or "")
+    if os.path.isdir(said):
+        parts = Path(said).resolve().parts
+        said = "/".join(parts[-2:]) if parts[-1] in ("model", "models") else parts[-1]
+    return said or type(model).__name__
 
 
 def batch_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -45,6 +46,7 @@ class AtBatch:
     """One layer at one batch: ``rows`` is M, the rows of x; ``decision`` is ``dense`` or the name of a format.
 
     ``break_even``: share of zeros from which sparse would win at these rows; None where no share does or none is known.
+    ``rival``: the best sparse format where dense was chosen by the cost model, with its expected speedup.
     """
 
     batch: int
@@ -54,6 +56,8 @@ class AtBatch:
     expected: Cost | None
     measured: Measured | None = None
     break_even: float | None = None
+    rival: str = ""
+    rival_speedup: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ class Layer:
     @property
     def reason(self) -> str:
         """One sentence why; it names the break-even where the layer stays dense."""
-        return reason_of(self.record.decision, self.at)
+        return reason_of(self.record, self.at)
 
     @property
     def expected(self) -> Cost | None:
@@ -116,8 +120,16 @@ def _layer(record: LayerRecord, batches: Sequence[int], given: int) -> Layer:
     for batch in batches:
         rows = rows_at(record.site, batch, given)
         chosen = record.decision.at(rows)
-        ats.append(AtBatch(batch, rows, chosen.format, chosen.kernel, expected(record.decision, rows)))
+        at = AtBatch(batch, rows, chosen.format, chosen.kernel, expected(record.decision, rows))
+        ats.append(_with_rival(at, record.decision))
     return Layer(record, tuple(ats))
+
+
+def _with_rival(at: AtBatch, decision: Decision) -> AtBatch:
+    best = best_sparse(decision, at.rows)
+    if at.decision != "dense" or decision.source != "model" or best is None or not at.expected or best[1] <= 0:
+        return at
+    return replace(at, rival=best[0].format, rival_speedup=at.expected.dense_s / best[1])
 
 
 def rows_at(site: Site, batch: int, given: int) -> int:
@@ -199,33 +211,55 @@ def pattern_of(fact: WeightFact, decision: Decision) -> str:
     if blocks:
         largest = max(blocks, key=lambda f: f.rows * f.cols)
         return f"block {largest.rows}x{largest.cols}"
-    near = decision.near.partition("(")[0].strip()
-    return near or "unstructured"
+    return near_of(fact, decision).partition("(")[0].strip() or "unstructured"
 
 
-def reason_of(decision: Decision, at: Sequence[AtBatch]) -> str:
-    """The decision's sentence, with what pattern it nearly has and where it would flip."""
-    parts = [decision.reason.strip().rstrip(".") or "no reason was recorded; please report this"]
-    if decision.near and decision.near not in parts[0]:
-        parts.append(decision.near)
-    if any(a.decision == "dense" for a in at):
-        parts.append(break_even(decision, at, said="break-even" in parts[0]))
+def near_of(fact: WeightFact, decision: Decision) -> str:
+    """The decision's ``near N:M (...)``, unless zeros spread at random would come as near: 90 % zero is near 4:8."""
+    found = re.match(r"near (\d+):(\d+)", decision.near)
+    nm = fact.nm_fact(int(found[1]), int(found[2])) if found else None
+    if nm is None:
+        return decision.near
+    d = fact.density
+    chance = sum(math.comb(nm.m, i) * d**i * (1 - d) ** (nm.m - i) for i in range(nm.n + 1, nm.m + 1))
+    return decision.near if d > 0.5 * nm.n / nm.m and 1 - nm.share < 0.5 * chance else ""
+
+
+def reason_of(record: LayerRecord, at: Sequence[AtBatch]) -> str:
+    """The decision's sentence, what pattern the weight nearly has, and where the decision would flip."""
+    decision = record.decision
+    flips = decision.sparse and any(a.decision == "dense" for a in at)
+    said = decision.reason.strip().rstrip(".") or "no reason was recorded; please report this"
+    if flips and at[0].decision == "dense":  # the recorded sentence speaks of the rows that run sparse
+        said = f"{ranges_in_words(decision.ranges)}; this call has {rows_in_words(at[0].rows)}"
+    elif flips:
+        said = f"{said}; break-even: {ranges_in_words(decision.ranges)}"
+    near = near_of(record.fact, decision)
+    parts = [said, near if near not in said else ""]
+    if at[0].decision == "dense":
+        parts.append(break_even(decision, at[0], "break-even" in said))
+    if at[0].rival:
+        little = ", too little to be sure of a gain" if at[0].rival_speedup > 1 else ""
+        parts.append(f"{short_format(at[0].rival)} would run at {at[0].rival_speedup:.2f}x{little}")
     return "; ".join(part for part in parts if part)
 
 
-def break_even(decision: Decision, at: Sequence[AtBatch], said: bool = False) -> str:
-    """Where sparse begins or ceases to pay, in words. ``said``: the reason names the break-even of one row already."""
-    if decision.sparse:
-        return f"break-even: {ranges_in_words(decision.ranges)}"
-    first = at[0]
-    if first.rows > 1 and first.break_even is not None:
-        there = f"{percent(first.break_even)}{'' if said else ' zero'} at {first.rows} rows"
-        return there if said else f"break-even is {there}"
+def break_even(decision: Decision, at: AtBatch, said: bool) -> str:
+    """The share of zeros from which sparse would win, in words. ``said``: that at one row is named already."""
+    if at.break_even is not None and (at.rows > 1 or not said):
+        where = "here" if decision.sparse else f"at {rows_in_words(at.rows)}"
+        return f"{'' if said else 'break-even is '}{percent(at.break_even)} zero {where}"
     if said:
         return ""
+    if decision.sparse:
+        return "no break-even here"
     if decision.break_even is None:
         return "no break-even: dense wins at every sparsity for this shape"
-    return f"break-even is {percent(decision.break_even)} zero{' at 1 row' if first.rows > 1 else ''}"
+    return f"break-even is {percent(decision.break_even)} zero at 1 row"
+
+
+def rows_in_words(rows: int) -> str:
+    return f"{rows} row{'' if rows == 1 else 's'}"
 
 
 def ranges_in_words(ranges: Sequence[Range]) -> str:
@@ -235,7 +269,7 @@ def ranges_in_words(ranges: Sequence[Range]) -> str:
         if r.m_hi is None:
             words.append(f"{short_format(r.format)} above" if words else f"{short_format(r.format)} at any rows")
         else:
-            words.append(f"{short_format(r.format)} up to {r.m_hi} row{'s' if r.m_hi > 1 else ''}")
+            words.append(f"{short_format(r.format)} up to {rows_in_words(r.m_hi)}")
     return ", ".join(words)
 
 

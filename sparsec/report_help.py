@@ -7,11 +7,11 @@ a weight of the same shape with more zeros.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from sparsec.facts import Decision, WeightFact
+from sparsec.facts import Decision, NMFact, WeightFact
 from sparsec.report_data import Layer, expected, percent
 from sparsec.report_fold import Group, merge_numbers
 
@@ -23,7 +23,8 @@ Decide = Callable[[WeightFact, str], Decision]
 TRIED = (0.5, 0.6, 0.7, 0.8, 0.9)  # shares of zeros that pruning methods reach
 WORTH = 0.03  # a group below this share of the time is not worth a sentence
 GAIN = 1.03  # nor is a change of the total below this
-MOST = 5
+FAST = 1.5  # layers that gain this much already are left in peace
+MOST = 6
 
 
 def what_if(report: Explanation) -> Explanation:
@@ -34,7 +35,7 @@ def what_if(report: Explanation) -> Explanation:
     solved: dict[tuple[tuple[int, int], str, int], float | None] = {}
     layers = tuple(_with_break_even(layer, decide, solved) for layer in report.layers)
     report = replace(report, layers=layers)
-    return replace(report, helps=(*prunings(report, decide), *said(report.groups))[: 2 * MOST])
+    return replace(report, helps=tuple(prunings(report, decide)))
 
 
 def decider(report: Explanation) -> Decide | None:
@@ -44,15 +45,17 @@ def decider(report: Explanation) -> Decide | None:
 
         from sparsec import targets
         from sparsec.cache import cache_dir
-        from sparsec.measure import rates
+        from sparsec.measure import rates_for
         from sparsec.passes.decide import decide
 
         policy = report.options.policy
         target = targets.resolve(policy.target)
-        known = rates(target, torch.get_num_threads(), cache_dir(policy.cache_dir))
+        threads, cache = torch.get_num_threads(), cache_dir(policy.cache_dir)
+        first = report.layers[0].record
+        rates_for(first.fact, first.site.dtype, target, threads, cache)
     except Exception:
         return None
-    return lambda fact, dtype: decide(fact, dtype, target, known, policy)
+    return lambda fact, dtype: decide(fact, dtype, target, rates_for(fact, dtype, target, threads, cache), policy)
 
 
 def pruned(fact: WeightFact, share: float) -> WeightFact:
@@ -76,10 +79,11 @@ def pruned(fact: WeightFact, share: float) -> WeightFact:
 def _with_break_even(
     layer: Layer, decide: Decide, solved: dict[tuple[tuple[int, int], str, int], float | None]
 ) -> Layer:
-    if layer.record.decision.sparse:
-        return layer
     ats = []
     for at in layer.at:
+        if at.decision != "dense":
+            ats.append(at)
+            continue
         key = (layer.shape, layer.record.site.dtype, at.rows)
         if key not in solved:
             solved[key] = break_even_at(layer.record.fact, layer.record.site.dtype, at.rows, decide)
@@ -102,59 +106,72 @@ def break_even_at(fact: WeightFact, dtype: str, rows: int, decide: Decide) -> fl
     return high / 100
 
 
+@dataclass(frozen=True)
+class Change:
+    """Another mask for a group: what it would be, and the seconds that all its layers would save at the first batch."""
+
+    group: Group
+    to: str
+    saves: float
+
+
 def prunings(report: Explanation, decide: Decide) -> list[str]:
-    """Which layers' pruning would buy most: one sentence per group, and one for all of them, by gain."""
+    """Which layers' pruning would buy most: all of them together first, then one by one, by gain."""
     now = report.expected()
     if now is None or now.ours_s <= 0:
         return []
-    rows = report.layers[0].rows
-    at = f"at batch {report.batches[0]}"
-    saved: list[tuple[float, str]] = []
-    groups = [g for g in report.groups if g.share >= WORTH and not g.first.record.fact.nonfinite]
-    for group in groups:
-        found = _cheapest_gain(group, decide)
-        if found is None:
-            continue
-        share, seconds = found
-        better = now.dense_s / (now.ours_s - seconds)
-        if better / now.speedup >= GAIN:
-            text = (
-                f"prune {group.name} to {percent(share)} zero (now {group.zero}): "
-                f"the linear layers go from {now.speedup:.2f}x to {better:.2f}x {at}"
-            )
-            saved.append((seconds, text))
-    saved.sort(key=lambda pair: -pair[0])
-    texts = [text for _, text in saved[:MOST]]
-    if len(saved) > 1 and sum(s for s, _ in saved) < now.ours_s:
-        better = now.dense_s / (now.ours_s - sum(s for s, _ in saved))
-        texts.append(f"all {len(saved)} of these together: {better:.2f}x {at}")
-    return texts or _why_not(report, rows)
+    groups = [g for g in report.groups if g.share >= WORTH and not g.first.record.fact.nonfinite and _slow(g)]
+    changes = sorted(filter(None, (best_change(g, decide) for g in groups)), key=lambda c: -c.saves)
+    changes = [c for c in changes if now.ours_s / (now.ours_s - c.saves) >= GAIN]
+
+    def after(saves: float) -> str:
+        return f"{now.speedup:.2f}x -> {now.dense_s / (now.ours_s - saves):.2f}x" if now else ""
+
+    texts = [f"{c.to} on {c.group.name} (now {c.group.zero} zero): {after(c.saves)}" for c in changes[:MOST]]
+    if len(changes) > 1:
+        most = f" (the {MOST} largest follow)" if len(changes) > MOST else ""
+        texts.insert(0, f"all {len(changes)} changes together{most}: {after(sum(c.saves for c in changes))}")
+    if texts:
+        texts.append(
+            f"(all linear layers at batch {report.batches[0]}, expected; sparsec eval says what accuracy it costs)"
+        )
+    return texts or _why_not(report)
 
 
-def _cheapest_gain(group: Group, decide: Decide) -> tuple[float, float] | None:
-    """The least of TRIED that gains most of what TRIED can, and the seconds it saves over all members."""
-    layer = group.first
+def _slow(group: Group) -> bool:
     cost = group.cost()
+    return cost is not None and cost.speedup < FAST
+
+
+def best_change(group: Group, decide: Decide) -> Change | None:
+    """The mildest change that brings most of what any can: 50 % zero before 2:4 before more zeros."""
+    layer, cost = group.first, group.cost()
     if cost is None:
         return None
-    each = cost.ours_s / len(group.layers)
-    gains = []
+    n = len(group.layers)
+    found = []
+    for to, fact in imagined(layer.record.fact):
+        then = expected(decide(fact, layer.record.site.dtype), layer.rows)
+        if then is not None and then.ours_s < cost.ours_s / n:
+            found.append(Change(group, to, cost.ours_s - n * then.ours_s))
+    most = max((c.saves for c in found), default=0.0)
+    return next((c for c in found if c.saves >= 0.5 * most), None)
+
+
+def imagined(fact: WeightFact) -> Iterator[tuple[str, WeightFact]]:
+    """Masks that pruning methods make and that have more zeros, or more order, than the weight has now."""
     for share in TRIED:
-        if share < 1 - layer.density + 0.05:
-            continue
-        then = expected(decide(pruned(layer.record.fact, share), layer.record.site.dtype), layer.rows)
-        if then is not None and then.ours_s < each:
-            gains.append((share, (each - then.ours_s) * len(group.layers)))
-    if not gains:
-        return None
-    most = max(gain for _, gain in gains)
-    return next((share, gain) for share, gain in gains if gain >= 0.5 * most)
+        if share >= fact.sparsity + 0.05:
+            yield f"{percent(share)} zero", pruned(fact, share)
+        if share == 0.5 and fact.sparsity < 0.55 and not any(f.exact for f in fact.nm):
+            yield "2:4", replace(pruned(fact, 0.5), nm=(NMFact(2, 4, fact.n * -(-fact.k // 4), 0),))
 
 
-def _why_not(report: Explanation, rows: int) -> list[str]:
+def _why_not(report: Explanation) -> list[str]:
     """More zeros would not help: say at which rows they would."""
     if any(layer.decision != "dense" for layer in report.layers):
         return []
+    rows = report.layers[0].rows
     pays = [r.m_hi for layer in report.layers for r in layer.record.decision.ranges if r.format != "dense" and r.m_hi]
     if pays:
         return [f"fewer rows of x per call: these weights pay up to {max(pays)} rows, and a call has {rows}"]

@@ -6,6 +6,7 @@ In: an Explanation. Out: text. Each row is two lines: what runs and what it take
 from __future__ import annotations
 
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -234,24 +235,32 @@ def how(report: Explanation) -> str:
     sources = {layer.record.decision.source for layer in report.layers}
     if sources == {"measured"}:
         return "expected from ratios that the tuner measured on this machine; nothing was timed in this run"
-    return "expected by the cost model from this machine's measured rates; no layer was timed in this run"
+    machine = "this machine's measured rates"
+    if report.target.startswith("reference"):
+        machine = "the fixed rates of the reference target, which is no real machine"
+    return f"expected by the cost model from {machine}; no layer was timed in this run"
 
 
 def next_command(report: Explanation) -> str:
-    """The command that takes the reader further."""
-    spec = report.spec or "MODEL"
-    batch = report.batches[0]
+    """The command that takes the reader further; for a model that has no name on the command line, the call."""
+    spec, batch = report.spec, report.batches[0]
+    tokens = f" {report.tokens}" if report.tokens else ""
     if report.failures:
         return "sparsec doctor"
     if not report.layers:
         return "sparsec demo    (a model that has what sparsec takes)"
-    if all(layer.record.fact.density > 0.95 for layer in report.layers):
-        return f"sparsec sparsify {spec} --method magnitude --sparsity 0.8 -o OUT"
+    if not any(a.decision != "dense" for layer in report.layers for a in layer.at):
+        share = next((int(m[1]) / 100 for m in (re.match(r"(\d+) % zero on", h) for h in report.helps) if m), 0.8)
+        if not spec:
+            return f'sparsec.sparsify(model, {{"method": "magnitude", "sparsity": {share:g}}})'
+        return f"sparsec sparsify {spec} --method magnitude --sparsity {share:g} -o OUT"
     if report.measured() is None:
-        return (
-            f"sparsec explain {spec} --batch {batch}{f' --tokens {report.tokens}' if report.tokens else ''} --measure"
-        )
-    return f"sparsec bench {spec} -b {batch}{f' -p {report.tokens}' if report.tokens else ''}"
+        if not spec:
+            return "sparsec.explain(model, *inputs, measure=True)"
+        return f"sparsec explain {spec} --batch {batch}{f' --tokens{tokens}' if tokens else ''} --measure"
+    if not spec:
+        return 'torch.compile(model, backend="sparsec")'
+    return f"sparsec bench {spec} -b {batch}{f' -p{tokens}' if tokens else ''}"
 
 
 def cut(name: str, width: int) -> list[str]:

@@ -206,6 +206,22 @@ def test_dense_weights_lead_to_the_command_that_prunes(layer_record: Make) -> No
     text = str(report(record, spec="minilm"))
     assert "0 of 1 linear layers run sparse" in text
     assert "next: sparsec sparsify minilm --method magnitude" in text
+    assert "next: sparsec.sparsify(model, " in str(report(record))
+
+
+def test_a_layer_that_is_dense_only_at_these_rows_says_at_which_it_pays(layer_record: Make) -> None:
+    made = report(CompileRecord(layers=[layer_record("q", pays_to=2)]), batches=(1,))
+    assert made.layers[0].decision == "dense"
+    assert made.layers[0].reason.startswith("bitmap up to 2 rows, dense above; this call has 16 rows; no break-even")
+
+
+def test_zeros_at_random_are_not_called_nearly_structured(layer_record: Make) -> None:
+    few = {"nm": (NMFact(4, 8, 1000, 4),)}
+    chance = layer_record("q", density=0.2, fact=few, near="near 4:8 (99.6 % of groups; 4 break it)")
+    real = layer_record("k", density=0.5, fact=few, near="near 4:8 (99.6 % of groups; 4 break it)")
+    made = report(CompileRecord(layers=[chance, real]))
+    assert [layer.pattern for layer in made.layers] == ["unstructured", "near 4:8"]
+    assert ["near" in layer.reason for layer in made.layers] == [False, True]
 
 
 def test_the_log_of_one_graph_is_a_table(layer_record: Make) -> None:
