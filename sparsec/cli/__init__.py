@@ -34,6 +34,7 @@ COMMANDS = {
     "kernels": "The kernel families and where their source is.",
     "doctor": "Versions, compiler, caches: a block to paste into an issue.",
 }
+STOPPED = 130  # the shells' code for an interrupt
 FOOTER = "Start with: sparsec demo. Each command has an example: sparsec explain -h"
 
 
@@ -49,15 +50,15 @@ def run(argv: Sequence[str]) -> int:
         command = typer.main.get_command(build(_chosen(argv)))
         code = command.main(list(argv) or ["--help"], prog_name="sparsec", standalone_mode=False)
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        return _say("stopped.", 130)
-    except typer.Abort:
-        return _say("stopped.", 130)
+    except (KeyboardInterrupt, typer.Abort):
+        code = STOPPED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit stays silent
         return 1
     except Exception as error:
         return _report(error)
+    if code == STOPPED:  # typer turns an interrupt into this code
+        return _say("stopped.", STOPPED)
     return code if isinstance(code, int) else 0
 
 

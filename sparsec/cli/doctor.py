@@ -38,13 +38,13 @@ def command(
 
 def lines(found: Checkup) -> Iterator[str]:
     """The block: facts, then one line per kernel family, then what is wrong."""
-    width = max(len(name) for name, _ in found.facts)
+    families = {kernel.family: f"{kernel.family} kernels" for kernel in found.kernels}
+    width = max(map(len, [*(name for name, _ in found.facts), *families.values()]))
     yield "```"
     for name, value in found.facts:
         yield f"{name:<{width}}  {value}"
-    families = dict.fromkeys(kernel.family for kernel in found.kernels)
-    for family in families:
-        yield f"{f'{family} kernels':<{width}}  {_family([k for k in found.kernels if k.family == family])}"
+    for family, label in families.items():
+        yield f"{label:<{width}}  {_family([k for k in found.kernels if k.family == family])}"
     yield "```"
     unusable = {f"{k.family} kernels: {k.reason}" for k in found.kernels if k.reason}
     wrong = [*found.problems, *sorted(unusable)]
