@@ -45,6 +45,7 @@ class KernelRate:
     position_row: float
     nonzero: float
     nonzero_row: float
+    bandwidth: float = 0.0  # bytes/s at which this kernel streams weights that are in no cache; 0: as memory does
 
 
 @dataclass(frozen=True)

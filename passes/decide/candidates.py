@@ -72,14 +72,13 @@ def patterns(fact: WeightFact) -> Iterator[Pattern]:
             taken.append((f.n, f.m))
             yield Pattern("nm", (f.n, f.m))
     for b in fact.blocks:
-        if b.rows * b.cols > 1 and b.nonzero <= FULLEST_BLOCKS * b.total:
+        has_layout = b.rows % 2 == 0 or b.cols % 16 == 0  # the kernels have nothing better than index for the others
+        if has_layout and b.nonzero <= FULLEST_BLOCKS * b.total:
             yield Pattern("block", (b.rows, b.cols))
 
 
 def kernel_rates(rates: Rates, pattern: Pattern, dtype: str) -> list[KernelRate]:
-    """The measured loops of a pattern: those of exactly its parameters, else those of its family."""
-    for name in (str(pattern), pattern.kind):
-        found = [r for r in rates.kernels if r.pattern == name and r.dtype == dtype]
-        if found:
-            return found
-    return []
+    """The measured loops of a pattern: those of exactly its parameters, else those of a relative of its family."""
+    family = [r for r in rates.kernels if r.dtype == dtype and r.pattern.partition(":")[0] == pattern.kind]
+    exact = [r for r in family if r.pattern == str(pattern)]
+    return exact or [r for r in family if r.pattern == family[0].pattern]

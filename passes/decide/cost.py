@@ -115,7 +115,7 @@ def dense_cost(rate: DenseRate, weights: int, overhead: float) -> Cost:
 
 def kernel_cost(rate: KernelRate, rates: Rates, positions: int, stored: int, read: int) -> Cost:
     """A sparse kernel on ``positions`` = N*K that stores ``stored`` values in ``read`` bytes."""
-    memory = Line(rates.overhead + read / rates.bandwidth, 0.0)
+    memory = Line(rates.overhead + read / (rate.bandwidth or rates.bandwidth), 0.0)
     compute = Line(
         rates.overhead + rate.position * positions + rate.nonzero * stored,
         rate.position_row * positions + rate.nonzero_row * stored,

@@ -1,0 +1,190 @@
+"""What this machine can do, measured once: a target, a thread count and a cache directory in, ``Rates`` out.
+
+How fast memory streams, how long a dense linear takes at ten row counts with weights that are in no cache, what a
+call costs, and the rate of each sparse kernel (``measure_kernels.py``). The machine's part takes about four seconds,
+each kernel half of one after it is compiled. Both are kept as JSON in ``<cache>/rates``, a kernel's under the hash of
+its text. What was measured on a busy machine is used, but measured again when it is ten minutes old.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from sparsec.cache import digest, lock, read_json, write_json
+from sparsec.codegen.spec import KernelSpec
+from sparsec.errors import BuildError, PackError
+from sparsec.facts import WeightFact
+from sparsec.formats import Format, Pattern
+from sparsec.measure_calls import best_seconds, cold_bytes, thread_count
+from sparsec.measure_kernels import TORCH, Text, compile_all, direct, kernel_texts, measure_kernel
+from sparsec.passes.decide.candidates import patterns
+from sparsec.targets import reference
+from sparsec.targets.base import DenseRate, KernelRate, Rates, Target
+
+VERSION = "1"  # of what is measured and how; another one measures again
+MS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+# Measured even where a weight does not have the pattern: `explain` says what it would give.
+USUAL = ("bitmap", "index", "nm:2:4")
+BUSY_S = 600.0
+
+_SIDE = 2048  # of the dense weights: large enough that calls do not count, small enough to have many of them
+
+_log = logging.getLogger("sparsec.tune")
+_machines: dict[tuple[str, int, str], Rates] = {}
+_kernels: dict[tuple[str, int, str, str, str], tuple[KernelRate, ...]] = {}
+_T = TypeVar("_T", Rates, KernelRate)
+
+
+def rates(
+    target: Target,
+    threads: int,
+    cache: Path,
+    dtypes: Iterable[str] = tuple(TORCH),
+    wanted: Iterable[str] = (*USUAL, "block:16x1"),
+) -> Rates:
+    """The rates of ``target`` with ``threads`` threads, from the cache or measured now.
+
+    ``wanted``: patterns whose kernels to know; each costs a compilation the first time. Kernels that cannot be built
+    here are left out, so without a compiler only dense is known. A damaged cache entry is measured again.
+    """
+    if target.name == "reference":
+        return reference.rates(threads)
+    place = (target.fingerprint, threads, str(cache))
+    if place not in _machines:
+        path = cache / "rates" / f"machine-{digest(target.fingerprint, str(threads), torch.__version__, VERSION)}.json"
+        _machines[place] = _stored(path, _machine_from_json, partial(_measure_machine, target, threads, cache))
+    machine = _machines[place]
+    pairs = list(dict.fromkeys((name, dtype) for dtype in dtypes for name in wanted))
+    new = [(name, dtype) for name, dtype in pairs if (*place, name, dtype) not in _kernels]
+    texts = {pair: kernel_texts(Pattern.parse(pair[0]), pair[1], target) for pair in new}
+    compile_all([t for found in texts.values() for t in found], cache)
+    for pair, found in texts.items():
+        rated = (_kernel_rate(t, target, threads, machine.overhead, cache) for t in found)
+        _kernels[(*place, *pair)] = tuple(r for r in rated if r is not None)
+    return replace(machine, kernels=tuple(r for pair in pairs for r in _kernels[(*place, *pair)]))
+
+
+def rates_for(fact: WeightFact, dtype: str, target: Target, threads: int, cache: Path) -> Rates:
+    """The rates that deciding one weight needs: of the patterns it holds, in one dtype."""
+    wanted = dict.fromkeys((*USUAL, *(str(p) for p in patterns(fact))))
+    return rates(target, threads, cache, (dtype,) if dtype in TORCH else (), wanted)
+
+
+def _kernel_rate(t: Text, target: Target, threads: int, overhead: float, cache: Path) -> KernelRate | None:
+    key = digest(target.fingerprint, str(threads), t.spec.name, t.text, torch.__version__, VERSION)
+
+    def measure() -> tuple[KernelRate, bool]:
+        _log.info("measuring %s with %d threads", t.spec.name, threads)
+        with thread_count(threads):
+            return measure_kernel(t, target, threads, overhead, cache)
+
+    try:
+        return _stored(cache / "rates" / f"kernel-{key}.json", _kernel_from_json, measure)
+    except (BuildError, PackError) as error:
+        _log.info("%s is not used: %s", t.spec.name, error)
+        return None
+
+
+@torch.no_grad()
+def _measure_machine(target: Target, threads: int, cache: Path) -> tuple[Rates, bool]:
+    _log.info("measuring %s with %d threads (once, a few seconds)", target.model, threads)
+    with thread_count(threads):
+        dense, busy = zip(*(_dense(name, dtype, cold_bytes(target)) for name, dtype in TORCH.items()), strict=True)
+        buffer = torch.ones(cold_bytes(target) // 4)
+        seconds, _ = best_seconds({"sum": buffer.sum}, budget_s=0.3)
+        bandwidth = buffer.numel() * 4 / seconds["sum"]
+        ours, theirs = _overheads(target, cache)
+    return Rates(threads, bandwidth, ours, dense, (), theirs), any(busy)
+
+
+def _dense(name: str, dtype: torch.dtype, cold: int) -> tuple[DenseRate, bool]:
+    """Seconds per weight of ``F.linear`` at each M; every call reads a weight that the caches have forgotten."""
+    size = _SIDE * _SIDE
+    copies = max(2, -(-cold // (size * dtype.itemsize)))
+    weights = itertools.cycle(torch.randn(copies, _SIDE, _SIDE).mul_(0.02).to(dtype).unbind())
+
+    def linear(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, next(weights))
+
+    seconds, busy = best_seconds({str(m): partial(linear, torch.randn(m, _SIDE).to(dtype)) for m in MS}, budget_s=1.0)
+    return DenseRate(name, tuple((m, seconds[str(m)] / size) for m in MS)), busy
+
+
+def _overheads(target: Target, cache: Path) -> tuple[float, float]:
+    """Seconds of a call that has next to nothing to do: ours (dense's where none can be built), dense."""
+    weight = torch.eye(64)
+    x = torch.randn(1, 64)
+    calls: dict[str, Callable[[], object]] = {"dense": lambda: torch.nn.functional.linear(x, weight)}
+    spec = KernelSpec(Format.parse("bitmap+fp32"), "dot", "fp32", target.isa)
+    try:
+        calls["ours"] = partial(direct(weight, spec, target, cache), x)
+    except (BuildError, PackError) as error:
+        _log.info("no call overhead measured: %s", error)
+    seconds, _ = best_seconds(calls, budget_s=0.2, min_call_s=2e-4)
+    return seconds.get("ours", seconds["dense"]), seconds["dense"]
+
+
+# -------------------------------------------------------------------------------------------------- kept as JSON
+
+
+def _stored(path: Path, read: Callable[[Any], _T], make: Callable[[], tuple[_T, bool]]) -> _T:
+    """What ``path`` holds, else what ``make`` gives. Processes that share a cache measure one after the other."""
+    if (found := _read(path, read)) is not None:
+        return found
+    with _one_at_a_time(path.with_name("measuring.lock")):
+        if (found := _read(path, read)) is not None:
+            return found
+        made, busy = make()
+        write_json(path, {"value": asdict(made), "busy_at": time.time() if busy else 0.0})
+        return made
+
+
+def _read(path: Path, read: Callable[[Any], _T]) -> _T | None:
+    entry = read_json(path)
+    if entry is None:
+        return None
+    try:
+        if entry["busy_at"] and time.time() - entry["busy_at"] > BUSY_S:
+            return None
+        return read(entry["value"])
+    except (KeyError, TypeError, ValueError):  # whole, but not of this code
+        return None
+
+
+@contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    try:
+        held = lock(path)
+        held.__enter__()
+    except OSError:  # nothing can be written, so there is nothing to share either
+        yield
+        return
+    try:
+        yield
+    finally:
+        held.__exit__(None, None, None)
+
+
+def _machine_from_json(value: dict[str, Any]) -> Rates:
+    dense = tuple(DenseRate(d["dtype"], tuple((int(m), float(s)) for m, s in d["points"])) for d in value["dense"])
+    bandwidth, ours, theirs = (float(value[name]) for name in ("bandwidth", "overhead", "dense_overhead"))
+    if not dense or bandwidth <= 0 or min(ours, theirs) < 0 or any(s <= 0 for d in dense for _, s in d.points):
+        raise ValueError("not a machine")
+    return Rates(int(value["threads"]), bandwidth, ours, dense, (), theirs)
+
+
+def _kernel_from_json(value: dict[str, Any]) -> KernelRate:
+    rate = KernelRate(**value)
+    if min(rate.position, rate.position_row, rate.nonzero, rate.nonzero_row, rate.bandwidth) < 0:
+        raise ValueError("not a rate")
+    return rate

@@ -1,0 +1,61 @@
+"""Timing for rates: calls in, their best seconds out, and whether other work on the machine spoiled them."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from sparsec.targets.base import Target
+from sparsec.timing import interleave
+
+_BATCH = 6  # rounds after which the minima are compared with those of before
+_STEADY = 1.05  # minima that fell by less than this have been found
+_QUIET = 30  # lost cores per second of measuring; an idle machine takes one away a few times a second
+_MOST_COLD_BYTES = 2**28  # enough where the last-level cache is huge, since many share it
+_LEAST_COLD_BYTES = 2**26
+
+
+def best_seconds(
+    calls: Mapping[str, Callable[[], object]], budget_s: float, min_call_s: float = 0.0
+) -> tuple[dict[str, float], bool]:
+    """The smallest seconds of each call over interleaved rounds, and whether other work kept the machine busy.
+
+    Minima are what the machine can do; finding them takes more rounds on a busy one, so rounds go on while minima
+    fall, for at most twice ``budget_s``. Busy: minima still fell at the end, or the kernel took cores away all along.
+    """
+    best: dict[str, float] = {}
+    spent, taken_away = 0.0, _interruptions()
+    while True:
+        samples = interleave(calls, _BATCH, budget_s - spent / 2, warmup=0 if best else 1, min_call_s=min_call_s)
+        now = {name: s.best for name, s in samples.items()}
+        fell = any(now[name] * _STEADY < best.get(name, float("inf")) for name in now)
+        best = {name: min(seconds, best.get(name, seconds)) for name, seconds in now.items()}
+        spent += sum(sum(s.seconds) for s in samples.values())
+        if not fell or spent > 2 * budget_s:
+            return best, fell or _interruptions() - taken_away > _QUIET * max(spent, 0.1)
+
+
+def _interruptions() -> int:
+    """How often a thread of this process lost its core to another process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
+def cold_bytes(target: Target) -> int:
+    """How many bytes to use in turn so that none of them is in a cache when it is used again."""
+    return min(max(3 * target.l3_bytes, _LEAST_COLD_BYTES), _MOST_COLD_BYTES)
+
+
+@contextmanager
+def thread_count(threads: int) -> Iterator[None]:
+    """Run with ``threads`` of torch's threads, and put the old number back."""
+    before = torch.get_num_threads()
+    if before != threads:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        if before != threads:
+            torch.set_num_threads(before)

@@ -1,0 +1,162 @@
+"""What one sparse kernel costs: a spec's text in, a fitted ``KernelRate`` out.
+
+Two runs tell arithmetic and memory apart. On a weight that fits the caches, at several densities and M, time is
+arithmetic: four coefficients are fitted. On copies of a large weight, used in turn so that none is in a cache when its
+turn comes, time is memory: bytes over seconds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from sparsec.codegen import build, cpp
+from sparsec.codegen.spec import KernelSpec, Packed
+from sparsec.errors import BuildError, PackError
+from sparsec.formats import Format, Pattern
+from sparsec.measure_calls import best_seconds, cold_bytes
+from sparsec.passes.graph import DTYPES
+from sparsec.runtime.direct import Direct
+from sparsec.targets.base import KernelRate, Target
+
+TORCH = {name: dtype for dtype, name in DTYPES.items()}
+
+_SMALL = (512, 1024)  # any format of it fits the second-level caches
+_LARGE = (2048, 2048)
+_LOOP_MS = {"dot": (1, 2, 4, 8), "outer": (8, 16, 64, 128)}
+_OTHER_MS = (1, 8, 64)
+_DENSITIES = (0.5, 0.2, 0.05)
+
+_log = logging.getLogger("sparsec.tune")
+
+
+@dataclass(frozen=True)
+class Text:
+    """A kernel's text and what it is for."""
+
+    spec: KernelSpec
+    text: str
+
+    @property
+    def pattern(self) -> Pattern:
+        return self.spec.format.pattern
+
+
+def kernel_texts(pattern: Pattern, dtype: str, target: Target) -> list[Text]:
+    """The C++ text of every loop of a pattern; none where its family does not take these parameters."""
+    found = []
+    try:
+        family = cpp.family(pattern.kind)
+        for loop in family.loops:
+            spec = KernelSpec(Format(pattern, dtype), loop, dtype, target.isa, target.bf16_dot and dtype == "bf16")
+            found.append(Text(spec, family.text(spec)))
+    except (KeyError, ValueError, PackError) as error:
+        _log.info("no kernel for %s+%s: %s", pattern, dtype, error)
+        return []
+    return found
+
+
+def compile_all(texts: list[Text], cache: Path) -> None:
+    """Compile side by side what will be needed one by one; failures are met again, and told, at use."""
+
+    def compile_one(t: Text) -> None:
+        try:
+            build.compile_shared(t.text, t.spec.name, build.isa_flags(t.spec), cache)
+        except BuildError as error:
+            _log.info("%s", error)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(compile_one, texts))
+
+
+def direct(weight: torch.Tensor, spec: KernelSpec, target: Target, cache: Path, packed: Packed | None = None) -> Direct:
+    """One kernel on one weight, on a target that is already resolved. Raises BuildError, PackError."""
+    return Direct(weight, spec.format, spec.loop, target=f"cpu:{target.isa}", cache=str(cache), packed=packed)
+
+
+@torch.no_grad()
+def measure_kernel(t: Text, target: Target, threads: int, overhead: float, cache: Path) -> tuple[KernelRate, bool]:
+    """The rate of one loop, and whether the machine was too busy for it to be trusted. Raises BuildError, PackError."""
+    calls: dict[str, Callable[[], object]] = {}
+    sizes: dict[str, tuple[int, int, int]] = {}
+    n, k = max(_SMALL[0], 32 * threads), _SMALL[1]
+    for density in _densities(t.pattern):
+        weight, stored = sample(t.pattern, n, k, density)
+        run = direct(weight.to(TORCH[t.spec.dtype]), t.spec, target, cache)
+        for m in _LOOP_MS.get(t.spec.loop, _OTHER_MS):
+            name = f"{density}/{m}"
+            calls[name] = partial(run, torch.randn(m, k).to(TORCH[t.spec.dtype]))
+            sizes[name] = (n * k, stored, m)
+    seconds, busy = best_seconds(calls, budget_s=0.5, min_call_s=1e-4)
+    points = [(*sizes[name], max(s - overhead, 0.1 * s)) for name, s in seconds.items()]
+    coefficients = fit(points, positions=t.pattern.kind in ("bitmap", "index"))
+    bandwidth, busy_too = _streamed(t, target, overhead, cache)
+    return KernelRate(str(t.pattern), t.spec.loop, t.spec.dtype, *coefficients, bandwidth), busy or busy_too
+
+
+def _densities(pattern: Pattern) -> tuple[float, ...]:
+    return (pattern.params[0] / pattern.params[1],) if pattern.kind == "nm" else _DENSITIES
+
+
+def _streamed(t: Text, target: Target, overhead: float, cache: Path) -> tuple[float, bool]:
+    """Bytes per second of a call whose weight is in no cache."""
+    weight = sample(t.pattern, *_LARGE, _densities(t.pattern)[0])[0].to(TORCH[t.spec.dtype])
+    first = direct(weight, t.spec, target, cache)
+    copies = max(2, -(-cold_bytes(target) // max(first.packed.bytes, 1)))
+    packs = [replace(first.packed, tensors=tuple(p.clone() for p in first.packed.tensors)) for _ in range(copies)]
+    runs = itertools.cycle([direct(weight, t.spec, target, cache, packed) for packed in packs])
+    x = torch.randn(_LOOP_MS.get(t.spec.loop, _OTHER_MS)[0], _LARGE[1]).to(TORCH[t.spec.dtype])
+    seconds, busy = best_seconds({"cold": partial(_call_next, runs, x)}, budget_s=0.3)
+    return first.packed.bytes / max(seconds["cold"] - overhead, 1e-9), busy
+
+
+def _call_next(runs: Iterator[Direct], x: torch.Tensor) -> torch.Tensor:
+    return next(runs)(x)
+
+
+def sample(pattern: Pattern, n: int, k: int, density: float) -> tuple[torch.Tensor, int]:
+    """A random weight [n, k] (fp32) that holds ``pattern``, and how many values a format of it stores."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.rand(n, k, generator=generator) + 0.5
+    if pattern.kind == "nm":
+        keep, of = pattern.params
+        scores = torch.rand(n, -(-k // of), of, generator=generator)
+        mask = torch.zeros_like(scores).scatter_(2, scores.topk(keep, dim=2).indices, 1.0)
+        return values * mask.reshape(n, -1)[:, :k], n * -(-k // of) * keep
+    rows, cols = pattern.params or (1, 1)
+    coarse = torch.rand(-(-n // rows), -(-k // cols), generator=generator) < density
+    kept = coarse.repeat_interleave(rows, 0).repeat_interleave(cols, 1)[:n, :k]
+    return values * kept, int(coarse.sum()) * rows * cols
+
+
+def fit(points: list[tuple[int, int, int, float]], positions: bool = True) -> tuple[float, float, float, float]:
+    """The KernelRate coefficients, none negative, with the smallest relative error on (N*K, stored, M, seconds).
+
+    ``positions`` False leaves out the terms in N*K, which one density cannot tell from those in stored values.
+    """
+    seconds = torch.tensor([p[3] for p in points], dtype=torch.float64)
+    columns = torch.tensor([[p[0], p[0] * p[2], p[1], p[1] * p[2]] for p in points], dtype=torch.float64)
+    scaled = columns / seconds[:, None]
+    units = scaled.amax(0).clamp_(min=1e-300)
+    scaled = scaled / units
+    best: tuple[float, torch.Tensor] | None = None
+    # Four unknowns have fifteen sets of non-zero ones: trying all is the whole of non-negative least squares.
+    for size in range(1, 5):
+        for chosen in itertools.combinations(range(4) if positions else (2, 3), size):
+            part = scaled[:, list(chosen)]
+            solved = torch.linalg.lstsq(part, torch.ones(len(points), 1, dtype=torch.float64)).solution[:, 0]
+            if bool((solved < 0).any()) or not bool(solved.isfinite().all()):
+                continue
+            error = float((part @ solved - 1).square().sum())
+            if best is None or error < best[0] - 1e-12:
+                best = (error, torch.zeros(4, dtype=torch.float64).index_put_((torch.tensor(chosen),), solved))
+    assert best is not None, "one positive column alone always fits"
+    a, b, c, d = (best[1] / units).tolist()
+    return a, b, c, d
