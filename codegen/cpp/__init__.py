@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import cast
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
-from sparsec.codegen.spec import Family
+from sparsec.codegen.spec import Family, Packed
+from sparsec.errors import RoundTripMismatch
+from sparsec.formats import Format
+
+if TYPE_CHECKING:
+    import torch
 
 FAMILIES = {kind: f"sparsec.codegen.cpp.{kind}:FAMILY" for kind in ("bitmap", "index", "nm", "block")}
 
@@ -16,3 +22,30 @@ def family(kind: str) -> Family:
     """The family of a pattern kind (``bitmap``, ``index``, ``nm``, ``block``). Raises KeyError for any other."""
     module, _, name = FAMILIES[kind].partition(":")
     return cast(Family, getattr(importlib.import_module(module), name))
+
+
+def pack_verified(weight: torch.Tensor, format: Format, source_key: str, cache: Path | None = None) -> Packed:
+    """Pack a [N, K] CPU weight and prove it: unpacking must give every bit back, except that -0.0 may become 0.0.
+
+    ``cache``: where the packer is compiled when it is first used; the user's cache directory unless given.
+    Raises PatternMismatch, RoundTripMismatch, NoCompiler, CompileFailed; ValueError for a dtype that is not the
+    format's.
+    """
+    import torch
+
+    from sparsec.codegen.cpp import packer
+
+    packer.load(cache)
+    chosen = family(format.pattern.kind)
+    packed = chosen.pack(weight, format.pattern, format.values, source_key)
+    back = chosen.unpack(packed)
+    bits = torch.int32 if weight.element_size() == 4 else torch.int16
+    before, after = weight.detach().contiguous().view(bits), back.view(bits)
+    if torch.equal(before, after):
+        return packed
+    lost = (before != after) & ~((weight == 0) & (after == 0))
+    if bool(lost.any()):
+        row, column = (int(i) for i in lost.nonzero()[0])
+        detail = f"{int(lost.sum())} values, the first in row {row}, column {column}"
+        raise RoundTripMismatch(format=str(format), detail=detail)
+    return packed

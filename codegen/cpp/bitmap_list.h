@@ -1,0 +1,34 @@
+// Layout "bitmap" as lists for the outer loop.
+
+constexpr int kGroup = 4;
+constexpr int kStep = 1;
+constexpr int kSpan = kChunk + 32;  // entries are written 32 at a time
+
+struct Cursor {
+  const uint32_t *mask;
+  const Value *value[kRows / kGroup];
+  MEMBER Cursor() {}
+  MEMBER Cursor(const SparsecCall *call, int64_t tile) {
+    int64_t group = tile * (kRows / kGroup);
+    mask = pack_of<uint32_t>(call, 0) + group * ceil_div(call->k, 32) * kGroup;
+    for (int g = 0; g < kRows / kGroup; ++g) value[g] = pack_of<Value>(call, 1) + pack_of<int64_t>(call, 2)[group + g];
+  }
+};
+
+INLINE void decode(const SparsecCall *call, Cursor &cursor, int64_t chunk, List &list) {
+  int64_t words = ceil_div(call->k, 32), end = 4 * chunk + 4 < words ? 4 * chunk + 4 : words;
+  for (int r = 0; r < kRows; ++r) list.first[r] = r * kSpan, list.count[r] = 0;
+  for (int g = 0; g < kRows / kGroup; ++g) {
+    const uint32_t *mask = cursor.mask + (g * words + 4 * chunk) * kGroup;
+    for (int64_t w = 4 * chunk; w < end; ++w, mask += kGroup) {
+      for (int q = 0; q < kGroup; ++q) {
+        int r = g * kGroup + q, n = __builtin_popcount(mask[q]), at = list.first[r] + list.count[r];
+        positions32(mask[q], static_cast<uint32_t>(32 * (w - 4 * chunk)), list.column + at);
+        store16(list.value + at, load16(cursor.value[g]));
+        if (n > 16) store16(list.value + at + 16, load16(cursor.value[g] + 16));
+        cursor.value[g] += n;
+        list.count[r] += n;
+      }
+    }
+  }
+}

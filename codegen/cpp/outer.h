@@ -1,0 +1,103 @@
+// Loop "outer": rows of x in the vector. prepare writes x transposed, in fp32, in blocks of up to 64 rows:
+// block[column][row]. Each kept weight is broadcast and multiplies one column of x. The columns are worked through in
+// chunks of 128, whose part of x stays in L1 while kTiles tiles of W use it. Expects what list.h says from the layout.
+
+constexpr int kTiles = 4;
+constexpr int kMostVectors = 4;
+
+INLINE int64_t outer_rows(int64_t m) { return ceil_div(m, 16) * 16; }
+// Layouts may keep zeros in columns past the end, up to a multiple of 32; x is zero there.
+INLINE int64_t outer_columns(int64_t k) { return ceil_div(k, 32) * 32; }
+constexpr int64_t kBlock = 16 * kMostVectors;
+
+EXPORT int64_t sparsec_scratch(int64_t m, int64_t k) { return outer_rows(m) * outer_columns(k) * sizeof(float) + 64; }
+EXPORT int64_t sparsec_prepare_units(int64_t m, int64_t k) { return ceil_div(m, kBlock) * ceil_div(k, kChunk); }
+
+EXPORT void sparsec_prepare(const SparsecCall *call, int64_t begin, int64_t end) {
+  int64_t chunks = ceil_div(call->k, kChunk);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    int64_t m0 = unit / chunks * kBlock, k0 = unit % chunks * kChunk;
+    int64_t width = outer_rows(call->m - m0 < kBlock ? call->m - m0 : kBlock);
+    float *block = static_cast<float *>(call->scratch) + m0 * outer_columns(call->k);
+    int64_t k1 = k0 + kChunk < call->k ? k0 + kChunk : outer_columns(call->k);
+    for (int64_t j = 0; j < width; j += 16) {
+      for (int64_t k = k0; k < k1; k += 16) {
+        int64_t left = call->k - k;
+        int columns = left < 0 ? 0 : left < 16 ? static_cast<int>(left) : 16;
+        F16 r[16];
+        for (int i = 0; i < 16; ++i) {
+          int64_t row = m0 + j + i;
+          const Value *x = static_cast<const Value *>(call->x) + row * call->x_stride + k;
+          r[i] = row < call->m && columns ? load_n(x, columns) : zero16();
+        }
+        transpose16(r);
+        for (int i = 0; i < 16; ++i) store16(block + (k + i) * width + j, r[i]);
+      }
+    }
+  }
+}
+
+// acc[0 .. 16 NV) += sum over i of value[i] * x[column[i]]. Several sums are kept where one would wait for itself.
+template <int NV>
+INLINE void outer_row(float *acc, const float *x, const float *value, const uint32_t *column, int count) {
+  constexpr int kSums = NV == 1 ? 4 : NV == 2 ? 2 : 1;
+  F16 a[kSums][NV];
+  for (int u = 0; u < kSums; ++u)
+    for (int j = 0; j < NV; ++j) a[u][j] = u ? zero16() : load16(acc + 16 * j);
+  int i = 0;
+  for (; i + kSums <= count; i += kSums) {
+    for (int u = 0; u < kSums; ++u) {
+      F16 w = splat(value[(i + u) * kStep]);
+      const float *xs = x + static_cast<int64_t>(column[(i + u) * kStep]) * (16 * NV);
+      for (int j = 0; j < NV; ++j) a[u][j] = fma(w, load16(xs + 16 * j), a[u][j]);
+    }
+  }
+  for (; i < count; ++i) {
+    F16 w = splat(value[i * kStep]);
+    const float *xs = x + static_cast<int64_t>(column[i * kStep]) * (16 * NV);
+    for (int j = 0; j < NV; ++j) a[0][j] = fma(w, load16(xs + 16 * j), a[0][j]);
+  }
+  for (int u = 1; u < kSums; ++u)
+    for (int j = 0; j < NV; ++j) a[0][j] = add(a[0][j], a[u][j]);
+  for (int j = 0; j < NV; ++j) store16(acc + 16 * j, a[0][j]);
+}
+
+template <int NV>
+__attribute__((noinline)) void outer_tiles(const SparsecCall *call, int64_t m0, int64_t begin, int64_t end) {
+  alignas(64) float acc[kTiles * kRows * 16 * NV] = {};
+  Cursor cursor[kTiles];
+  List list;
+  for (int64_t t = begin; t < end; ++t) cursor[t - begin] = Cursor(call, t);
+  const float *x = static_cast<const float *>(call->scratch) + m0 * outer_columns(call->k);
+  for (int64_t k = 0; k < call->k; k += kChunk) {
+    for (int64_t t = 0; t < end - begin; ++t) {
+      decode(call, cursor[t], k / kChunk, list);
+      for (int r = 0; r < kRows; ++r)
+        outer_row<NV>(acc + (t * kRows + r) * 16 * NV, x + k * 16 * NV, list.value + list.first[r],
+                      list.column + list.first[r], list.count[r]);
+    }
+  }
+  for (int64_t t = 0; t < end - begin; ++t) {
+    for (int j = 0; j < NV; ++j) {
+      F16 r[16];
+      for (int i = 0; i < 16; ++i) r[i] = load16(acc + ((t * kRows + i) * NV + j) * 16);
+      transpose16(r);
+      int64_t row = m0 + 16 * j, left = call->m - row;
+      finish<Value>(call, row, left < 16 ? static_cast<int>(left) : 16, (begin + t) * kRows, r);
+    }
+  }
+}
+
+EXPORT void sparsec_run(const SparsecCall *call, int64_t tile_begin, int64_t tile_end) {
+  for (int64_t t = tile_begin; t < tile_end; t += kTiles) {
+    int64_t end = t + kTiles < tile_end ? t + kTiles : tile_end;
+    for (int64_t m0 = 0; m0 < call->m; m0 += kBlock) {
+      switch (ceil_div(call->m - m0, 16)) {
+        case 1: outer_tiles<1>(call, m0, t, end); break;
+        case 2: outer_tiles<2>(call, m0, t, end); break;
+        case 3: outer_tiles<3>(call, m0, t, end); break;
+        default: outer_tiles<4>(call, m0, t, end);
+      }
+    }
+  }
+}

@@ -1,0 +1,91 @@
+"""Call a kernel through its C interface, without the runtime: for tests, tuning and looking at one kernel alone."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+
+import torch
+
+from sparsec.codegen.spec import ACTS, Kernel, Packed
+
+
+class Call(ctypes.Structure):
+    """``struct SparsecCall`` of ``cpp/abi.h``."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("x_stride", ctypes.c_int64),
+        ("y", ctypes.c_void_p),
+        ("y_stride", ctypes.c_int64),
+        ("bias", ctypes.c_void_p),
+        ("pack", ctypes.POINTER(ctypes.c_void_p)),
+        ("scratch", ctypes.c_void_p),
+        ("m", ctypes.c_int64),
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("act", ctypes.c_int32),
+    )
+
+
+_sizes = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
+_work = ctypes.CFUNCTYPE(None, ctypes.POINTER(Call), ctypes.c_int64, ctypes.c_int64)
+
+
+def bounds(packed: Packed, shares: int) -> list[int]:
+    """[shares + 1] tile numbers that split ``packed`` into parts of about equal cost."""
+    goals = torch.arange(shares + 1) * int(packed.work[-1]) // shares
+    cuts = torch.searchsorted(packed.work[:-1].contiguous(), goals).tolist() if packed.work.numel() > 1 else []
+    return [0, *cuts[1:-1], packed.work.numel() - 1]
+
+
+def prepared(
+    kernel: Kernel, packed: Packed, x: torch.Tensor, bias: torch.Tensor | None, act: str, y: torch.Tensor
+) -> Callable[..., None]:
+    """A function that runs the kernel once on these tensors; ``run(pool)`` splits the tiles over a pool's threads.
+
+    x: [M, K] with unit inner stride, y: [M, N] likewise, bias [N] or None, all of the kernel's dtype.
+    """
+    m, k = x.shape
+    n = packed.shape[0]
+    scratch = torch.empty(max(_sizes(kernel.scratch)(m, k), 1), dtype=torch.uint8)
+    pointers = (ctypes.c_void_p * len(packed.tensors))(*(t.data_ptr() for t in packed.tensors))
+    call = Call(
+        x=x.data_ptr(),
+        x_stride=x.stride(0),
+        y=y.data_ptr(),
+        y_stride=y.stride(0),
+        bias=None if bias is None else bias.data_ptr(),
+        pack=pointers,
+        scratch=scratch.data_ptr(),
+        m=m,
+        n=n,
+        k=k,
+        act=ACTS.index(act),
+    )
+    prepare, tiles = _work(kernel.prepare), _work(kernel.run)
+    units = _sizes(kernel.prepare_units)(m, k)
+    last = packed.work.numel() - 1
+    keep = (scratch, pointers, x, y, bias, packed)
+
+    def run(pool: Executor | None = None, cuts: Sequence[int] = ()) -> None:
+        assert keep
+        prepare(ctypes.byref(call), 0, units)
+        if pool is None:
+            tiles(ctypes.byref(call), 0, last)
+            return
+        for done in [pool.submit(tiles, ctypes.byref(call), a, b) for a, b in itertools.pairwise(cuts)]:
+            done.result()
+
+    return run
+
+
+def linear(
+    kernel: Kernel, packed: Packed, x: torch.Tensor, bias: torch.Tensor | None = None, act: str = ""
+) -> torch.Tensor:
+    """act(x @ W.T + bias) by ``kernel`` on one thread: [M, K] -> [M, N], in x's dtype."""
+    y = torch.empty(x.shape[0], packed.shape[0], dtype=x.dtype)
+    prepared(kernel, packed, x, bias, act, y)()
+    return y
