@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 FACTS, RECIPE, WEIGHTS = "sparsec.json", "recipe.yaml", "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_METADATA = {"format": "pt"}  # older readers refuse files without it; a second key would make the bytes vary by chance
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -56,7 +57,7 @@ def save(
     check_output(path, sha, source, overwrite)
     try:
         if target.suffix == ".safetensors":
-            _write_file(module, target, sha)
+            _write_file(module, target)
         else:
             with _new_folder(target) as folder:
                 _write_folder(module, folder, report, tokenizer)
@@ -156,7 +157,7 @@ def _write_folder(model: nn.Module, folder: Path, report: Report | None, tokeniz
         with _no_shard_bar():
             transformers_model.save_pretrained(folder)
     else:
-        save_file(_own_tensors(model), folder / WEIGHTS, metadata=_metadata(report.recipe.sha if report else ""))
+        save_file(_own_tensors(model), folder / WEIGHTS, metadata=_METADATA)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if report is None:
@@ -183,26 +184,17 @@ def _no_shard_bar() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
-def _write_file(model: nn.Module, target: Path, recipe_sha: str) -> None:
+def _write_file(model: nn.Module, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     os.close(handle)
     try:
-        save_file(_own_tensors(model), name, metadata=_metadata(recipe_sha))
+        save_file(_own_tensors(model), name, metadata=_METADATA)
         os.chmod(name, 0o644)
         os.replace(name, target)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-
-
-def _metadata(recipe_sha: str) -> dict[str, str]:
-    """Texts only, and ``format`` must be there: older readers refuse files without it."""
-    return {
-        "format": "pt",
-        "sparsec.version": __version__,
-        **({"sparsec.recipe_sha": recipe_sha} if recipe_sha else {}),
-    }
 
 
 def _own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
