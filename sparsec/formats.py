@@ -102,7 +102,8 @@ def storage_bytes(format: Format, fact: WeightFact) -> int:
         return kept * width + -(-fact.n // 16) * 16 * -(-fact.k // 32) * 4
     if pattern.kind == "block" and pattern.params[0] % 2 and pattern.params[1] % 16 == 0:
         return kept * width + kept // 16 * 4 + 8 * fact.n
-    return _sliced_bytes(kept, math.gcd(pattern.params[0], 16) if pattern.kind == "block" else 1, width, fact)
+    rows, cols = pattern.params if pattern.kind == "block" else (1, 1)
+    return _sliced_bytes(kept, math.gcd(rows, 16), width, fact, whole_pairs=cols % 2 == 0)
 
 
 def _few(pattern: Pattern) -> bool:
@@ -110,11 +111,11 @@ def _few(pattern: Pattern) -> bool:
     return 6 * pattern.params[0] <= pattern.params[1]
 
 
-def _sliced_bytes(kept: int, share: int, width: int, fact: WeightFact) -> int:
+def _sliced_bytes(kept: int, share: int, width: int, fact: WeightFact, whole_pairs: bool) -> int:
     """Slices of 16 rows x 128 columns with one byte a column, which ``share`` rows have in common.
 
-    A slice also holds a byte for each step of its fullest row, and bf16 values come in pairs. How full the fullest of
-    g random rows is: mean plus a known number of deviations.
+    A slice also holds a byte for each step of its fullest row, and bf16 values come in pairs, the last of a row often
+    half empty. How full the fullest of g random rows is: mean plus a known number of deviations.
     """
     slices = -(-fact.n // 16) * -(-fact.k // 128)
     if not slices:
@@ -123,6 +124,6 @@ def _sliced_bytes(kept: int, share: int, width: int, fact: WeightFact) -> int:
     mean = min(kept / (16 * slices), 128.0)
     deviations = {1: 1.77, 2: 1.42, 4: 1.03, 8: 0.56, 16: 0.0}[share]
     fullest = min(mean + deviations * math.sqrt(mean * (1 - mean / 128)), 128.0)
-    pairing = 8 * slices * min(mean, 1.0) if per == 2 else 0.0
+    pairing = 8 * slices * min(mean, 1.0) if per == 2 and not whole_pairs else 0.0
     values = kept + pairing
     return round(values * (width + 1 / share) + slices * (9 + fullest / per) + fact.n)

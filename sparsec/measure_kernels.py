@@ -28,9 +28,9 @@ from sparsec.targets.base import KernelRate, Target
 
 TORCH = {name: dtype for dtype, name in DTYPES.items()}
 
-_SMALL = (512, 1024)  # any format of it fits the second-level caches
+_SMALL = (256, 2048)  # any format of it fits the second-level caches, while x does not fit the first
 _LARGE = (2048, 2048)
-_LOOP_MS = {"dot": (1, 2, 4, 8), "outer": (8, 16, 64, 128)}
+_LOOP_MS = {"dot": (1, 2, 4, 8, 16, 64), "outer": (8, 16, 64, 256)}
 _OTHER_MS = (1, 8, 64)
 _DENSITIES = (0.5, 0.2, 0.05)
 
