@@ -25,7 +25,6 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from sparsec import __version__
 from sparsec.errors import BadModelFile, ModelNotFound, OutputExists, WriteFailed
 
 if TYPE_CHECKING:
