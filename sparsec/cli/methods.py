@@ -68,13 +68,9 @@ def _table(told: list[dict[str, Any]]) -> str:
 
 
 def _page(told: dict[str, Any]) -> str:
-    lines = [
-        told["name"],
-        "",
-        told["about"],
-        "",
-        f"needs: {_needs(told)}   cost: {told['cost']}   scope: {told['scope']}",
+    facts = f"needs: {_needs(told)}   cost: {told['cost']}   scope: {told['scope']}   source: {told['source']}"
+    options = [
+        f"  --set {key}={option.get('default')}   {option.get('description', '')}".rstrip()
+        for key, option in told["options"].items()
     ]
-    for key, option in told["options"].items():
-        lines.append(f"  --set {key}={option.get('default')}   {option.get('description', '')}".rstrip())
-    return "\n".join(lines if told["options"] else [*lines, "options: none of its own"])
+    return "\n".join([told["name"], "", told["about"], "", facts, *(options or ["options: none of its own"])])
