@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import CodeType
 from typing import Any, cast
 
 import torch
@@ -31,6 +32,7 @@ __all__ = [
     "emit_artifact",
     "enters_autocast",
     "is_fake",
+    "looking_only",
     "mode_options",
     "real_tensors",
     "shared_libraries",
@@ -125,6 +127,32 @@ def enters_autocast(graph: torch.fx.Graph) -> bool:
 def emit_artifact(name: str, text: str) -> None:
     """Add a text to the structured trace (``TORCH_TRACE``), where tlparse shows it."""
     trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=lambda: text)
+
+
+@contextmanager
+def looking_only() -> Iterator[None]:
+    """Compile with every size static, and take back what Dynamo keeps for frames that had nothing compiled before.
+
+    Sizes that changed since an earlier look would become symbols, and rows are what a report is about. Dynamo keeps its
+    results with the code of a frame, whatever the backend, and compiles no more after eight: looking at a model must
+    not use these up.
+    """
+    from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
+    from torch._dynamo.convert_frame import register_bytecode_hook
+
+    had: dict[CodeType, bool] = {}
+
+    def note(code: CodeType, new_code: CodeType) -> None:
+        had.setdefault(code, bool(_debug_get_cache_entry_list(code)))
+
+    handle = register_bytecode_hook(note)
+    try:
+        with torch._dynamo.config.patch(automatic_dynamic_shapes=False, assume_static_by_default=True):
+            yield
+    finally:
+        handle.remove()
+        for code in (code for code, before in had.items() if not before):
+            reset_code(code)
 
 
 def shared_libraries() -> list[str]:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from sparsec.errors import BadOptionValue, OptionError
@@ -258,10 +259,11 @@ def _inspect(
 def _captured(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
 ) -> list[CompileRecord]:
-    from sparsec import pipeline
+    from sparsec import compat, pipeline
 
     try:
-        return pipeline.inspect(model, args, kwargs, options)
+        with compat.looking_only():
+            return pipeline.inspect(own_frame(model), args, kwargs, options)
     except Exception as error:
         for cause in causes(error):
             if isinstance(cause, OptionError):
@@ -270,6 +272,19 @@ def _captured(
         stage = next((s for c in causes(error) if (s := getattr(c, "sparsec_stage", ""))), "capture")
         first = (str(root).strip().splitlines() or ["no message"])[0]
         return [CompileRecord(failure=f"{stage}: {type(root).__name__}: {first}")]
+
+
+def own_frame(model: Callable[..., Any]) -> Any:
+    """The model behind a function whose code nothing else has.
+
+    Dynamo counts what it compiled by the code of the frame, and stops at eight: looking at a model again and again must
+    neither reach that limit nor bring the user's own compilation nearer to it.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    return FunctionType(call.__code__.replace(), globals(), "call", None, call.__closure__)
 
 
 def causes(error: BaseException) -> list[BaseException]:

@@ -1,8 +1,8 @@
 """Timing the layers of a report in this process: what ``measure=True`` adds.
 
 In: an Explanation and its model. Out: the same with measured times. Each distinct layer is timed as it would run
-against ``F.linear``, in turns in one run, on random x of the right shape. Up to four of the identical layers are called
-in turn, so that one weight does not sit in the nearest cache by itself.
+against ``F.linear``, in turns in one run, on random x of the right shape. Identical layers (up to TOGETHER) are called
+one after the other, so that no weight sits in the nearest cache by itself.
 """
 
 from __future__ import annotations
@@ -16,17 +16,21 @@ import torch
 
 from sparsec.formats import Format
 from sparsec.passes.graph import DTYPES
-from sparsec.report_data import AtBatch, Layer, Measured
-from sparsec.report_fold import Group
+from sparsec.report_data import AtBatch, Cost, Layer, Measured
+from sparsec.report_fold import Group, total
 from sparsec.timing import interleave, speedup
 
 if TYPE_CHECKING:
     from sparsec.explain import Explanation, Progress
 
-TOGETHER = 4
+TOGETHER = 8
 ROUNDS = 25
 SECONDS = 1.0  # per layer and batch
 MOST_ROWS = 4096  # more rows take time and memory and change no ratio: both sides are linear there
+BUSY = (
+    "the times measured here are several times those expected, so other programs kept the cores busy; "
+    "run again on an idle machine"
+)
 TORCH = {name: dtype for dtype, name in DTYPES.items()}
 
 
@@ -62,9 +66,17 @@ def measured(
         tell(steps - 1, steps, "the whole model, eager")
         forward_s = interleave({"eager": lambda: model(*args, **kwargs)}, rounds=7, budget_s=5.0)["eager"].best
     tell(steps, steps, "")
+    if busy(report.expected(), layers):
+        notes.append(BUSY)
     if any(at.rows > MOST_ROWS for layer in layers for at in layer.at):
         notes.append(f"times of more than {MOST_ROWS} rows are those of {MOST_ROWS} rows, scaled")
     return replace(report, layers=tuple(layers), forward_s=forward_s, notes=tuple(notes))
+
+
+def busy(expected: Cost | None, layers: Sequence[Layer]) -> bool:
+    """Whether dense took over three times what the cost model says, whose rates are those of an idle machine."""
+    found = total(layers, 0, measured=True)
+    return expected is not None and found is not None and found.dense_s > 3 * expected.dense_s
 
 
 def find(model: torch.nn.Module, layer: Layer) -> Weights | None:
