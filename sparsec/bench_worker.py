@@ -32,7 +32,7 @@ Make = Callable[[Callable[..., Any]], Callable[[], Any]]  # a model to call -> o
 
 
 @dataclass(frozen=True)
-class Test:
+class Case:
     """One thing to time. ``units``: tokens (or samples) that one timed call works through."""
 
     name: str
@@ -69,7 +69,7 @@ def work(job: Mapping[str, Any], emit: Emit) -> None:
         torch.set_num_threads(job["threads"][0])
     emit({"event": "progress", "done": 0, "total": 100, "what": "loading"})
     loaded = models.load_model(job["models"][0], job["dtype"])
-    tests = tests_of(loaded, job)
+    cases = cases_of(loaded, job)
     common = {
         "sparsec_version": __version__,
         "build_commit": job["commit"],
@@ -79,45 +79,45 @@ def work(job: Mapping[str, Any], emit: Emit) -> None:
         **_about(loaded),
         "n_threads": torch.get_num_threads(),
     }
-    for number, test in enumerate(tests):
+    for number, case in enumerate(cases):
 
-        def tell(what: str, share: float, number: int = number, test: Test = test) -> None:
+        def tell(what: str, share: float, number: int = number, case: Case = case) -> None:
             done = int(100 * (number + share))
-            emit({"event": "progress", "done": done, "total": 100 * len(tests), "what": f"{test.name} {what}"})
+            emit({"event": "progress", "done": done, "total": 100 * len(cases), "what": f"{case.name} {what}"})
 
-        for record in time_test(loaded, test, job, common, tell):
+        for record in time_case(loaded, case, job, common, tell):
             emit({"event": "record", "record": record.to_dict()})
 
 
-def tests_of(loaded: models.LoadedModel, job: Mapping[str, Any]) -> list[Test]:
+def cases_of(loaded: models.LoadedModel, job: Mapping[str, Any]) -> list[Case]:
     """Causal models: pp (a prompt) and tg (tokens one by one); others: one forward. Raises BadOptionValue."""
     prompts = job["prompts"] if job["prompts"] is not None else [min(512, loaded.context or 512)]
-    tests = []
+    cases = []
     for batch in job["batches"]:
         if loaded.kind in ("vision", "module"):
-            tests.append(_forward(loaded, batch, prompts[0] or 1))
+            cases.append(_forward(loaded, batch, prompts[0] or 1))
             continue
-        tests += [_forward(loaded, batch, p) for p in prompts if p]
+        cases += [_forward(loaded, batch, p) for p in prompts if p]
         if loaded.kind == "causal":
-            tests += [_generation(loaded, batch, n) for n in job["gens"] if n]
-    if not tests:
+            cases += [_generation(loaded, batch, n) for n in job["gens"] if n]
+    if not cases:
         raise BadOptionValue(key="-p", value=0, expected="-p or -n must ask for at least one token")
-    return tests
+    return cases
 
 
-def _forward(loaded: models.LoadedModel, batch: int, tokens: int) -> Test:
+def _forward(loaded: models.LoadedModel, batch: int, tokens: int) -> Case:
     """One call. ``pp`` computes the logits of the last token only, as generation does with a prompt."""
     kwargs = loaded.inputs(batch, tokens)
     causal, counts = loaded.kind == "causal", loaded.kind in ("causal", "encoder")
     if causal and "logits_to_keep" in inspect.signature(loaded.model.forward).parameters:
         kwargs["logits_to_keep"] = 1
     if not counts:
-        return Test("fwd", batch, 0, 0, batch, "samples", lambda call: lambda: call(**kwargs))
+        return Case("fwd", batch, 0, 0, batch, "samples", lambda call: lambda: call(**kwargs))
     name = f"pp{tokens}" if causal else f"fwd{tokens}"
-    return Test(name, batch, tokens, 0, batch * tokens, "tokens", lambda call: lambda: call(**kwargs))
+    return Case(name, batch, tokens, 0, batch * tokens, "tokens", lambda call: lambda: call(**kwargs))
 
 
-def _generation(loaded: models.LoadedModel, batch: int, tokens: int) -> Test:
+def _generation(loaded: models.LoadedModel, batch: int, tokens: int) -> Case:
     """``tokens`` decoding steps from an empty static cache, greedy."""
     if loaded.context is not None and tokens > loaded.context:
         raise BadOptionValue(key="-n", value=tokens, expected=f"{loaded.name} takes at most {loaded.context}")
@@ -146,7 +146,7 @@ def _generation(loaded: models.LoadedModel, batch: int, tokens: int) -> Test:
 
         return run
 
-    return Test(f"tg{tokens}", batch, 0, tokens, batch * tokens, "tokens", make)
+    return Case(f"tg{tokens}", batch, 0, tokens, batch * tokens, "tokens", make)
 
 
 def _masks(tokens: int, dtype: torch.dtype, cache: Any) -> Sequence[torch.Tensor | None]:
@@ -158,9 +158,9 @@ def _masks(tokens: int, dtype: torch.dtype, cache: Any) -> Sequence[torch.Tensor
     return [hidden[i].view(1, 1, 1, tokens).clone() for i in range(tokens)]
 
 
-def time_test(
+def time_case(
     loaded: models.LoadedModel,
-    test: Test,
+    case: Case,
     job: Mapping[str, Any],
     common: Mapping[str, Any],
     tell: Callable[[str, float], None],
@@ -172,7 +172,7 @@ def time_test(
         warnings.simplefilter("always", SparsecWarning)
         base, dense = _dense(loaded.model)
         sparse = _compile(loaded.model, backend="sparsec", **({"options": job["options"]} if job["options"] else {}))
-        calls = {base: test.make(dense), "sparsec": test.make(sparse)}
+        calls = {base: case.make(dense), "sparsec": case.make(sparse)}
         tell("compiling", 0.0)
         expected = _tensor(calls[base]())
         tell("compiling", 0.25)
@@ -188,8 +188,8 @@ def time_test(
     rest = {**common, "test_time": started, "notes": " ".join(notes)}
     path = path_taken(seen)
     return [
-        _record(test, rest, base, samples[base], samples[base], "as it is", 0.0),
-        _record(test, rest, "sparsec", samples["sparsec"], samples[base], path, difference),
+        _record(case, rest, base, samples[base], samples[base], "as it is", 0.0),
+        _record(case, rest, "sparsec", samples["sparsec"], samples[base], path, difference),
     ]
 
 
@@ -235,20 +235,20 @@ def _rows(x_shape: Sequence[int | str]) -> int:
 
 
 def _record(
-    test: Test, common: Mapping[str, Any], backend: str, ours: Samples, base: Samples, path: str, difference: float
+    case: Case, common: Mapping[str, Any], backend: str, ours: Samples, base: Samples, path: str, difference: float
 ) -> BenchRecord:
     ns = tuple(1e9 * s for s in ours.seconds)
-    rates = tuple(test.units / s for s in ours.seconds)
+    rates = tuple(case.units / s for s in ours.seconds)
     ratio = speedup(base, ours)
     (avg_ns, stddev_ns), (avg_ts, stddev_ts) = summary(ns), summary(rates)
     return BenchRecord(
         **common,
         backend=backend,
-        n_batch=test.batch,
-        n_prompt=test.n_prompt,
-        n_gen=test.n_gen,
-        test=test.name,
-        unit=test.unit,
+        n_batch=case.batch,
+        n_prompt=case.n_prompt,
+        n_gen=case.n_gen,
+        test=case.name,
+        unit=case.unit,
         avg_ns=avg_ns,
         stddev_ns=stddev_ns,
         avg_ts=avg_ts,
