@@ -115,7 +115,8 @@ def _new_folder(target: Path) -> Iterator[Path]:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)  # held while it is written: see _remove_abandoned
         yield folder
-        os.chmod(folder, 0o755)
+        for made in (folder, *folder.rglob("*")):  # temporary files are made for their owner only
+            made.chmod(0o755 if made.is_dir() else 0o644)
         _take_place(folder, target)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)

@@ -258,7 +258,7 @@ def _prune(job: Job, stats: Statistics, choose: Choose, number: int) -> PrunedLa
         error=lost / size if size else 0.0,
         step=number,
         tied=layer.tied,
-        notes=job.notes,
+        notes=(*job.notes, *(("every weight of it is zero now",) if achieved == 1.0 else ())),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from sparsec.recipe import Recipe
 from sparsec.report_fold import merge_names, template
 
-_CLOSE = 0.02  # layers whose zeros or errors differ by more than this are not one row
+_CLOSE = 0.02  # layers whose share of zeros differs by more than this are not one row
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _alike(a: PrunedLayer, b: PrunedLayer) -> bool:
     same = (template(a.name), a.shape, a.pattern, a.scope, a.asked, a.step, a.method)
     if same != (template(b.name), b.shape, b.pattern, b.scope, b.asked, b.step, b.method):
         return False
-    return abs(a.achieved - b.achieved) <= _CLOSE and abs(a.error - b.error) <= _CLOSE
+    return abs(a.achieved - b.achieved) <= _CLOSE
 
 
 def _row(group: Sequence[PrunedLayer]) -> tuple[str, ...]:

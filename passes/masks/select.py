@@ -73,8 +73,9 @@ def select(
     if scope == "row":
         return _spread(_top_per_row(grid, grid.shape[1] - _quota(grid.shape[1], sparsity)), score.shape, pattern)
     kept = grid.numel() - _quota(grid.numel(), sparsity)
-    cut, (ties,) = _find_cut([lambda: grid], kept)
-    return _spread(_above(_order(grid), cut, ties), score.shape, pattern)
+    keys = _order(grid)
+    cut, (ties,) = _find_cut([lambda: keys], kept)
+    return _spread(_above(keys, cut, ties), score.shape, pattern)
 
 
 def select_pool(
@@ -88,12 +89,12 @@ def select_pool(
     if pattern.sparsity is not None:
         raise ValueError(f"{pattern} keeps its share in every group; there is nothing to pool")
 
-    def grid_of(score: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        return lambda: _grid(score().float(), pattern, norm)
+    def keys_of(score: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        return lambda: _order(_grid(score().float(), pattern, norm))
 
-    grids = [grid_of(score) for score in scores]
-    total = sum(grid().numel() for grid in grids)
-    cut, ties = _find_cut(grids, total - _quota(total, sparsity))
+    keys = [keys_of(score) for score in scores]
+    total = sum(key().numel() for key in keys)
+    cut, ties = _find_cut(keys, total - _quota(total, sparsity))
     return [PoolSelector(pattern, cut, count, norm) for count in ties]
 
 
@@ -139,15 +140,15 @@ def _order(score: torch.Tensor) -> torch.Tensor:
     return bits
 
 
-def _find_cut(grids: Sequence[Callable[[], torch.Tensor]], kept: int) -> tuple[int, list[int]]:
-    """The key of the ``kept``-th largest score of all grids, and how many of those equal to it each grid keeps.
+def _find_cut(keys: Sequence[Callable[[], torch.Tensor]], kept: int) -> tuple[int, list[int]]:
+    """The ``kept``-th largest of all keys, and how many of those equal to it each tensor of them keeps.
 
-    Two histograms of 16 bits each find the exact key without sorting and without holding more than one grid.
+    Two histograms of 16 bits each find it exactly without sorting and without holding more than one tensor.
     """
     if kept == 0:
-        return 2**31 - 1, [0 for _ in grids]
-    high, above = _bucket([_histogram(_order(grid()).bitwise_right_shift_(16)) for grid in grids], kept)
-    low_counts = [_histogram(_low_half(_order(grid()), high)) for grid in grids]
+        return 2**31 - 1, [0 for _ in keys]
+    high, above = _bucket([_histogram(key() >> 16) for key in keys], kept)
+    low_counts = [_histogram(_low_half(key(), high)) for key in keys]
     low, over = _bucket(low_counts, kept - above)
     room = kept - above - over
     ties = []

@@ -82,6 +82,7 @@ def test_a_saved_folder_is_plain_and_says_how_it_was_made(tmp_path: Path) -> Non
     model = llama()
     report = sparsify(model, {"method": "magnitude", "sparsity": 0.7}, progress=False)
     out = save(model, tmp_path / "out", report)
+    assert {p.stat().st_mode & 0o777 for p in out.iterdir()} == {0o644}
     config = json.loads((out / "config.json").read_text())
     assert not {"quantization_config", "sparsity_config"} & set(config)
     assert yaml.safe_load((out / "recipe.yaml").read_text()) == report.recipe.to_dict()

@@ -394,6 +394,14 @@ def test_global_scope_is_one_threshold_for_the_layers_that_share_settings() -> N
     assert by_name["3"] == 0.25
 
 
+def test_a_layer_that_a_common_threshold_empties_is_noted() -> None:
+    model = stack()
+    with torch.no_grad():
+        model[3].weight.mul_(1e-3)
+    report = sparsify(model, {"method": "magnitude", "scope": "global"}, progress=False)
+    assert [layer.name for layer in report.layers if layer.notes == ("every weight of it is zero now",)] == ["3"]
+
+
 def test_overrides_take_the_most_specific_entry() -> None:
     said = {
         "method": "magnitude",
