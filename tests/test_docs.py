@@ -106,7 +106,7 @@ def test_files_named_in_the_texts_exist(name: str) -> None:
     named = re.findall(r"`((?:sparsec|passes|codegen|targets|tests|benchmarks|examples)/[\w./]+)`", text)
     named += [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("http")]
     assert named
-    missing = [path for path in named if not (ROOT / path).exists()]
+    missing = [path for path in named if not path.endswith("...") and not (ROOT / path).exists()]
     assert not missing
 
 
