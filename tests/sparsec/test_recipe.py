@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field
 
@@ -110,11 +110,13 @@ trees = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(trees)
 def test_what_is_written_as_yaml_is_read_back(value: Any) -> None:
     assert parse_yaml(to_yaml(value)) == value
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(["a", "b"]), st.sampled_from(["2:4", "off", "1e-5", "010"])))
 def test_texts_survive_readers_of_yaml_1_1_too(value: dict[str, str]) -> None:
     assert yaml.safe_load(to_yaml(value)) == value
