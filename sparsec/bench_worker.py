@@ -123,7 +123,7 @@ def _generation(loaded: models.LoadedModel, batch: int, tokens: int) -> Case:
         raise BadOptionValue(key="-n", value=tokens, expected=f"{loaded.name} takes at most {loaded.context}")
     from transformers import StaticCache
 
-    cache = StaticCache(config=loaded.config, max_cache_len=tokens)
+    cache: Any = StaticCache(config=loaded.config, max_cache_len=tokens)
     first = loaded.inputs(batch, 1)["input_ids"]
     positions = [torch.full((batch, 1), i) for i in range(tokens)]
     masks = _masks(tokens, next(loaded.model.parameters()).dtype, cache)
@@ -133,7 +133,8 @@ def _generation(loaded: models.LoadedModel, batch: int, tokens: int) -> Case:
         said = {"input_ids": ids, "position_ids": positions[i], "attention_mask": masks[i], "past_key_values": cache}
         return {**{k: v for k, v in said.items() if k in names}, "use_cache": True}
 
-    loaded.model(**kwargs(first, 0))  # eagerly once: the cache allocates itself at its first use
+    with torch.no_grad():
+        loaded.model(**kwargs(first, 0))  # eagerly once: the cache allocates itself at its first use
 
     def make(call: Callable[..., Any]) -> Callable[[], Any]:
         def run() -> torch.Tensor:
