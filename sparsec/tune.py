@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -149,7 +150,8 @@ class _Point:
 
     def ways(self, m: int, effort: Effort) -> dict[Key, Text]:
         """The sparse ways worth measuring at M = ``m``, cheapest by the model first."""
-        rates = rates_for(self.fact, self.dtype, self.target, self.threads, cache_dir(self.policy.cache_dir))
+        cache = cache_dir(self.policy.cache_dir)
+        rates = rates_for(self.fact, self.dtype, self.target, self.threads, cache, self.policy.formats)
         dense = dense_way(self.fact, self.dtype, rates)
         if dense is None:
             return {}
@@ -233,7 +235,7 @@ def text_of(key: Key) -> str:
 
 @dataclass(frozen=True)
 class TunedLayer:
-    """One weight at the M of the inputs: what runs from now on, and what was measured for it (0 where nothing was)."""
+    """One weight at the M of the inputs (0: dynamic, shown at 1): what runs, and its measured speedup (0: none)."""
 
     name: str
     shape: tuple[int, int]
@@ -254,7 +256,8 @@ class TuneSummary:
     measured: int
     reused: int
     skipped: int
-    seconds: float
+    seconds: float  # of everything
+    measuring_s: float  # of what the budget bounds
     database: str
 
     def __str__(self) -> str:
@@ -263,9 +266,8 @@ class TuneSummary:
         for layer in self.layers:
             shape = f"{layer.shape[0]}x{layer.shape[1]}"
             gain = f"{layer.speedup:.2f}x" if layer.speedup else "-"
-            lines.append(
-                f"{layer.name:{width}}  {shape:>11}  {layer.m:>5}  {layer.format:14}  {gain:>7}  {layer.reason}"
-            )
+            what = f"{layer.name:{width}}  {shape:>11}  {layer.m or 'any':>5}"
+            lines.append(f"{what}  {layer.format:14}  {gain:>7}  {layer.reason}")
         lines.append(
             f"{self.measured} measured, {self.reused} known before, {self.skipped} left out by the budget; "
             f"{self.seconds:.1f} s, effort {self.effort}, {self.threads} threads, {self.machine}"
@@ -313,15 +315,16 @@ def tune_with(
         reused=len(session.reused),
         skipped=session.skipped,
         seconds=time.perf_counter() - started,
+        measuring_s=policy.tune_budget_s - session.left_s,
         database=str(Database(cache_dir(policy.cache_dir)).path),
     )
 
 
 def _tuned(layer: LayerRecord) -> TunedLayer:
-    m = 1
-    for size in layer.site.x_shape[:-1]:
-        m *= size if isinstance(size, int) else 1
-    ran = layer.decision.at(m)
+    shape, kind = layer.site.x_shape, layer.site.kind
+    sizes = (shape[0], *shape[2:]) if kind == "conv1x1" else shape[:-1]
+    m = math.prod(size if isinstance(size, int) else 0 for size in sizes)
+    ran = layer.decision.at(max(m, 1))
     measured = layer.decision.source in ("measured", "forced") and ran.format != "dense" and ran.ours_s
     return TunedLayer(
         layer.name, (layer.fact.n, layer.fact.k), m, ran.format, ran.dense_s / ran.ours_s if measured else 0.0,

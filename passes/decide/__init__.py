@@ -14,20 +14,17 @@ from sparsec.facts import Decision, NMFact, Range, WeightFact
 from sparsec.formats import VALUE_BYTES, Pattern
 from sparsec.options import Policy
 from sparsec.passes.decide import words
-from sparsec.passes.decide.candidates import Way, allowed, dense_way, sparse_ways
+from sparsec.passes.decide.candidates import SWITCH_FORMAT, SWITCH_LOOP, Way, allowed, dense_way, sparse_ways
 from sparsec.passes.decide.cost import turning_points
 from sparsec.passes.decide.measured import bucket, by_measurement
 from sparsec.targets.base import Rates, Target
 from sparsec.timing import Ratio
 
-__all__ = ["MODEL_MARGIN", "SWITCH_FORMAT", "SWITCH_LOOP", "bucket", "decide", "dense_decision"]
+__all__ = ["MODEL_MARGIN", "bucket", "decide", "dense_decision"]
 
 # What the model does not know (how a shape splits over threads, what else is in the cache, which dense kernel the
 # library picks for it) moved real ratios by up to a tenth against it; a gain below that is not one we can promise.
 MODEL_MARGIN = 1.10
-# A second kernel for the same pack takes seconds to compile; a second format also doubles the memory of the packs.
-SWITCH_LOOP = 1.05
-SWITCH_FORMAT = 1.15
 
 
 def decide(
@@ -104,13 +101,7 @@ def cheapest(dense: Way, ways: list[Way], threshold: float) -> tuple[Range, ...]
 
 def _chosen(m: int, dense: Way, ways: list[Way], threshold: float, last: Way | None) -> Way:
     """The way at one M; ``last``: the sparse way used at a smaller M."""
-
-    def price(way: Way) -> float:
-        if last is None or way == last:
-            return way.cost.at(m)
-        return way.cost.at(m) * (SWITCH_LOOP if way.format == last.format else SWITCH_FORMAT)
-
-    patient = min(ways, key=lambda w: (price(w), w.bytes, w.format, w.kernel))
+    patient = min(ways, key=lambda w: (w.cost.at(m) * w.change(last), w.bytes, w.format, w.kernel))
     fastest = min(ways, key=lambda w: (w.cost.at(m), w.bytes, w.format, w.kernel))
     for way in (patient, fastest):
         if not threshold or way.cost.at(m) * threshold < dense.cost.at(m):

@@ -12,6 +12,9 @@ from sparsec.targets.base import KernelRate, Rates
 
 FULLEST_NM = 0.75  # above this share of kept values, N:M saves less than its index costs
 FULLEST_BLOCKS = 0.9  # likewise for the share of blocks that hold anything
+# A second kernel for the same pack takes seconds to compile; a second format also doubles the memory of the packs.
+SWITCH_LOOP = 1.05
+SWITCH_FORMAT = 1.15
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,12 @@ class Way:
     @property
     def sparse(self) -> bool:
         return self.format != "dense"
+
+    def change(self, last: Way | None) -> float:
+        """How many times faster this way must be to be taken at an M above one where ``last`` runs."""
+        if last is None or (self.format, self.kernel) == (last.format, last.kernel):
+            return 1.0
+        return SWITCH_LOOP if self.format == last.format else SWITCH_FORMAT
 
     def candidate(self) -> Candidate:
         return Candidate(self.format, self.kernel, self.bytes, self.cost.text())

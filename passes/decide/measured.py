@@ -30,27 +30,30 @@ def by_measurement(
     """
     ranges: list[Range] = []
     done, lost = 0, False
+    last: Way | None = None
     for at in sorted({b for _, _, b in measured}):
         begin = at // 2 + 1
         _extend(ranges, model, done + 1, begin - 1, dense if lost else None)
-        found = _fastest(at, ways, measured, min_speedup)
+        found = _fastest(at, ways, measured, min_speedup, last)
         lost = found is None
         seconds = dense.cost.at(at)
         if found is None:
             _append(ranges, Range(begin, at, "dense", "", seconds, seconds))
         else:
-            way, ratio = found
-            _append(ranges, Range(begin, at, way.format, way.kernel, seconds, seconds / ratio))
+            last, ratio = found
+            _append(ranges, Range(begin, at, last.format, last.kernel, seconds, seconds / ratio))
         done = at
     _extend(ranges, model, done + 1, None, dense if lost else None)
     return tuple(ranges)
 
 
-def _fastest(at: int, ways: list[Way], measured: Measured, min_speedup: float) -> tuple[Way, float] | None:
+def _fastest(
+    at: int, ways: list[Way], measured: Measured, min_speedup: float, last: Way | None
+) -> tuple[Way, float] | None:
     found = [(w, measured[w.format, w.kernel, at]) for w in ways if (w.format, w.kernel, at) in measured]
     if min_speedup > 0:
         found = [(w, r) for w, r in found if r.low > min_speedup]
-    best = max(found, key=lambda pair: pair[1].value, default=None)
+    best = max(found, key=lambda pair: pair[1].value / pair[0].change(last), default=None)
     return (best[0], best[1].value) if best else None
 
 

@@ -16,8 +16,8 @@ from sparsec import targets
 from sparsec.facts import BlockFact, Decision, NMFact, WeightFact
 from sparsec.formats import VALUE_BYTES, Format, Pattern, storage_bytes
 from sparsec.options import Policy
-from sparsec.passes.decide import MODEL_MARGIN, SWITCH_FORMAT, SWITCH_LOOP, bucket, decide, dense_decision
-from sparsec.passes.decide.candidates import Way, dense_way, patterns, sparse_ways
+from sparsec.passes.decide import MODEL_MARGIN, bucket, decide, dense_decision
+from sparsec.passes.decide.candidates import SWITCH_FORMAT, SWITCH_LOOP, Way, dense_way, patterns, sparse_ways
 from sparsec.passes.decide.cost import Cost, Line, Piece, dense_cost, turning_points
 from sparsec.passes.profile.weights import profile
 from sparsec.targets import reference
@@ -330,6 +330,19 @@ def test_measurements_overrule_the_model_in_their_buckets() -> None:
     assert [decision.at(m).format for m in (2, 4)] == [model.at(m).format for m in (2, 4)]
     assert {decision.at(m).format for m in (9, 64, 10**6)} == {"dense"}
     assert decision.reason == "reads 0.23x the bytes; measured 2.50x at M=1"
+
+
+def test_a_second_format_must_be_clearly_faster_than_the_one_in_use() -> None:
+    measured = {
+        ("index+fp32", "dot", 1): ratio(2.5),
+        ("bitmap+fp32", "dot", 1): ratio(2.4),
+        ("index+fp32", "outer", 2): ratio(2.0),
+        ("bitmap+fp32", "dot", 2): ratio(2.1),
+        ("index+fp32", "outer", 4): ratio(2.0),
+        ("bitmap+fp32", "dot", 4): ratio(2.4),
+    }
+    decision = decide(a_fact(density=0.2), "fp32", TARGET, RATES, Policy(), measured)
+    assert [decision.at(m).format for m in (1, 2, 4)] == ["index+fp32", "index+fp32", "bitmap+fp32"]
 
 
 def test_a_gain_inside_the_noise_is_no_gain() -> None:
