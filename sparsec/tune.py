@@ -169,7 +169,7 @@ class _Point:
         fact = self.fact
         return Key(
             self.target.fingerprint, torch.__version__, self.threads, digest(text.text), way.format, way.kernel,
-            self.dtype, fact.n, fact.k, int(40 * fact.density), m, self._cold,
+            self.dtype, fact.n, fact.k, round(40 * fact.density), m, self._cold,
         )  # fmt: skip
 
     @property

@@ -28,7 +28,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Key:
-    """What a measurement depends on; equal keys share it. ``density``: fortieths, rounded down.
+    """What a measurement depends on; equal keys share it. ``density``: the nearest fortieth.
 
     ``kernel``: hash of the kernel's text. ``m``: rows of x, a power of two. ``cold``: weights were in no cache.
     """
