@@ -17,7 +17,7 @@ struct Cursor {
 
 INLINE void decode(const SparsecCall *call, Cursor &cursor, int64_t chunk, List &list) {
   int64_t words = ceil_div(call->k, 32), end = 4 * chunk + 4 < words ? 4 * chunk + 4 : words;
-  for (int r = 0; r < kRows; ++r) list.first[r] = r * kSpan, list.count[r] = 0;
+  for (int r = 0; r < kRows; ++r) list.row[r] = r, list.first[r] = r * kSpan, list.count[r] = 0;
   for (int g = 0; g < kRows / kGroup; ++g) {
     const uint32_t *mask = cursor.mask + (g * words + 4 * chunk) * kGroup;
     for (int64_t w = 4 * chunk; w < end; ++w, mask += kGroup) {
@@ -29,6 +29,12 @@ INLINE void decode(const SparsecCall *call, Cursor &cursor, int64_t chunk, List 
         cursor.value[g] += n;
         list.count[r] += n;
       }
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int i = 0; i < kUnroll; ++i) {
+      list.value[list.first[r] + list.count[r] + i] = 0.f;
+      list.column[list.first[r] + list.count[r] + i] = 0;
     }
   }
 }

@@ -1,9 +1,9 @@
-// Loop "outer": rows of x in the vector. prepare writes x transposed, in fp32, in blocks of up to 64 rows:
+// Loop "outer": rows of x in the vector. prepare writes x transposed, in fp32, in blocks of up to 16 kMostVectors rows:
 // block[column][row]. Each kept weight is broadcast and multiplies one column of x. The columns are worked through in
 // chunks of 128, whose part of x stays in L1 while kTiles tiles of W use it. Expects what list.h says from the layout.
 
 constexpr int kTiles = 4;
-constexpr int kMostVectors = 4;
+constexpr int kMostVectors = kVectors;
 
 INLINE int64_t outer_rows(int64_t m) { return ceil_div(m, 16) * 16; }
 // Layouts may keep zeros in columns past the end, up to a multiple of 32; x is zero there.
@@ -37,25 +37,21 @@ EXPORT void sparsec_prepare(const SparsecCall *call, int64_t begin, int64_t end)
   }
 }
 
-// acc[0 .. 16 NV) += sum over i of value[i] * x[column[i]]. Several sums are kept where one would wait for itself.
+// acc[0 .. 16 NV) += sum over i of value[i] * x[column[i]], count rounded up to kUnroll. Several sums are kept where one
+// would wait for itself.
 template <int NV>
 INLINE void outer_row(float *acc, const float *x, const float *value, const uint32_t *column, int count) {
   constexpr int kSums = NV == 1 ? 4 : NV == 2 ? 2 : 1;
   F16 a[kSums][NV];
   for (int u = 0; u < kSums; ++u)
     for (int j = 0; j < NV; ++j) a[u][j] = u ? zero16() : load16(acc + 16 * j);
-  int i = 0;
-  for (; i + kSums <= count; i += kSums) {
-    for (int u = 0; u < kSums; ++u) {
+  for (int i = 0; i < count; i += kUnroll) {
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) {
       F16 w = splat(value[(i + u) * kStep]);
       const float *xs = x + static_cast<int64_t>(column[(i + u) * kStep]) * (16 * NV);
-      for (int j = 0; j < NV; ++j) a[u][j] = fma(w, load16(xs + 16 * j), a[u][j]);
+      for (int j = 0; j < NV; ++j) a[u % kSums][j] = fma(w, load16(xs + 16 * j), a[u % kSums][j]);
     }
-  }
-  for (; i < count; ++i) {
-    F16 w = splat(value[i * kStep]);
-    const float *xs = x + static_cast<int64_t>(column[i * kStep]) * (16 * NV);
-    for (int j = 0; j < NV; ++j) a[0][j] = fma(w, load16(xs + 16 * j), a[0][j]);
   }
   for (int u = 1; u < kSums; ++u)
     for (int j = 0; j < NV; ++j) a[0][j] = add(a[0][j], a[u][j]);
@@ -72,9 +68,9 @@ __attribute__((noinline)) void outer_tiles(const SparsecCall *call, int64_t m0, 
   for (int64_t k = 0; k < call->k; k += kChunk) {
     for (int64_t t = 0; t < end - begin; ++t) {
       decode(call, cursor[t], k / kChunk, list);
-      for (int r = 0; r < kRows; ++r)
-        outer_row<NV>(acc + (t * kRows + r) * 16 * NV, x + k * 16 * NV, list.value + list.first[r],
-                      list.column + list.first[r], list.count[r]);
+      for (int l = 0; l < kRows; ++l)
+        outer_row<NV>(acc + (t * kRows + list.row[l]) * 16 * NV, x + k * 16 * NV, list.value + list.first[l],
+                      list.column + list.first[l], list.count[l]);
     }
   }
   for (int64_t t = 0; t < end - begin; ++t) {
@@ -92,12 +88,10 @@ EXPORT void sparsec_run(const SparsecCall *call, int64_t tile_begin, int64_t til
   for (int64_t t = tile_begin; t < tile_end; t += kTiles) {
     int64_t end = t + kTiles < tile_end ? t + kTiles : tile_end;
     for (int64_t m0 = 0; m0 < call->m; m0 += kBlock) {
-      switch (ceil_div(call->m - m0, 16)) {
-        case 1: outer_tiles<1>(call, m0, t, end); break;
-        case 2: outer_tiles<2>(call, m0, t, end); break;
-        case 3: outer_tiles<3>(call, m0, t, end); break;
-        default: outer_tiles<4>(call, m0, t, end);
-      }
+      int64_t vectors = ceil_div(call->m - m0, 16);
+      if (vectors >= kMostVectors) outer_tiles<kMostVectors>(call, m0, t, end);
+      else if (vectors == 1) outer_tiles<1>(call, m0, t, end);
+      else if constexpr (kMostVectors > 2) vectors == 2 ? outer_tiles<2>(call, m0, t, end) : outer_tiles<3>(call, m0, t, end);
     }
   }
 }

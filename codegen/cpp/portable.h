@@ -1,88 +1,108 @@
-// Vocabulary in plain C++: 16 lanes are a vector type that GCC and Clang lower to whatever the machine has.
+// Vocabulary in plain C++: 16 lanes are four vectors of 16 bytes, which GCC and Clang have on every machine.
 
-typedef float F16 __attribute__((vector_size(64)));
-typedef int32_t I16 __attribute__((vector_size(64)));
-struct B32 {
-  I16 pair;  // 16 pairs of bf16
+typedef float V4 __attribute__((vector_size(16)));
+typedef int32_t I4 __attribute__((vector_size(16)));
+struct F16 {
+  V4 a, b, c, d;
 };
 
-INLINE F16 zero16() { return F16{}; }
-INLINE F16 splat(float v) { return F16{} + v; }
-INLINE F16 add(F16 a, F16 b) { return a + b; }
-INLINE F16 sub(F16 a, F16 b) { return a - b; }
-INLINE F16 mul(F16 a, F16 b) { return a * b; }
-INLINE F16 div16(F16 a, F16 b) { return a / b; }
-INLINE F16 fma(F16 a, F16 b, F16 c) { return a * b + c; }
-INLINE F16 max16(F16 a, F16 b) { return a > b ? a : b; }  // b where either is NaN
-INLINE F16 min16(F16 a, F16 b) { return a < b ? a : b; }
-INLINE F16 abs16(F16 a) { return reinterpret_cast<F16>(reinterpret_cast<I16>(a) & 0x7fffffff); }
-// To nearest even for |a| < 2^22, which is all that exp needs: the sum leaves no bits for a fraction.
-INLINE F16 round16(F16 a) {
-  F16 shifted = a + 12582912.f;
-  asm("" : "+m"(shifted));  // keeps (a + c) - c from being folded
-  return shifted - 12582912.f;
+template <class Op>
+INLINE F16 each(F16 x, F16 y, Op op) {
+  return {op(x.a, y.a), op(x.b, y.b), op(x.c, y.c), op(x.d, y.d)};
 }
-// 2^n for whole n in [-127, 128]; 0 and infinity at the ends
-INLINE F16 exp2i(F16 n) {
-  I16 bits;
-  for (int i = 0; i < 16; ++i) bits[i] = static_cast<int32_t>(n[i] == n[i] ? n[i] : 0.f);
-  return reinterpret_cast<F16>((bits + 127) << 23);
+INLINE F16 splat(float v) { return {V4{} + v, V4{} + v, V4{} + v, V4{} + v}; }
+INLINE F16 zero16() { return splat(0.f); }
+INLINE F16 add(F16 x, F16 y) { return {x.a + y.a, x.b + y.b, x.c + y.c, x.d + y.d}; }
+INLINE F16 sub(F16 x, F16 y) { return {x.a - y.a, x.b - y.b, x.c - y.c, x.d - y.d}; }
+INLINE F16 mul(F16 x, F16 y) { return {x.a * y.a, x.b * y.b, x.c * y.c, x.d * y.d}; }
+INLINE F16 div16(F16 x, F16 y) { return {x.a / y.a, x.b / y.b, x.c / y.c, x.d / y.d}; }
+INLINE F16 fma(F16 x, F16 y, F16 z) { return {x.a * y.a + z.a, x.b * y.b + z.b, x.c * y.c + z.c, x.d * y.d + z.d}; }
+INLINE F16 max16(F16 x, F16 y) {  // y where either is NaN
+  return each(x, y, [](V4 p, V4 q) { return p > q ? p : q; });
 }
-
+INLINE F16 min16(F16 x, F16 y) {
+  return each(x, y, [](V4 p, V4 q) { return p < q ? p : q; });
+}
+INLINE F16 abs16(F16 x) {
+  return each(x, x, [](V4 p, V4) { return reinterpret_cast<V4>(reinterpret_cast<I4>(p) & 0x7fffffff); });
+}
+INLINE void store16(float *p, F16 v) { __builtin_memcpy(p, &v, sizeof v); }
 INLINE F16 load16(const float *p) {
   F16 v;
   __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
 INLINE F16 load16(const bf16 *p) {
-  F16 v;
+  float v[16];
   for (int i = 0; i < 16; ++i) v[i] = to_float(p[i]);
-  return v;
+  return load16(v);
 }
-INLINE void store16(float *p, F16 v) { __builtin_memcpy(p, &v, sizeof v); }
+INLINE F16 round16(F16 x) {
+  float v[16];
+  store16(v, x);
+  for (int i = 0; i < 16; ++i) v[i] = __builtin_rintf(v[i]);
+  return load16(v);
+}
+// 2^n for whole n in [-127, 128]; 0 and infinity at the ends
+INLINE F16 exp2i(F16 n) {
+  float v[16];
+  store16(v, n);
+  for (int i = 0; i < 16; ++i) {
+    uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(v[i] == v[i] ? v[i] : 0.f) + 127) << 23;
+    __builtin_memcpy(&v[i], &bits, 4);
+  }
+  return load16(v);
+}
 template <class T>
 INLINE F16 load_n(const T *p, int n) {
   float copy[16] = {};
   for (int i = 0; i < n; ++i) copy[i] = to_float(p[i]);
   return load16(copy);
 }
-INLINE void store_n(float *p, int n, F16 v) {
-  for (int i = 0; i < n; ++i) p[i] = v[i];
-}
+INLINE void store_n(float *p, int n, F16 v) { __builtin_memcpy(p, &v, n * sizeof(float)); }
 INLINE void store_n(bf16 *p, int n, F16 v) {
-  for (int i = 0; i < n; ++i) p[i] = to_bf16(v[i]);
+  float copy[16];
+  store16(copy, v);
+  for (int i = 0; i < n; ++i) p[i] = to_bf16(copy[i]);
 }
 
 // ---- 32 columns of x or of a row of W
 
-struct F32 {
-  F16 a, b;
+template <class T>
+struct Columns {
+  const T *x;
 };
-INLINE F32 load32(const float *p) { return {load16(p), load16(p + 16)}; }
-INLINE B32 load32(const bf16 *p) {
-  B32 v;
-  __builtin_memcpy(&v.pair, p, sizeof v.pair);
-  return v;
+template <class T>
+struct Kept {
+  uint32_t mask;
+  const T *v;
+};
+template <class T>
+INLINE Columns<T> load32(const T *p) {
+  return {p};
 }
 template <class T>
-INLINE auto expand32(uint32_t mask, const T *v) {
-  T wide[32] = {};
-  for (; mask; mask &= mask - 1) wide[__builtin_ctz(mask)] = *v++;
-  return load32(wide);
+INLINE Kept<T> expand32(uint32_t mask, const T *v) {
+  return {mask, v};
 }
-INLINE F16 mac32(F16 acc, const F32 &w, const F32 &x) { return fma(w.b, x.b, fma(w.a, x.a, acc)); }
-#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "the portable kernels take the first value of a pair from the low half; this machine is big-endian"
-#endif
-INLINE F16 even(B32 v) { return reinterpret_cast<F16>(v.pair << 16); }
-INLINE F16 odd(B32 v) { return reinterpret_cast<F16>(v.pair & -65536); }
-INLINE F16 mac32(F16 acc, const B32 &w, const B32 &x) { return fma(odd(w), odd(x), fma(even(w), even(x), acc)); }
+// Not spread over lanes: writing 32 places one by one and reading them as vectors would stall.
+template <class T>
+INLINE F16 mac32(F16 acc, Kept<T> w, Columns<T> x) {
+  float even = 0.f, odd = 0.f;
+  for (uint32_t left = w.mask; left; left &= left - 1) {
+    even += to_float(*w.v++) * to_float(x.x[__builtin_ctz(left)]);
+    left &= left - 1;
+    if (!left) break;
+    odd += to_float(*w.v++) * to_float(x.x[__builtin_ctz(left)]);
+  }
+  acc.a += V4{even, odd, 0.f, 0.f};
+  return acc;
+}
 
 // out[i] = sum of the 16 lanes of v[i]
 INLINE void sums4(const F16 *v, float *out) {
   for (int i = 0; i < 4; ++i) {
-    float s[4] = {};
-    for (int j = 0; j < 16; ++j) s[j % 4] += v[i][j];
+    V4 s = (v[i].a + v[i].b) + (v[i].c + v[i].d);
     out[i] = (s[0] + s[2]) + (s[1] + s[3]);
   }
 }
@@ -110,9 +130,11 @@ struct Step {
   int lanes;
   MEMBER Step(const T *values, const uint8_t *positions, int count) : v(values), p(positions), lanes(count) {}
   MEMBER F16 mac(F16 acc, const Table<T> &x) const {
+    float sum[16];
+    store16(sum, acc);
     for (int i = 0; i < lanes; ++i)
-      for (int u = 0; u < kPer; ++u) acc[i] += to_float(v[kPer * i + u]) * at(x, p[i / R * kPer + u]);
-    return acc;
+      for (int u = 0; u < kPer; ++u) sum[i] += to_float(v[kPer * i + u]) * at(x, p[i / R * kPer + u]);
+    return load16(sum);
   }
   MEMBER void spill(float *out, uint32_t *where) const {
     for (int u = 0; u < kPer; ++u) {
@@ -126,14 +148,16 @@ struct Step {
 
 // Lane r of the result is lane rank[r] of v; `ranks` holds 16 numbers of 4 bits.
 INLINE F16 unsort(F16 v, uint64_t ranks) {
-  F16 out;
-  for (int i = 0; i < 16; ++i) out[i] = v[ranks >> (4 * i) & 15];
-  return out;
+  float in[16], out[16];
+  store16(in, v);
+  for (int i = 0; i < 16; ++i) out[i] = in[ranks >> (4 * i) & 15];
+  return load16(out);
 }
 // Rows become columns: out[i] lane j = in[j] lane i.
 INLINE void transpose16(F16 *r) {
-  F16 t[16];
+  float in[16][16], out[16][16];
+  for (int i = 0; i < 16; ++i) store16(in[i], r[i]);
   for (int i = 0; i < 16; ++i)
-    for (int j = 0; j < 16; ++j) t[j][i] = r[i][j];
-  for (int i = 0; i < 16; ++i) r[i] = t[i];
+    for (int j = 0; j < 16; ++j) out[j][i] = in[i][j];
+  for (int i = 0; i < 16; ++i) r[i] = load16(out[i]);
 }

@@ -15,6 +15,7 @@ INLINE void decode(const SparsecCall *call, Cursor &cursor, int64_t chunk, List 
   const int32_t *block = pack_of<int32_t>(call, 1);
   for (int r = 0; r < kRows; ++r) {
     int at = list.first[r] = r * kChunk;
+    list.row[r] = r;
     int64_t b = cursor.next[r];
     for (; b < cursor.end[r] && block[b] < 8 * (chunk + 1); ++b) {
       store16(list.value + at, load16(pack_of<Value>(call, 0) + 16 * b));

@@ -10,10 +10,11 @@ INLINE void decode(const SparsecCall *, Cursor &cursor, int64_t, List &list) {
     cursor.next().spill(list.value + s * kPer * 16, list.column + s * kPer * 16);
   }
   for (; above > 0; --above) count[above - 1] = steps * kPer;
-  uint64_t ranks = cursor.ranks();
-  for (int r = 0; r < kRows; ++r) {
-    list.first[r] = static_cast<int>(ranks >> (4 * r) & 15);
-    list.count[r] = count[list.first[r]];
+  for (int i = 0; i < kUnroll; ++i) {
+    store16(list.value + (steps * kPer + i) * 16, zero16());
+    __builtin_memset(list.column + (steps * kPer + i) * 16, 0, 16 * sizeof(uint32_t));
   }
+  uint64_t ranks = cursor.ranks();
+  for (int l = 0; l < kRows; ++l) list.first[l] = l, list.count[l] = count[l], list.row[ranks >> (4 * l) & 15] = l;
   cursor.next_chunk();
 }
