@@ -28,9 +28,12 @@ from sparsec.report_data import (
 
 if TYPE_CHECKING:
     from sparsec.explain import Explanation
+    from sparsec.facts import Candidate
 
 SCHEMA = 1
-CURVE_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+CURVE_ROWS = tuple(2**i for i in range(13))
+MANY = 100  # layers from which curves have every second point, so that the page stays small
+MOST_FORMATS = 4  # sparse ones, and dense
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
@@ -39,7 +42,7 @@ def to_dict(report: Explanation, compare: Explanation | None = None) -> dict[str
     from sparsec.report_text import how, next_command, summary
 
     indexed = {id(layer): i for i, layer in enumerate(report.layers)}
-    groups = report.groups
+    groups, rows = report.groups, curve_rows(report)
     share = {indexed[id(layer)]: g.share / len(g.layers) for g in groups for layer in g.layers}
     body: dict[str, Any] = {
         "schema": SCHEMA,
@@ -57,7 +60,7 @@ def to_dict(report: Explanation, compare: Explanation | None = None) -> dict[str
         "forward_s": _short(report.forward_s),
         "failures": list(report.failures),
         "notes": list(report.notes),
-        "layers": [_layer(layer, share.get(i, 0.0)) for i, layer in enumerate(report.layers)],
+        "layers": [_layer(layer, share.get(i, 0.0), rows) for i, layer in enumerate(report.layers)],
         "groups": [
             {"name": g.name, "layers": list(g.members), "zero": g.zero, "reason": g.reason, "share": _short(g.share)}
             for g in groups
@@ -65,7 +68,7 @@ def to_dict(report: Explanation, compare: Explanation | None = None) -> dict[str
         "not_taken": [asdict(r) | {"names": list(r.names), "ops": list(r.ops)} for r in report.refusals],
         "what_would_help": list(report.helps),
         "stages": [asdict(s) | {"ms": round(s.ms, 3)} for s in report.stages],
-        "curve_rows": list(CURVE_ROWS),
+        "curve_rows": list(rows),
         "how": how(report) if report.layers else "",
         "next": next_command(report),
     }
@@ -102,7 +105,7 @@ def _cost(cost: Cost | None) -> dict[str, Any] | None:
     return body
 
 
-def _layer(layer: Layer, share: float) -> dict[str, Any]:
+def _layer(layer: Layer, share: float, rows: Sequence[int]) -> dict[str, Any]:
     record, fact, decision = layer.record, layer.record.fact, layer.record.decision
     dense_bytes, our_bytes = read_bytes(layer)
     return {
@@ -127,8 +130,8 @@ def _layer(layer: Layer, share: float) -> dict[str, Any]:
         "batches": [_at(a) for a in layer.at],
         "bytes": {"dense": dense_bytes, "ours": our_bytes},
         "ranges": [[r.m_lo, r.m_hi, r.format] for r in merge_ranges(decision.ranges)],
-        "candidates": [_candidate(c) for c in decision.candidates],
-        "curve": curve(layer),
+        "candidates": _candidates(layer),
+        "curve": curve(layer, rows),
         "rows": {"min": fact.row_nnz_min, "max": fact.row_nnz_max, "hist": list(fact.row_hist)},
         "zero_rows": fact.zero_rows,
         "zero_cols": fact.zero_cols,
@@ -140,30 +143,57 @@ def _layer(layer: Layer, share: float) -> dict[str, Any]:
 
 
 def _at(at: AtBatch) -> dict[str, Any]:
+    body: dict[str, Any] = {"batch": at.batch, "rows": at.rows, "decision": at.decision, "kernel": at.kernel}
+    if at.break_even is not None:
+        body["break_even"] = _short(at.break_even)
+    if at.rival:
+        body["rival"] = [at.rival, _short(at.rival_speedup)]
+    return body | {"expected": _cost(at.expected), "measured": _cost(at.measured)}
+
+
+def _candidates(layer: Layer) -> list[dict[str, Any]]:
+    """By format: the loops that can run it and the bytes it reads."""
+    formats: dict[str, dict[str, Any]] = {}
+    for c in shown(layer):
+        entry = formats.setdefault(c.format, {"format": c.format, "kernels": [], "bytes": c.bytes})
+        entry["kernels"] += [c.kernel] if c.kernel else []
+    return list(formats.values())
+
+
+def shown(layer: Layer) -> tuple[Candidate, ...]:
+    """The candidates worth showing: dense, what runs somewhere, and the fastest others up to MOST_FORMATS.
+
+    A block-pruned weight fits a dozen block shapes; all of them in each of 300 layers would burst the page.
+    """
+    decision = layer.record.decision
+    runs = {"dense", *(r.format for r in decision.ranges)}
+    others = {c.format: seconds(c, layer.rows) for c in decision.candidates if c.format not in runs}
+    kept = {*runs, *sorted(others, key=lambda f: others[f])[: max(MOST_FORMATS + 1 - len(runs), 0)]}
+    return tuple(c for c in decision.candidates if c.format in kept)
+
+
+def curve_rows(report: Explanation) -> tuple[int, ...]:
+    return CURVE_ROWS if len(report.layers) < MANY else CURVE_ROWS[::2]
+
+
+def curve(layer: Layer, rows: Sequence[int]) -> dict[str, Any]:
+    """Dense seconds by the cost model at each of ``rows``, and per shown format its speedup there (its best loop)."""
+    lines: dict[str, list[float]] = {}
+    for candidate in shown(layer):
+        line = [seconds(candidate, m) for m in rows]
+        known = lines.get(candidate.format)
+        lines[candidate.format] = [min(a, b) for a, b in zip(known, line, strict=True)] if known else line
+    dense = lines.pop("dense", [])
+    if not dense:
+        return {}
     return {
-        "batch": at.batch,
-        "rows": at.rows,
-        "decision": at.decision,
-        "kernel": at.kernel,
-        "break_even": _short(at.break_even),
-        "rival": [at.rival, _short(at.rival_speedup)] if at.rival else None,
-        "expected": _cost(at.expected),
-        "measured": _cost(at.measured),
+        "dense_s": [_digits(s) for s in dense],
+        "speedup": {name: [_digits(d / s) for d, s in zip(dense, line, strict=True)] for name, line in lines.items()},
     }
 
 
-def _candidate(candidate: Any) -> dict[str, Any]:
-    return {"format": candidate.format, "kernel": candidate.kernel, "bytes": candidate.bytes}
-
-
-def curve(layer: Layer) -> dict[str, list[float]]:
-    """Seconds by the cost model per format (its best loop) at each of CURVE_ROWS."""
-    lines: dict[str, list[float]] = {}
-    for candidate in layer.record.decision.candidates:
-        line = [seconds(candidate, m) for m in CURVE_ROWS]
-        known = lines.get(candidate.format)
-        lines[candidate.format] = [min(a, b) for a, b in zip(known, line, strict=True)] if known else line
-    return {name: [_short(s) or 0.0 for s in line] for name, line in lines.items()}
+def _digits(number: float) -> float:
+    return float(f"{number:.3g}")
 
 
 def thumbnail(percents: Sequence[int]) -> str:
@@ -233,14 +263,14 @@ def difference_lines(diff: Mapping[str, Any]) -> Iterator[str]:
                 f"linear layers at batch {t['batch']}, expected: {duration(t['before']['ours_s'])} there, "
                 f"{duration(t['now']['ours_s'])} here ({ratio:.2f}x)"
             )
-    yield from _changed_lines(diff["changed"])
+    yield from _changed_lines(diff["changed"], len(diff["changed"]) + diff["same"])
     for key, where in (("only_now", "only here"), ("only_before", "only there")):
         if diff[key]:
             yield f"{where}: {', '.join(_fold_names(diff[key]))}"
     yield f"the same: {diff['same']} layer{'' if diff['same'] == 1 else 's'}"
 
 
-def _changed_lines(changed: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _changed_lines(changed: Sequence[Mapping[str, Any]], shared: int) -> Iterator[str]:
     folded: dict[str, list[str]] = {}
     for entry in changed:
         words = []
@@ -254,7 +284,8 @@ def _changed_lines(changed: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             words.append("runs " + " -> ".join(short_format(d) for d in entry["decision"]))
         folded.setdefault("; ".join(words), []).append(entry["name"])
     for what, names in folded.items():
-        yield f"{', '.join(_fold_names(names))}: {what}"
+        who = f"all {shared} layers" if len(names) == shared > 1 else ", ".join(_fold_names(names))
+        yield f"{who}: {what}"
 
 
 def _fold_names(names: Sequence[str]) -> list[str]:

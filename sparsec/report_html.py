@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 
     from sparsec.explain import Explanation
 
+TEXT_ROWS = 60  # of the table in the text to paste into an issue
 LEAST = 0.006  # thinner bar segments are drawn together as "others"
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of a bar: ``width`` in percent of the dense total, ``kind`` a pattern's name for its colour."""
+    """A piece of a bar: ``width`` in percent of the pair's longer bar, ``kind`` a pattern's name for its colour."""
 
     label: str
     title: str
@@ -43,15 +44,16 @@ class Bar:
 
 @dataclass(frozen=True)
 class Cell:
-    """A table cell: what is shown, and the number it sorts by."""
+    """A table cell: what is shown, and the number it sorts by where the text does not begin with it."""
 
     text: str
-    value: float | str
+    value: float | str = ""
 
 
 def to_html(report: Explanation, compare: Explanation | None = None) -> str:
     """The page. ``compare``: an earlier report, shown as a difference."""
     from sparsec.report_dict import difference_lines
+    from sparsec.report_text import to_text
 
     body = report.to_dict(compare)
     groups = report.groups
@@ -65,7 +67,7 @@ def to_html(report: Explanation, compare: Explanation | None = None) -> str:
         "columns": columns(report),
         "rows": [row(report, group, i) for i, group in enumerate(groups)],
         "measured": report.measured() is not None,
-        "text": report.text(compare),
+        "text": to_text(report, compare, most=TEXT_ROWS),
         "difference": list(difference_lines(body["compare"])) if compare else [],
         "reproduce": reproduce(report),
         "data": script_json(body),
@@ -143,16 +145,15 @@ def bars(report: Explanation, groups: Sequence[Group], index: int) -> list[Bar]:
     if whole is None or whole.dense_s <= 0:
         return []
     made = []
+    longest = max(whole.dense_s, whole.ours_s)
     for name in ("dense", "sparsec"):
         times = [(i, g, _seconds(g.cost(index, measured), name)) for i, g in enumerate(groups)]
-        segments = [_segment(i, g, s, whole.dense_s, index, name) for i, g, s in times if s / whole.dense_s >= LEAST]
-        small = sum(s for _, _, s in times if s / whole.dense_s < LEAST)
+        segments = [_segment(i, g, s, longest, index, name) for i, g, s in times if s / longest >= LEAST]
+        small = sum(s for _, _, s in times if s / longest < LEAST)
         if small > 0:
-            number = sum(s / whole.dense_s < LEAST for _, _, s in times)
+            number = sum(s / longest < LEAST for _, _, s in times)
             label = f"{number} more row{'s' if number > 1 else ''}"
-            segments.append(
-                Segment("", f"{label}: {duration(small)}", "others", 100 * small / whole.dense_s, "#layers")
-            )
+            segments.append(Segment("", f"{label}: {duration(small)}", "others", 100 * small / longest, "#layers"))
         all_of = whole.dense_s if name == "dense" else whole.ours_s
         made.append(Bar(name, duration(all_of), tuple(segments)))
     return made
@@ -164,12 +165,12 @@ def _seconds(cost: Cost | None, name: str) -> float:
     return cost.dense_s if name == "dense" else cost.ours_s
 
 
-def _segment(i: int, group: Group, seconds: float, whole: float, index: int, name: str) -> Segment:
-    width = 100 * seconds / whole
+def _segment(i: int, group: Group, seconds: float, longest: float, index: int, name: str) -> Segment:
+    width = 100 * seconds / longest
     runs = "dense" if name == "dense" else group.first.at[index].decision
     tail = ".".join(group.name.split(".")[-2:])
     label = next((text for text in (tail, group.name.split(".")[-1]) if 0.72 * len(text) + 1.6 < width), "")
-    title = f"{group.name}: {duration(seconds)}, {percent(seconds / whole)} of dense, runs {short_format(runs)}"
+    title = f"{group.name}: {duration(seconds)}, runs {short_format(runs)}"
     return Segment(label, title, kind(runs), width, f"#row-{i}")
 
 
@@ -202,15 +203,15 @@ def row(report: Explanation, group: Group, index: int) -> dict[str, Any]:
     shown = real if measured else expected
     cells = [
         Cell(f"{layer.shape[0]} x {layer.shape[1]}", layer.shape[0] * layer.shape[1]),
-        Cell(group.zero, 1 - layer.density),
-        Cell(layer.pattern, layer.pattern),
-        Cell(short_format(layer.decision), layer.decision),
-        Cell(duration(shown.dense_s / n), shown.dense_s / n) if shown else Cell("-", 0),
-        Cell(duration(shown.ours_s / n), shown.ours_s / n) if shown else Cell("-", 0),
+        Cell(group.zero),
+        Cell(layer.pattern),
+        Cell(short_format(layer.decision)),
+        Cell(duration(shown.dense_s / n), f"{shown.dense_s / n:.4g}") if shown else Cell("-"),
+        Cell(duration(shown.ours_s / n), f"{shown.ours_s / n:.4g}") if shown else Cell("-"),
         _ratio(expected),
         *([_ratio(real)] if measured else []),
         *(_ratio(group.cost(i, measured)) for i in range(1, len(report.batches))),
-        Cell(percent(group.share), group.share),
+        Cell(percent(group.share), round(group.share, 5)),
     ]
     return {
         "id": f"row-{index}",
@@ -225,7 +226,7 @@ def row(report: Explanation, group: Group, index: int) -> dict[str, Any]:
 
 
 def _ratio(cost: Cost | None) -> Cell:
-    return Cell(f"{cost.speedup:.2f}x", round(cost.speedup, 4)) if cost else Cell("-", 0)
+    return Cell(f"{cost.speedup:.2f}x") if cost else Cell("-")
 
 
 def reproduce(report: Explanation) -> str:

@@ -70,7 +70,17 @@ def measured(
         notes.append(BUSY)
     if any(at.rows > MOST_ROWS for layer in layers for at in layer.at):
         notes.append(f"times of more than {MOST_ROWS} rows are those of {MOST_ROWS} rows, scaled")
-    return replace(report, layers=tuple(layers), forward_s=forward_s, notes=tuple(notes))
+    report = replace(report, layers=tuple(layers), forward_s=forward_s, notes=tuple(notes))
+    return replace(report, helps=(*report.helps, *losses(report)))
+
+
+def losses(report: Explanation) -> list[str]:
+    """Where the cost model promised a gain and the clock says loss: what to do about it."""
+    lost = [g.name for g in report.groups if (c := g.cost(0, measured=True)) and isinstance(c, Measured) and c.high < 1]
+    if not lost:
+        return []
+    remedy = f"sparsec tune {report.spec}" if report.spec else 'options={"tune": "quick"}'
+    return [f"decide by measurement ({remedy}): dense was faster here than expected on {', '.join(lost)}"]
 
 
 def busy(expected: Cost | None, layers: Sequence[Layer]) -> bool:

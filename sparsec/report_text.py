@@ -23,9 +23,9 @@ MAX_EXTRA = 3  # batches beside the first that get a column; the others are in -
 Line = list[tuple[str, str]]  # pieces of a line: text and style
 
 
-def to_text(report: Explanation, compare: Explanation | None = None) -> str:
-    """The whole report without colour."""
-    return "\n".join("".join(text for text, _ in line).rstrip() for line in lines_of(report, compare)) + "\n"
+def to_text(report: Explanation, compare: Explanation | None = None, most: int = 0) -> str:
+    """The whole report without colour. ``most``: only so many rows of the table, the largest (0: all)."""
+    return "\n".join("".join(text for text, _ in line).rstrip() for line in lines_of(report, compare, most)) + "\n"
 
 
 def show(report: Explanation, file: TextIO | None = None, compare: Explanation | None = None) -> None:
@@ -42,14 +42,19 @@ def show(report: Explanation, file: TextIO | None = None, compare: Explanation |
         console.print(Text.assemble(*line))
 
 
-def lines_of(report: Explanation, compare: Explanation | None = None) -> list[Line]:
+def lines_of(report: Explanation, compare: Explanation | None = None, most: int = 0) -> list[Line]:
     """The report as styled lines, every character printable ASCII."""
     lines = [*_head(report), []]
     for note in (*report.failures, *report.notes):
         lines += _wrapped(f"! {note}.", "bold yellow", indent=2) + [[]]
     groups = report.groups
     if groups:
-        lines += [*_table(report, groups), []]
+        lines += _table(report, groups[: most or None])
+        left = groups[most:] if most else ()
+        lines += (
+            [[(f"and {len(left)} rows more, {percent(sum(g.share for g in left))} of the time", "dim")]] if left else []
+        )
+        lines.append([])
     lines += _untaken(report)
     lines += _helps(report)
     if compare is not None:

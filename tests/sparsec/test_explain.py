@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from sparsec.options import Options
 from sparsec.records import CompileRecord, LayerRecord, StageRecord
 from sparsec.report_data import Measured, count, duration, percent, rows_at
 from sparsec.report_fold import merge_names, merge_numbers, not_taken
-from sparsec.report_text import WIDTH
+from sparsec.report_text import WIDTH, to_text
 
 Make = Callable[..., LayerRecord]
 REFERENCE = Options.parse({"target": "reference"})
@@ -228,6 +229,41 @@ def test_the_log_of_one_graph_is_a_table(layer_record: Make) -> None:
     text = log_record(encoder(layer_record))
     assert "one compiled graph" in text
     assert "30 of 37 linear layers run sparse" in text
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_colour_is_only_for_terminals_that_want_it(layer_record: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = report(encoder(layer_record))
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    made.show(terminal := Terminal())
+    assert "\x1b[" in terminal.getvalue()
+    assert re.sub(r"\x1b\[[\d;]*m", "", terminal.getvalue()).split() == str(made).split()
+    monkeypatch.setenv("NO_COLOR", "1")
+    made.show(plain := Terminal())
+    assert plain.getvalue() == str(made)
+    monkeypatch.delenv("NO_COLOR")
+    made.show(pipe := io.StringIO())
+    assert pipe.getvalue() == str(made)
+
+
+def test_names_with_markup_are_printed_as_they_are(layer_record: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    report(CompileRecord(layers=[layer_record("[red]q[/red]")])).show(terminal := Terminal())
+    assert "[red]q[/red]" in terminal.getvalue()
+
+
+def test_a_paste_into_an_issue_has_the_largest_rows_and_counts_the_rest(layer_record: Make) -> None:
+    made = report(CompileRecord(layers=[layer_record(f"block{'abcdefg'[i]}", 64 * (i + 1)) for i in range(7)]))
+    text = to_text(made, most=3)
+    assert "blockg" in text
+    assert "blocka" not in text
+    assert re.search(r"and 4 rows more, \d+ % of the time", text)
 
 
 def test_two_reports_are_compared_layer_by_layer(layer_record: Make) -> None:

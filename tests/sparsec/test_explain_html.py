@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 from typing import Any
 
 from sparsec.explain import Explanation, build
-from sparsec.facts import Declined
+from sparsec.facts import Candidate, Declined
 from sparsec.options import Options
 from sparsec.records import CompileRecord, LayerRecord
 
@@ -60,6 +60,13 @@ def report(layers: list[LayerRecord], batches: tuple[int, ...] = (1, 16), **fiel
     return replace(made, **{"model": "m", "weights": 1000, **fields})
 
 
+def with_formats(record: LayerRecord, formats: list[str]) -> tuple[Candidate, ...]:
+    """The candidates of a record and more, as a weight has that fits many formats."""
+    like = record.decision.candidates[-1]
+    more = [replace(like, format=f, kernel=loop) for f in formats for loop in ("dot", "outer")]
+    return (*record.decision.candidates, *more)
+
+
 def test_the_page_holds_exactly_one_json_block_equal_to_the_dict(layer_record: Make) -> None:
     made = report([layer_record("q"), layer_record("k", density=1.0, format="dense", reason="no zeros")])
     assert Page(made.to_html()).data == made.to_dict()
@@ -79,8 +86,12 @@ def test_three_hundred_layers_that_do_not_fold_stay_below_a_megabyte(layer_recor
         layer_record(f"model.layers.block_{i}.mlp.down_proj", 4096, 11008, density=0.3 + 0.001 * i, pays_to=64 + i)
         for i in range(300)
     ]
+    blocks = [f"block:{r}x{c}+fp32" for r in (1, 4, 8, 16, 32) for c in (1, 4, 8, 16, 32)]
+    layers = [replace(x, decision=replace(x.decision, candidates=with_formats(x, blocks))) for x in layers]
     made = report(layers, (1, 16, 512))
     assert len(made.groups) == 300
+    body = made.to_dict()
+    assert {c["format"] for c in body["layers"][0]["candidates"]} >= {"dense", "bitmap+fp32"}
     assert len(made.to_html().encode()) < 1_000_000
 
 

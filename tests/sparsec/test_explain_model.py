@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,27 @@ def test_the_weight_that_is_timed_is_the_weight_of_the_layer() -> None:
         assert torch.equal(found.weight, stored.t() if layer.record.site.transposed else stored)
         assert (found.bias is None) == (layer.record.site.bias is None)
     assert any(layer.record.site.transposed for layer in report.layers)
+
+
+def test_the_text_is_beside_inductors_files_when_torch_traces() -> None:
+    payloads: dict[str, str] = {}
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            artifact = getattr(record, "metadata", {}).get("artifact", {})
+            if artifact:
+                payloads[artifact["name"]] = record.payload  # type: ignore[attr-defined]
+
+    trace, handler = logging.getLogger("torch.__trace"), Collect()
+    level = trace.level
+    trace.addHandler(handler)
+    trace.setLevel(logging.DEBUG)
+    try:
+        report = of(mlp(64, 64), torch.randn(1, 64))
+    finally:
+        trace.removeHandler(handler)
+        trace.setLevel(level)
+    assert payloads["sparsec_explain"] == str(report)
 
 
 def test_the_public_name_is_this_function() -> None:
