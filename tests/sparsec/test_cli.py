@@ -206,7 +206,7 @@ def test_json_is_all_that_stdout_holds(words: list[str]) -> None:
     assert json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("words", [["--help"], ["bench", "--help"], ["doctor", "--quick"], ["nope"]], ids=" ".join)
+@pytest.mark.parametrize("words", [["--help"], ["bench", "--help"], ["kernels"], ["nope"]], ids=" ".join)
 @pytest.mark.parametrize("colour", [{"NO_COLOR": "1"}, {"TERM": "xterm-256color"}], ids=["NO_COLOR", "pipe"])
 def test_no_escape_codes_in_a_pipe_or_with_no_color(words: list[str], colour: dict[str, str]) -> None:
     done = sparsec(*words, **colour)
