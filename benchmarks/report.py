@@ -51,7 +51,9 @@ def cpu_name() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
-REACHED = ("vs best dense", "95 % interval", "vs Inductor", "target", "byte limit", "path")
+REACHED = ("vs best dense", "vs Inductor", "target", "byte limit", "path")
+WIDTH = 175  # of the table in a pipe
+NOISY = 1.6
 
 
 def columns(report: Mapping[str, Any]) -> list[str]:
@@ -67,8 +69,7 @@ def cells(row: Row, headers: Sequence[str]) -> list[str]:
     return [
         row["name"],
         *times,
-        f"{ratio['value']:.2f}x" if ratio else "-",
-        f"{ratio['low']:.2f} - {ratio['high']:.2f}" if ratio else "-",
+        f"{ratio['value']:.2f}x ({ratio['low']:.2f}-{ratio['high']:.2f})" if ratio else "-",
         f"{inductor['value']:.2f}x" if inductor else "-",
         f"{row['target']:.2f} {row['verdict']}".strip() if row["target"] else "",
         f"{limit:.2f}x" if limit else "",
@@ -77,12 +78,10 @@ def cells(row: Row, headers: Sequence[str]) -> list[str]:
 
 
 def time_of(row: Row, name: str) -> str:
-    """Median in microseconds, or ms for an encoder; ``*`` marks the best dense peer."""
+    """Median in microseconds; ``*`` marks the best dense peer."""
     if name not in row["engines"]:
         return "-"
-    us = row["engines"][name]["us"]["median"]
-    text = f"{us / 1e3:.2f} ms" if us >= 9999 else f"{us:.0f} us"
-    return f"{text}*" if name == row["best_dense"] else text
+    return f"{row['engines'][name]['us']['median']:.0f}{'*' if name == row['best_dense'] else ''}"
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -96,12 +95,25 @@ def footer(report: Mapping[str, Any]) -> list[str]:
     env = report["environment"]
     refused = sorted({f"{name}: {why}" for row in report["rows"] for name, why in row["declined"].items()})
     return [
-        "Median time of one layer (or one encoder call); * is the best dense peer. Ratio: its time over sparsec's, "
-        "round by round. Byte limit: the ratio if reading weights were all. "
+        "Microseconds of one layer (or one encoder call), medians; * is the best dense peer. Ratios: its time over that of "
+        "sparsec, round by round, with 95 % intervals. Byte limit: the ratio if reading weights were all. "
         "Targets: layers against the best dense peer, encoder against Inductor.",
         f"{env['cpu']} ({env['isa']}, {env['cores']} cores), torch {env['torch']}, onnxruntime {env['onnxruntime']}, "
         f"openvino {env['openvino']}, {report['seconds']:.0f} s.",
+        *busy(report),
         *(f"Not run: {line}" for line in refused),
+    ]
+
+
+def busy(report: Mapping[str, Any]) -> list[str]:
+    """A sentence where something else ran on the machine: then only the intervals say what is known."""
+    spread = [row["engines"][row["best_dense"]]["us"] for row in report["rows"] if row["best_dense"]]
+    noisy = [us for us in spread if us["q80"] > NOISY * us["min"]]
+    if not noisy:
+        return []
+    return [
+        f"The machine was busy in {len(noisy)} of {len(spread)} rows: a fifth of the rounds of the best dense peer took "
+        f"more than {NOISY:g} times as long as its fastest."
     ]
 
 
@@ -109,10 +121,11 @@ def print_report(report: Mapping[str, Any], console: Any) -> None:
     from rich.table import Table
 
     headers = columns(report)
+    if not console.is_terminal:
+        console.width = WIDTH
     table = Table(box=None, pad_edge=False)
     for name in headers:
-        left = name in ("case", "path", "target")
-        table.add_column(name, justify="left" if left else "right", no_wrap=name in ("case", "target"))
+        table.add_column(name, justify="left" if name in ("case", "path", "target") else "right", no_wrap=True)
     for row in report["rows"]:
         table.add_row(*cells(row, headers))
     console.print(table)
