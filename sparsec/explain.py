@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from sparsec.errors import BadOptionValue, OptionError
+from sparsec.errors import BadOptionValue, OptionError, SparsecError
 from sparsec.options import Options
 from sparsec.records import CompileRecord, StageRecord
 from sparsec.report_data import Cost, Layer, Measured, layers_of
@@ -265,13 +265,30 @@ def _captured(
         with compat.looking_only():
             return pipeline.inspect(own_frame(model), args, kwargs, options)
     except Exception as error:
-        for cause in causes(error):
-            if isinstance(cause, OptionError):
-                raise cause from None
-        root = causes(error)[-1]
-        stage = next((s for c in causes(error) if (s := getattr(c, "sparsec_stage", ""))), "capture")
-        first = (str(root).strip().splitlines() or ["no message"])[0]
-        return [CompileRecord(failure=f"{stage}: {type(root).__name__}: {first}")]
+        return [CompileRecord(failure=_failure(error, model, args, kwargs))]
+
+
+def _failure(error: Exception, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """What went wrong, in a sentence. Raises where the user's options did."""
+    chain = causes(error)
+    for cause in chain:
+        if isinstance(cause, OptionError):
+            raise cause from None
+        if isinstance(cause, SparsecError):
+            return str(cause)
+    stage = next((s for c in chain if (s := getattr(c, "sparsec_stage", ""))), "")
+    try:
+        if not stage:
+            model(*args, **kwargs)
+    except Exception as own:
+        from sparsec.report_text import MODEL_RAISES
+
+        return f"{MODEL_RAISES} {type(own).__name__} on these inputs: {_first_line(own)}"
+    return f"{stage or 'capture'}: {type(chain[-1]).__name__}: {_first_line(chain[-1])}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]
 
 
 def own_frame(model: Callable[..., Any]) -> Any:

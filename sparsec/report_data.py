@@ -236,6 +236,8 @@ def reason_of(record: LayerRecord, at: Sequence[AtBatch]) -> str:
         said = f"{said}; break-even: {ranges_in_words(decision.ranges)}"
     near = near_of(record.fact, decision)
     parts = [said, near if near not in said else ""]
+    if record.fact.nonfinite:
+        return "; ".join([*filter(None, parts), "no break-even while they are there"])
     if at[0].decision == "dense":
         parts.append(break_even(decision, at[0], "break-even" in said))
     if at[0].rival:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sparsec.explain import Explanation
 
 WIDTH = 120
+MODEL_RAISES = "the model itself raises"
 MAX_EXTRA = 3  # batches beside the first that get a column; the others are in --json and --html
 Line = list[tuple[str, str]]  # pieces of a line: text and style
 
@@ -46,7 +47,7 @@ def lines_of(report: Explanation, compare: Explanation | None = None, most: int 
     """The report as styled lines, every character printable ASCII."""
     lines = [*_head(report), []]
     for note in (*report.failures, *report.notes):
-        lines += _wrapped(f"! {note}.", "bold yellow", indent=2) + [[]]
+        lines += _wrapped(f"! {note.rstrip('.')}.", "bold yellow", indent=2) + [[]]
     groups = report.groups
     if groups:
         lines += _table(report, groups[: most or None])
@@ -90,7 +91,8 @@ def summary(report: Explanation) -> str:
         return f"model: {'; '.join([*parts, nothing(report)])}"
     facts = {(layer.name, layer.record.fact.key): layer.record.fact for layer in report.layers}.values()
     inside, kept = sum(f.n * f.k for f in facts), sum(f.nnz for f in facts)
-    parts.append(f"{count(inside)} in linear layers, {percent(1 - kept / max(inside, 1), 1)} of these zero")
+    weights = "" if report.weights else " weights"
+    parts.append(f"{count(inside)}{weights} in linear layers, {percent(1 - kept / max(inside, 1), 1)} of these zero")
     sparse = sum(layer.decision != "dense" for layer in report.layers)
     parts.append(f"{sparse} of {len(report.layers)} linear layers run sparse")
     return f"model: {'; '.join(parts)}\n{_totals(report)}"
@@ -250,12 +252,18 @@ def next_command(report: Explanation) -> str:
     """The command that takes the reader further; for a model that has no name on the command line, the call."""
     spec, batch = report.spec, report.batches[0]
     tokens = f" {report.tokens}" if report.tokens else ""
+    if any(MODEL_RAISES in failure for failure in report.failures):
+        return "give inputs that the model takes"
     if report.failures:
         return "sparsec doctor"
+    if not report.layers and report.refusals:
+        return "change what the reasons name, and explain again"
     if not report.layers:
         return "sparsec demo    (a model that has what sparsec takes)"
-    if not any(a.decision != "dense" for layer in report.layers for a in layer.at):
-        share = next((int(m[1]) / 100 for m in (re.match(r"(\d+) % zero on", h) for h in report.helps) if m), 0.8)
+    proposed = [int(m[1]) / 100 for m in (re.match(r"(\d+) % zero on", h) for h in report.helps) if m]
+    few = all(layer.density > 0.95 for layer in report.layers)
+    if (few or proposed) and not any(a.decision != "dense" for layer in report.layers for a in layer.at):
+        share = proposed[0] if proposed else 0.8
         if not spec:
             return f'sparsec.sparsify(model, {{"method": "magnitude", "sparsity": {share:g}}})'
         return f"sparsec sparsify {spec} --method magnitude --sparsity {share:g} -o OUT"

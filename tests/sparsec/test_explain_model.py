@@ -170,10 +170,38 @@ def test_operations_that_are_not_taken_are_listed_with_their_reason() -> None:
     assert all(refusal.reason in str(report) for refusal in report.not_taken if len(refusal.reason) < 60)
 
 
-def test_a_model_that_raises_gives_a_report_with_the_error() -> None:
+def test_a_model_that_raises_gives_a_report_with_its_own_error() -> None:
     report = of(mlp(8, 8), torch.randn(2, 9))
-    assert report.failures
+    assert "the model itself raises RuntimeError on these inputs: mat1 and mat2 shapes" in report.failures[0]
+    assert "next: give inputs that the model takes" in str(report)
+
+
+def test_a_failure_of_a_stage_is_named_and_leads_to_the_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsec.runtime.store import Store
+
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError("no rows")
+
+    monkeypatch.setattr(Store, "profiled", broken)
+    report = of(mlp(8, 8), torch.randn(2, 8))
+    assert report.failures == ("profile: ZeroDivisionError: no rows",)
     assert "next: sparsec doctor" in str(report)
+
+
+def test_a_weight_with_nan_stays_dense_and_has_no_break_even() -> None:
+    model = prune(mlp(64, 64), 0.9)
+    model[0].weight.detach()[0, 0] = float("nan")  # type: ignore[index]
+    layer = of(model, torch.randn(4, 64)).layers[0]
+    assert layer.decision == "dense"
+    assert "NaN" in layer.reason
+    assert "no break-even while they are there" in layer.reason
+
+
+def test_autocast_is_named_as_the_reason() -> None:
+    with torch.autocast("cpu"):
+        text = str(of(mlp(8, 8), torch.randn(2, 8)))
+    assert "autocast is on" in text
+    assert "no linear layer can be taken; the reasons are below" in text
 
 
 def test_wrong_options_raise_and_name_the_nearest() -> None:
