@@ -95,8 +95,8 @@ def footer(report: Mapping[str, Any]) -> list[str]:
     env = report["environment"]
     refused = sorted({f"{name}: {why}" for row in report["rows"] for name, why in row["declined"].items()})
     return [
-        "Microseconds of one layer (or one encoder call), medians; * is the best dense peer. Ratios: its time over that "
-        "of sparsec, round by round, with 95 % intervals. Byte limit: the ratio if reading weights were all. "
+        "Microseconds of one layer (or one encoder call), medians; * is the best dense peer. Ratios: its time over "
+        "that of sparsec, round by round, with 95 % intervals. Byte limit: the ratio if reading weights were all. "
         "Targets: layers against the best dense peer, encoder against Inductor.",
         f"{env['cpu']} ({env['isa']}, {env['cores']} cores), torch {env['torch']}, onnxruntime {env['onnxruntime']}, "
         f"openvino {env['openvino']}, {report['seconds']:.0f} s.",

@@ -91,7 +91,7 @@ def run_demo(
     started = time.perf_counter()
     halves = settings.encoder * settings.cases + settings.wide
     progress = Progress((settings.rounds + 2 * COMPILE_TICKS) * len(settings.sparsities) * halves, step)
-    report: dict[str, Any] = {"version": 1, "environment": environment(settings), "notes": []}
+    report: dict[str, Any] = {"version": 1, "model": settings.model, "environment": environment(settings), "notes": []}
     with collected_warnings(report["notes"]), torch.inference_mode():
         if settings.encoder:
             report["encoder"] = encoder_half(settings, progress)
@@ -134,7 +134,7 @@ def encoder_half(settings: Settings, progress: Progress) -> dict[str, Any]:
     model, every_case = encoder.model, encoder.cases()
     cases, sentences = every_case[: settings.cases], every_case[-1].inputs  # the last holds all sentences
     dense = mean_pooled(model, sentences)
-    half: dict[str, Any] = {"model": settings.model, "rows": [], "quality": []}
+    half: dict[str, Any] = {"model": f"{settings.model}, {encoder.loaded.dtype}", "rows": [], "quality": []}
     for sparsity in settings.sparsities:
         prune(model, sparsity)
         for i, case in enumerate(cases):
