@@ -84,9 +84,19 @@ def profile(c: Compilation) -> int:
 def decide(c: Compilation) -> int:
     """Choose, per weight and range of M, the format that pays on this target; dense wins ties."""
     c.decisions = [STORE.decide(c.weight(s), f, p) for (s, _), f, p in zip(c.sites, c.facts, c.plans, strict=True)]
-    for (site, _), fact, decision in zip(c.sites, c.facts, c.decisions, strict=True):
-        c.record.layers.append(LayerRecord(site.fqn, site, fact, decision))
+    _note_layers(c)
     return sum(d.sparse for d in c.decisions)
+
+
+def tune(c: Compilation) -> int:
+    """Where the policy says so, measure on the real weights what the cost model cannot know, and decide again."""
+    if c.options.policy.tune == "off":
+        return 0
+    before = list(c.decisions)
+    for i, (site, _) in enumerate(c.sites):
+        c.decisions[i] = STORE.tuned(c.weight(site), c.facts[i], before[i], c.plans[i])
+    _note_layers(c)
+    return sum(old != new for old, new in zip(before, c.decisions, strict=True))
 
 
 def rewrite(c: Compilation) -> int:
@@ -115,8 +125,15 @@ def rewrite(c: Compilation) -> int:
     return len(c.sites)
 
 
+def generate(c: Compilation) -> int:
+    """Write and compile the kernels that the decisions name, those that this machine has not compiled before."""
+    parts = [(r, c.weight(s)) for (s, _), d in zip(c.sites, c.decisions, strict=True) for r in d.ranges]
+    kernels = {STORE.kernel(r, w.dtype, c.options.policy).spec for r, w in parts if r.format != "dense"}
+    return len(kernels)
+
+
 def pack(c: Compilation) -> int:
-    """Pack the weights at hand, build their kernels, and put both where the op finds them."""
+    """Pack the weights at hand, prove the packs, and put them where the op finds them."""
     for (site, _), plan, fact, decision in zip(c.sites, c.plans, c.facts, c.decisions, strict=True):
         text = plan.encode()
         STORE.place(text, c.record, site)
@@ -130,7 +147,16 @@ def finish(c: Compilation) -> int:
     return 1
 
 
-STAGES: tuple[Callable[[Compilation], int], ...] = (capture, profile, decide, rewrite, pack, finish)
+STAGES: tuple[Callable[[Compilation], int], ...] = (
+    capture,
+    profile,
+    decide,
+    tune,
+    rewrite,
+    generate,
+    pack,
+    finish,
+)
 
 
 def run(c: Compilation, stop_after: str = "finish") -> Compilation:
@@ -166,7 +192,7 @@ def inspect(
     def look(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         c = Compilation(gm, example_inputs, options)
         records.append(c.record)
-        run(c, stop_after="decide")
+        run(c, stop_after="tune")
         return gm.forward
 
     torch.compile(model, backend=look)(*args, **kwargs)
@@ -186,6 +212,11 @@ def _match(node: torch.fx.Node, view: View) -> tuple[Site | Declined | None, Rul
         if found is not None:
             return found, rule
     return None, None
+
+
+def _note_layers(c: Compilation) -> None:
+    found = zip(c.sites, c.facts, c.decisions, strict=True)
+    c.record.layers[:] = [LayerRecord(site.fqn, site, fact, decision) for (site, _), fact, decision in found]
 
 
 def _with_groups(c: Compilation) -> list[tuple[Site, Rule]]:

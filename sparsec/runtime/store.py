@@ -11,9 +11,7 @@ import functools
 import threading
 import warnings
 import weakref
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -23,13 +21,15 @@ from sparsec.codegen import build, cpp, reference
 from sparsec.codegen.spec import ACTS, Kernel, KernelSpec, Packed
 from sparsec.compat import is_fake
 from sparsec.errors import SparsecWarning, VerifyError
-from sparsec.facts import Decision, Site, WeightFact
+from sparsec.facts import Decision, Range, Site, WeightFact
 from sparsec.formats import Format
+from sparsec.options import Policy
 from sparsec.passes.decide import decide, dense_decision
 from sparsec.passes.graph import DTYPES
 from sparsec.passes.profile.weights import profile
 from sparsec.plan import Plan
 from sparsec.records import CompileRecord, LayerRecord
+from sparsec.targets.base import Rates, Target
 
 # A weight that changed after fewer uses than this is served dense for `uses * 2` calls before it is packed again:
 # packing costs about as much as a hundred dense calls.
@@ -101,25 +101,28 @@ class Store:
     # ---------------------------------------------------------------------------------- called by the pipeline
 
     def decided(self, weight: torch.Tensor, plan: Plan) -> tuple[WeightFact, Decision]:
-        """Profile a weight and decide how it runs; measures first where the policy says so."""
+        """Profile a weight and decide how it runs; measure where the policy says so."""
         fact = self.profiled(weight, plan)
-        return fact, self.decide(weight, fact, plan)
+        return fact, self.tuned(weight, fact, self.decide(weight, fact, plan), plan)
 
     def profiled(self, weight: torch.Tensor, plan: Plan) -> WeightFact:
         return profile(matrix(weight, plan))
 
     def decide(self, weight: torch.Tensor, fact: WeightFact, plan: Plan) -> Decision:
-        from sparsec.measure import rates
+        """By the cost model, with the rates of this machine."""
+        target, dtype = targets.resolve(plan.policy.target), DTYPES[weight.dtype]
+        return decide(fact, dtype, target, _rates(fact, dtype, target, plan.policy), plan.policy)
+
+    def tuned(self, weight: torch.Tensor, fact: WeightFact, decision: Decision, plan: Plan) -> Decision:
+        """The decision again, by measurements on this very weight; unchanged where the policy does not tune."""
+        policy = plan.policy
+        if policy.tune == "off":
+            return decision
         from sparsec.tune import measured_for
 
-        policy = plan.policy
-        target = targets.resolve(policy.target)
-        known = rates(target, torch.get_num_threads(), cache_dir(policy.cache_dir))
-        dtype = DTYPES[weight.dtype]
-        measured: Mapping[Any, Any] | None = None
-        if policy.tune != "off":
-            measured = measured_for(matrix(weight, plan), fact, dtype, target, policy, (plan.m,) if plan.m else ())
-        return decide(fact, dtype, target, known, policy, measured)
+        target, dtype = targets.resolve(policy.target), DTYPES[weight.dtype]
+        measured = measured_for(matrix(weight, plan), fact, dtype, target, policy, (plan.m,) if plan.m else ())
+        return decide(fact, dtype, target, _rates(fact, dtype, target, policy), policy, measured)
 
     def install(self, weight: torch.Tensor, plan_text: str, fact: WeightFact, decision: Decision) -> None:
         """Pack what the decision names, build its kernels and put both into the op's table."""
@@ -135,7 +138,7 @@ class Store:
             packed = packs.get(part.format)
             if packed is None:
                 packed = packs[part.format] = self.packed(matrix(weight, plan), fact, part.format)
-            kernel = self.kernel(packed.format, part.kernel, DTYPES[weight.dtype], plan.policy.target, plan)
+            kernel = self.kernel(part, weight.dtype, plan.policy)
             hi = FOREVER if part.m_hi is None else part.m_hi
             table += route(part.m_lo, hi, kernel, packed, len(tensors))
             tensors += [*packed.tensors, packed.work]
@@ -153,11 +156,12 @@ class Store:
         self.packed_count += 1
         return packed
 
-    def kernel(self, format_: Format, loop: str, dtype: str, target_name: str, plan: Plan) -> Kernel:
-        target = targets.resolve(target_name)
-        bf16_dot = target.bf16_dot and dtype == "bf16"
-        spec = KernelSpec(format_, loop, dtype, target.isa, bf16_dot)
-        return build.build(spec, cache_dir(plan.policy.cache_dir))
+    def kernel(self, part: Range, dtype: torch.dtype, policy: Policy) -> Kernel:
+        """The compiled kernel of one range of a decision; made once per process, compiled once per machine."""
+        target = targets.resolve(policy.target)
+        bf16_dot = target.bf16_dot and dtype == torch.bfloat16
+        spec = KernelSpec(Format.parse(part.format), part.kernel, DTYPES[dtype], target.isa, bf16_dot)
+        return build.build(spec, cache_dir(policy.cache_dir))
 
     def place(self, plan_text: str, record: CompileRecord, site: Site) -> None:
         """Remember which layer a plan belongs to, so that weights seen later are reported under its name."""
@@ -220,6 +224,12 @@ def _died(impl: int, plan_text: str) -> None:
     with STORE._lock:
         uses = STORE._drop(impl)
         STORE._short_lived[plan_text] = STORE._short_lived.get(plan_text, 0) + 1 if uses <= 1 else 0
+
+
+def _rates(fact: WeightFact, dtype: str, target: Target, policy: Policy) -> Rates:
+    from sparsec.measure import rates_for  # it runs kernels, so it imports this package
+
+    return rates_for(fact, dtype, target, torch.get_num_threads(), cache_dir(policy.cache_dir), policy.formats)
 
 
 def matrix(weight: torch.Tensor, plan: Plan) -> torch.Tensor:

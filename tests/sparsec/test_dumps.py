@@ -45,7 +45,7 @@ def test_every_stage_dumps_its_graph_and_its_record(tmp_path: Path, monkeypatch:
         assert text.startswith("# capture")
         record = json.loads((folder / f"{number}_{stage.__name__}.json").read_text())
         assert [s["name"] for s in record["stages"]] == [s.__name__ for s in STAGES[: number + 1]]
-    assert "sparsec.linear" in (folder / "3_rewrite.py").read_text()
+    assert "sparsec.linear" in (folder / "4_rewrite.py").read_text()
 
 
 def test_a_failure_leaves_a_script_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
