@@ -84,9 +84,15 @@ def losses(report: Explanation) -> list[str]:
 
 
 def busy(expected: Cost | None, layers: Sequence[Layer]) -> bool:
-    """Whether dense took over three times what the cost model says, whose rates are those of an idle machine."""
+    """Whether times are far from those of an idle machine, which the cost model's rates are.
+
+    Dense took three times as long in all, or one layer ten times: threads that wait for a core that others hold.
+    """
     found = total(layers, 0, measured=True)
-    return expected is not None and found is not None and found.dense_s > 3 * expected.dense_s
+    if expected is None or found is None:
+        return False
+    stalled = any(x.measured and x.expected and x.measured.ours_s > 10 * x.expected.ours_s for x in layers)
+    return stalled or found.dense_s > 3 * expected.dense_s
 
 
 def find(model: torch.nn.Module, layer: Layer) -> Weights | None:

@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from sparsec.cli import run
 from sparsec.errors import BadOptionValue, UnknownOption
 from sparsec.explain import Explanation, explain
 from sparsec.models import load_model
+from sparsec.report_data import Measured
 
 REFERENCE = {"target": "reference"}
 
@@ -227,6 +229,21 @@ def test_measuring_fills_measured_times_and_leaves_expected_ones() -> None:
     assert report.forward_s is not None
     assert "were timed here" in str(report)
     assert report.to_dict()["layers"][0]["measured"]["low"] <= report.to_dict()["layers"][0]["measured"]["high"]
+
+
+def test_times_of_a_busy_machine_are_called_that() -> None:
+    from sparsec.report_measure import busy
+
+    report = of(prune(mlp(64, 64), 0.9), torch.randn(1, 64))
+    cost = report.expected()
+    assert cost is not None
+
+    def timed(dense: float, ours: float) -> bool:
+        at = report.layers[0].at[0]
+        measured = Measured(dense * cost.dense_s, ours * cost.ours_s)
+        return busy(cost, [replace(report.layers[0], at=(replace(at, measured=measured),))])
+
+    assert [timed(1, 1), timed(2, 5), timed(4, 1), timed(1, 20)] == [False, False, True, True]
 
 
 def test_the_weight_that_is_timed_is_the_weight_of_the_layer() -> None:
