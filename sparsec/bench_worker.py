@@ -118,31 +118,33 @@ def _forward(loaded: models.LoadedModel, batch: int, tokens: int) -> Case:
 
 
 def _generation(loaded: models.LoadedModel, batch: int, tokens: int) -> Case:
-    """``tokens`` decoding steps from an empty static cache, greedy."""
+    """``tokens`` decoding steps from an empty static cache.
+
+    The tokens are given (random, as llama-bench has it): both engines do the same work, and their last logits can be
+    compared, which a token chosen the other way by a rounding would prevent.
+    """
     if loaded.context is not None and tokens > loaded.context:
         raise BadOptionValue(key="-n", value=tokens, expected=f"{loaded.name} takes at most {loaded.context}")
     from transformers import StaticCache
 
     cache: Any = StaticCache(config=loaded.config, max_cache_len=tokens)
-    first = loaded.inputs(batch, 1)["input_ids"]
+    ids = loaded.inputs(batch, tokens)["input_ids"].split(1, dim=1)
     positions = [torch.full((batch, 1), i) for i in range(tokens)]
     masks = _masks(tokens, next(loaded.model.parameters()).dtype, cache)
     names = inspect.signature(loaded.model.forward).parameters
 
-    def kwargs(ids: torch.Tensor, i: int) -> dict[str, Any]:
-        said = {"input_ids": ids, "position_ids": positions[i], "attention_mask": masks[i], "past_key_values": cache}
+    def kwargs(i: int) -> dict[str, Any]:
+        said = {"input_ids": ids[i], "position_ids": positions[i], "attention_mask": masks[i], "past_key_values": cache}
         return {**{k: v for k, v in said.items() if k in names}, "use_cache": True}
 
     with torch.no_grad():
-        loaded.model(**kwargs(first, 0))  # eagerly once: the cache allocates itself at its first use
+        loaded.model(**kwargs(0))  # eagerly once: the cache allocates itself at its first use
 
     def make(call: Callable[..., Any]) -> Callable[[], Any]:
         def run() -> torch.Tensor:
             cache.reset()
-            ids = first
             for i in range(tokens):
-                logits = call(**kwargs(ids, i)).logits[:, -1:]
-                ids = logits.argmax(-1)
+                logits = call(**kwargs(i)).logits
             return logits  # type: ignore[no-any-return]
 
         return run
