@@ -14,12 +14,12 @@ from sparsec.formats import Format
 if TYPE_CHECKING:
     import torch
 
-FAMILIES = {kind: f"sparsec.codegen.cpp.{kind}:FAMILY" for kind in ("bitmap", "index", "nm", "block")}
+FAMILIES = {kind: f"sparsec.codegen.cpp.{kind}:FAMILY" for kind in ("panel", "bitmap", "index", "nm", "block")}
 
 
 @functools.cache
 def family(kind: str) -> Family:
-    """The family of a pattern kind (``bitmap``, ``index``, ``nm``, ``block``). Raises KeyError for any other."""
+    """The family of a pattern kind (``panel``, ``bitmap``, ``index``, ``nm``, ``block``). Raises KeyError for any other."""
     module, _, name = FAMILIES[kind].partition(":")
     return cast(Family, getattr(importlib.import_module(module), name))
 

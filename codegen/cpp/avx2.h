@@ -121,6 +121,12 @@ INLINE F16 odd(B32 v) {
 }
 INLINE F16 mac32(F16 acc, B32 w, B32 x) { return fma(odd(w), odd(x), fma(even(w), even(x), acc)); }
 
+// acc lane i += w[2i] x[0] + w[2i+1] x[1]
+INLINE F16 mac_pairs(F16 acc, const bf16 *w, const bf16 *x) {
+  B32 both = load32(w);
+  return fma(odd(both), splat(to_float(x[1])), fma(even(both), splat(to_float(x[0])), acc));
+}
+
 // out[i] = sum of the 16 lanes of v[i]
 INLINE void sums4(const F16 *v, float *out) {
   __m256 ab = _mm256_hadd_ps(_mm256_add_ps(v[0].a, v[0].b), _mm256_add_ps(v[1].a, v[1].b));

@@ -80,6 +80,13 @@ INLINE F16 mac32(F16 acc, B32 w, B32 x) {
 #endif
 }
 
+// acc lane i += w[2i] x[0] + w[2i+1] x[1]
+INLINE F16 mac_pairs(F16 acc, const bf16 *w, const bf16 *x) {
+  int32_t pair;
+  __builtin_memcpy(&pair, x, 4);
+  return mac32(acc, load32(w), _mm512_set1_epi32(pair));
+}
+
 // out[i] = sum of the 16 lanes of v[i]
 INLINE void sums4(const F16 *v, float *out) {
   __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));

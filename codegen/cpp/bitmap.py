@@ -25,16 +25,28 @@ def pack(
     return Packed(Format(pattern, values), 1, (masks, kept, start), work, (n, k), source_key)
 
 
+_GROUPS_AT_ONCE = 64  # a piece fits the cache
+
+
 def unpack(packed: Packed) -> torch.Tensor:
-    masks, values, start = packed.tensors
+    """The weight back, in NumPy and from the layout's description alone; on one thread."""
     n, k = packed.shape
     words = -(-k // 32)
-    bits = np.unpackbits(masks.view(torch.uint8).numpy(), bitorder="little")
-    kept = torch.from_numpy(bits.view(bool)).view(start.numel() - 1, words, packer.GROUP, 32)
-    integers = torch.int32 if values.element_size() == 4 else torch.int16  # moved as bits, so that a NaN stays as it is
-    wide = torch.zeros(kept.shape, dtype=integers).masked_scatter_(kept, values.view(integers)[: int(start[-1])])
-    rows = wide.permute(0, 2, 1, 3).reshape((start.numel() - 1) * packer.GROUP, 32 * words)
-    return rows[:n, :k].contiguous().view(values.dtype)
+    dtype = (
+        torch.int32 if packed.tensors[1].element_size() == 4 else torch.int16
+    )  # as bits, so that a NaN stays as it is
+    masks, values, start = (t.numpy() for t in (packed.tensors[0], packed.tensors[1].view(dtype), packed.tensors[2]))
+    out = torch.zeros(n, k, dtype=dtype)
+    masks = masks.reshape(-1, words * packer.GROUP) if k else masks
+    for begin in range(0, -(-n // packer.GROUP) if k else 0, _GROUPS_AT_ONCE):
+        end = min(begin + _GROUPS_AT_ONCE, len(start) - 1)
+        kept = np.unpackbits(masks[begin:end].view(np.uint8), bitorder="little").view(bool)
+        wide = np.zeros(kept.size, dtype=values.dtype)
+        wide[kept] = values[start[begin] : start[end]]
+        rows = wide.reshape(end - begin, words, packer.GROUP, 32).transpose(0, 2, 1, 3).reshape(-1, 32 * words)
+        height = min(end * packer.GROUP, n) - begin * packer.GROUP
+        out.numpy()[begin * packer.GROUP :][:height] = rows[:height, :k]
+    return out.view(packed.tensors[1].dtype)
 
 
 class Bitmap:

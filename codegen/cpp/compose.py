@@ -16,7 +16,7 @@ def part(name: str) -> str:
 
 
 def unit(spec: KernelSpec, layout: str, constants: Mapping[str, int]) -> str:
-    """The translation unit of ``spec`` on one layout (``bitmap``, ``sliced``, ``rows``).
+    """The translation unit of ``spec`` on one layout (``panel``, ``bitmap``, ``sliced``, ``rows``).
 
     ``constants`` are what the layout's header asks for, e.g. ``kShare``.
     """
@@ -37,6 +37,8 @@ def unit(spec: KernelSpec, layout: str, constants: Mapping[str, int]) -> str:
 
 
 def _loop_parts(loop: str, layout: str) -> Sequence[str]:
+    if layout == "panel":
+        return ("panel.h",)
     if loop == "dot":
         return (f"{layout}.h", "dot.h")
     shared = ("sliced.h",) if layout == "sliced" else ()

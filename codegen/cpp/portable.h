@@ -81,6 +81,12 @@ template <class T>
 INLINE Columns<T> load32(const T *p) {
   return {p};
 }
+// acc lane i += w[2i] x[0] + w[2i+1] x[1]
+INLINE F16 mac_pairs(F16 acc, const bf16 *w, const bf16 *x) {
+  float even[16], odd[16];
+  for (int i = 0; i < 16; ++i) even[i] = to_float(w[2 * i]), odd[i] = to_float(w[2 * i + 1]);
+  return fma(load16(odd), splat(to_float(x[1])), fma(load16(even), splat(to_float(x[0])), acc));
+}
 template <class T>
 INLINE Kept<T> expand32(uint32_t mask, const T *v) {
   return {mask, v};
