@@ -195,5 +195,6 @@ class Decision:
         return next((r for r in self.ranges if r.holds(m)), self.ranges[-1])
 
     @property
-    def sparse(self) -> bool:
+    def ours(self) -> bool:
+        """Some M runs on one of our kernels: a sparse format, or dense weights in panels."""
         return any(r.format != "dense" for r in self.ranges)

@@ -16,7 +16,7 @@ from sparsec.errors import UnknownFormat, did_you_mean, listed
 if TYPE_CHECKING:
     from sparsec.facts import WeightFact
 
-PATTERN_KINDS = ("dense", "bitmap", "index", "nm", "block")
+PATTERN_KINDS = ("dense", "panel", "bitmap", "index", "nm", "block")
 VALUE_BYTES = {"fp32": 4, "bf16": 2}
 _DEFAULT_PARAMS = {"nm": (2, 4), "block": (16, 1)}
 
@@ -79,7 +79,7 @@ def stored_values(pattern: Pattern, fact: WeightFact) -> int:
 
     Raises KeyError for a block shape that the weight was not profiled for.
     """
-    if pattern.kind == "dense":
+    if pattern.kind in ("dense", "panel"):
         return fact.n * fact.k
     if pattern.kind == "nm" and not _few(pattern):
         n, m = pattern.params
@@ -96,7 +96,7 @@ def storage_bytes(format: Format, fact: WeightFact) -> int:
     """Bytes of weight that a kernel of ``format`` reads per call; the packers keep to it within a tenth."""
     pattern, width = format.pattern, VALUE_BYTES[format.values]
     kept = stored_values(pattern, fact)
-    if pattern.kind == "dense":
+    if pattern.kind in ("dense", "panel"):
         return kept * width
     if pattern.kind == "bitmap" or (pattern.kind == "nm" and not _few(pattern)):
         return kept * width + -(-fact.n // 16) * 16 * -(-fact.k // 32) * 4

@@ -9,7 +9,6 @@ its text. What was measured on a busy machine is used, but measured again when i
 from __future__ import annotations
 
 import itertools
-import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -25,21 +24,23 @@ from sparsec.codegen.spec import KernelSpec
 from sparsec.errors import BuildError, PackError
 from sparsec.facts import WeightFact
 from sparsec.formats import Format, Pattern
-from sparsec.measure_calls import best_seconds, cold_bytes, thread_count
+from sparsec.measure_calls import best_seconds, cold_bytes, thread_count, tune_log
 from sparsec.measure_kernels import TORCH, Text, compile_all, direct, kernel_texts, measure_kernel
 from sparsec.passes.decide.candidates import allowed, patterns
 from sparsec.targets import reference
 from sparsec.targets.base import DenseRate, KernelRate, Rates, Target
 
-VERSION = "1"  # of what is measured and how; another one measures again
+VERSION = "2"  # of what is measured and how; another one measures again
 MS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 # Measured even where a weight does not have the pattern: `explain` says what it would give.
-USUAL = ("bitmap", "index", "nm:2:4")
+USUAL = ("panel", "bitmap", "index", "nm:2:4")
 BUSY_S = 600.0
 
-_SIDE = 2048  # of the dense weights: large enough that calls do not count, small enough to have many of them
+# Of the dense weights: calls as short as those of the sparse kernels, since on a shared machine the shortest calls
+# find the quietest moments, and sparse would look better than it is.
+_SIDE = 1024
 
-_log = logging.getLogger("sparsec.tune")
+_log = tune_log()
 _machines: dict[tuple[str, int, str], Rates] = {}
 _kernels: dict[tuple[str, int, str, str, str], tuple[KernelRate, ...]] = {}
 _T = TypeVar("_T", Rates, KernelRate)
@@ -102,15 +103,16 @@ def _kernel_rate(t: Text, target: Target, threads: int, overhead: float, cache: 
 def _measure_machine(target: Target, threads: int, cache: Path) -> tuple[Rates, bool]:
     _log.info("measuring %s with %d threads (once, a few seconds)", target.model, threads)
     with thread_count(threads):
-        dense, busy = zip(*(_dense(name, dtype, cold_bytes(target)) for name, dtype in TORCH.items()), strict=True)
-        buffer = torch.ones(cold_bytes(target) // 4)
+        ours, theirs = _overheads(target, cache)
+        cold = cold_bytes(target)
+        dense, busy = zip(*(_dense(name, dtype, cold, theirs) for name, dtype in TORCH.items()), strict=True)
+        buffer = torch.ones(cold // 4)
         seconds, _ = best_seconds({"sum": buffer.sum}, budget_s=0.3)
         bandwidth = buffer.numel() * 4 / seconds["sum"]
-        ours, theirs = _overheads(target, cache)
     return Rates(threads, bandwidth, ours, dense, (), theirs), any(busy)
 
 
-def _dense(name: str, dtype: torch.dtype, cold: int) -> tuple[DenseRate, bool]:
+def _dense(name: str, dtype: torch.dtype, cold: int, overhead: float) -> tuple[DenseRate, bool]:
     """Seconds per weight of ``F.linear`` at each M; every call reads a weight that the caches have forgotten."""
     size = _SIDE * _SIDE
     copies = max(2, -(-cold // (size * dtype.itemsize)))
@@ -120,14 +122,28 @@ def _dense(name: str, dtype: torch.dtype, cold: int) -> tuple[DenseRate, bool]:
         return torch.nn.functional.linear(x, next(weights))
 
     calls = {str(m): partial(linear, torch.randn(m, _SIDE).to(dtype)) for m in MS}
-    seconds, busy = best_seconds(calls, budget_s=1.0)
+    seconds, busy = best_seconds(calls, budget_s=0.8)
     if torch.get_num_threads() > 1:
         # Where another process holds a core, threads wait for each other for milliseconds and dense looks ten times
         # slower than it is. One thread is nearly free of that, and bounds what sparse is compared with.
         with thread_count(1):
-            alone, _ = best_seconds(calls, budget_s=0.7)
+            alone, _ = best_seconds(calls, budget_s=0.6)
         seconds = {m: min(s, alone[m]) for m, s in seconds.items()}
-    return DenseRate(name, tuple((m, seconds[str(m)] / size) for m in MS)), busy
+    points = plausible([(m, max(seconds[str(m)] - overhead, 0.1 * seconds[str(m)]) / size) for m in MS])
+    return DenseRate(name, points), busy
+
+
+def plausible(points: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    """Measured (M, seconds) without spikes: more rows never take less time, nor more than the same rows in parts.
+
+    Only ever lowers a time, so a spike can make dense look better than it is, not sparse.
+    """
+    falling = list(itertools.accumulate(reversed(points), lambda right, p: (p[0], min(p[1], right[1]))))
+    checked: list[tuple[int, float]] = []
+    for m, seconds in reversed(falling):
+        in_parts = min((s * -(-m // part) for part, s in checked), default=seconds)
+        checked.append((m, min(seconds, in_parts)))
+    return tuple(checked)
 
 
 def _overheads(target: Target, cache: Path) -> tuple[float, float]:

@@ -8,7 +8,6 @@ turn comes, time is memory: bytes over seconds.
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from sparsec.codegen import build, cpp
 from sparsec.codegen.spec import KernelSpec, Packed
 from sparsec.errors import BuildError, PackError
 from sparsec.formats import Format, Pattern
-from sparsec.measure_calls import best_seconds, cold_bytes
+from sparsec.measure_calls import best_seconds, cold_bytes, tune_log
 from sparsec.passes.graph import DTYPES
 from sparsec.runtime.direct import Direct
 from sparsec.targets.base import KernelRate, Target
@@ -34,7 +33,7 @@ _LOOP_MS = {"dot": (1, 2, 4, 8, 16, 64), "outer": (8, 16, 64, 256)}
 _OTHER_MS = (1, 8, 64)
 _DENSITIES = (0.5, 0.2, 0.05)
 
-_log = logging.getLogger("sparsec.tune")
+_log = tune_log()
 
 
 @dataclass(frozen=True)
@@ -102,6 +101,8 @@ def measure_kernel(t: Text, target: Target, threads: int, overhead: float, cache
 
 
 def _densities(pattern: Pattern) -> tuple[float, ...]:
+    if pattern.kind == "panel":
+        return (1.0,)
     return (pattern.params[0] / pattern.params[1],) if pattern.kind == "nm" else _DENSITIES
 
 

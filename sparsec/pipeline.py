@@ -25,7 +25,7 @@ from sparsec.passes.rewrite.group import group_calls
 from sparsec.plan import Plan
 from sparsec.records import CompileRecord, LayerRecord, StageRecord
 from sparsec.runtime import library
-from sparsec.runtime.store import STORE
+from sparsec.runtime.store import STORE, needed
 
 
 @dataclass
@@ -85,7 +85,7 @@ def decide(c: Compilation) -> int:
     """Choose, per weight and range of M, the format that pays on this target; dense wins ties."""
     c.decisions = [STORE.decide(c.weight(s), f, p) for (s, _), f, p in zip(c.sites, c.facts, c.plans, strict=True)]
     _note_layers(c)
-    return sum(d.sparse for d in c.decisions)
+    return sum(d.ours for d in c.decisions)
 
 
 def tune(c: Compilation) -> int:
@@ -108,7 +108,7 @@ def rewrite(c: Compilation) -> int:
     graph = c.gm.graph
     for i, (site, rule) in enumerate(c.sites):
         node = c.node(site.node)
-        folded = activation_of(node) if c.decisions[i].sparse else None
+        folded = activation_of(node) if needed(c.decisions[i], c.plans[i]) else None
         if folded:
             c.plans[i] = replace(c.plans[i], act=folded[1])
         with graph.inserting_before(node):
@@ -127,9 +127,9 @@ def rewrite(c: Compilation) -> int:
 
 def generate(c: Compilation) -> int:
     """Write and compile the kernels that the decisions name, those that this machine has not compiled before."""
-    parts = [(r, c.weight(s)) for (s, _), d in zip(c.sites, c.decisions, strict=True) for r in d.ranges]
-    kernels = {STORE.kernel(r, w.dtype, c.options.policy).spec for r, w in parts if r.format != "dense"}
-    return len(kernels)
+    found = zip(c.sites, c.decisions, c.plans, strict=True)
+    parts = [(part, c.weight(site)) for (site, _), decision, plan in found for part in needed(decision, plan)]
+    return len({STORE.kernel(part, weight.dtype, c.options.policy).spec for part, weight in parts})
 
 
 def pack(c: Compilation) -> int:
@@ -138,7 +138,7 @@ def pack(c: Compilation) -> int:
         text = plan.encode()
         STORE.place(text, c.record, site)
         STORE.install(c.weight(site), text, fact, decision)
-    return sum(d.sparse for d in c.decisions)
+    return sum(d.ours for d in c.decisions)
 
 
 def finish(c: Compilation) -> int:

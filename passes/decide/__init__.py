@@ -14,7 +14,7 @@ from sparsec.facts import Decision, NMFact, Range, WeightFact
 from sparsec.formats import VALUE_BYTES, Pattern
 from sparsec.options import Policy
 from sparsec.passes.decide import words
-from sparsec.passes.decide.candidates import SWITCH_FORMAT, SWITCH_LOOP, Way, allowed, dense_way, sparse_ways
+from sparsec.passes.decide.candidates import SWITCH_FORMAT, SWITCH_LOOP, Way, allowed, dense_way, our_ways
 from sparsec.passes.decide.cost import turning_points
 from sparsec.passes.decide.measured import bucket, by_measurement
 from sparsec.targets.base import Rates, Target
@@ -83,14 +83,14 @@ def cheapest(dense: Way, ways: list[Way], threshold: float) -> tuple[Range, ...]
     need another kernel or another pack than the last one must be cheaper by SWITCH_LOOP or SWITCH_FORMAT.
     """
     factors = (1.0, SWITCH_LOOP, SWITCH_FORMAT)
-    starts = set(turning_points([w.cost.times(f) for w in ways for f in factors]))
+    starts = set(turning_points([w.cost.times(f * w.margin) for w in ways for f in factors]))
     if threshold:
-        starts |= set(turning_points([dense.cost, *(w.cost.times(threshold) for w in ways)]))
+        starts |= set(turning_points([dense.cost, *(w.cost.times(threshold * w.margin) for w in ways)]))
     ranges: list[Range] = []
     last: Way | None = None
     for lo in sorted(starts):
         chosen = _chosen(lo, dense, ways, threshold, last)
-        last = chosen if chosen.sparse else last
+        last = chosen if chosen.ours else last
         if ranges and (ranges[-1].format, ranges[-1].kernel) == (chosen.format, chosen.kernel):
             continue
         if ranges:
@@ -101,10 +101,10 @@ def cheapest(dense: Way, ways: list[Way], threshold: float) -> tuple[Range, ...]
 
 def _chosen(m: int, dense: Way, ways: list[Way], threshold: float, last: Way | None) -> Way:
     """The way at one M; ``last``: the sparse way used at a smaller M."""
-    patient = min(ways, key=lambda w: (w.cost.at(m) * w.change(last), w.bytes, w.format, w.kernel))
-    fastest = min(ways, key=lambda w: (w.cost.at(m), w.bytes, w.format, w.kernel))
+    patient = min(ways, key=lambda w: (w.price(m) * w.change(last), w.bytes, w.format, w.kernel))
+    fastest = min(ways, key=lambda w: (w.price(m), w.bytes, w.format, w.kernel))
     for way in (patient, fastest):
-        if not threshold or way.cost.at(m) * threshold < dense.cost.at(m):
+        if not threshold or way.price(m) * threshold < dense.cost.at(m):
             return way
     return dense
 
@@ -128,17 +128,25 @@ class _Question:
         return (self.policy.min_speedup or 1.0) * MODEL_MARGIN
 
     def ways(self) -> list[Way]:
-        return sparse_ways(self.fact, self.dtype, self.rates, self.policy.formats)
+        """The allowed ways. Panels skip no zeros, so ``min_speedup=0`` (the best sparse one) leaves them out."""
+        ways = our_ways(self.fact, self.dtype, self.rates, self.policy.formats)
+        if self.policy.min_speedup or self.policy.formats:
+            return ways
+        return [w for w in ways if not w.format.startswith("panel")]
 
     def refusal(self) -> str:
         """Why no sparse format comes into question at all, or nothing."""
         if self.fact.nonfinite:
             return words.not_finite(self.fact)
-        if self.fact.nnz == self.fact.n * self.fact.k:
-            return words.NO_ZEROS
         if not self.rates.kernels:
             return words.NO_KERNELS
-        return "" if self.ways() else words.not_allowed(self.policy.formats)
+        if self.ways():
+            return ""
+        return words.NO_ZEROS if self._full else words.not_allowed(self.policy.formats)
+
+    @property
+    def _full(self) -> bool:
+        return self.fact.nnz == self.fact.n * self.fact.k
 
     def break_even(self) -> float | None:
         """The share of zeros, spread at random, from which a sparse format wins at M = 1; None where none does.
@@ -148,7 +156,7 @@ class _Question:
         positions = self.fact.n * self.fact.k
         if self.dense is None or not positions:
             return None
-        goal = self.dense.cost.at(1) / self.threshold
+        goal = self.dense.cost.at(1) / self.threshold  # and the pack must be smaller than the weight
         kept = -1.0
         for pattern in (Pattern("bitmap"), Pattern("index")):
             if not allowed(pattern, self.policy.formats):
@@ -162,16 +170,22 @@ class _Question:
     def _lines(self, pattern: Pattern, nnz: int) -> dict[str, list[float]]:
         """Seconds at M = 1 of the memory and compute lines of each loop, if the weight kept ``nnz`` values."""
         imagined = replace(self.fact, nnz=nnz, nm=(), blocks=())
-        found = sparse_ways(imagined, self.dtype, self.rates, (str(pattern),))
+        found = our_ways(imagined, self.dtype, self.rates, (str(pattern),))
         return {w.kernel: [line.at(1) for line in w.cost.pieces[0].lines] for w in found}
 
     def reason(self, decision: Decision) -> str:
         first = decision.ranges[0]
         assert self.dense is not None
+        if first.format.startswith("panel"):
+            return words.panels(self._full)
+        if self._full and not decision.ours:
+            return words.NO_ZEROS
         if first.format != "dense":
             read = next(c.bytes for c in decision.candidates if c.format == first.format)
             return words.reads(read, self.dense.bytes)
-        if decision.sparse:
+        if decision.ours:
+            if decision.ranges[1].format.startswith("panel"):
+                return words.panels(self._full, decision.ranges[1].m_lo)
             return words.skips(self.fact, decision.ranges[1].m_lo)
         if decision.break_even is not None:
             return words.break_even(decision.break_even)
@@ -197,7 +211,7 @@ class _Question:
 
     def _gain(self, imagined: WeightFact, kind: str) -> float:
         assert self.dense is not None
-        ways = sparse_ways(imagined, self.dtype, self.rates, self.policy.formats)
+        ways = our_ways(imagined, self.dtype, self.rates, self.policy.formats)
         costs = [w.cost.at(1) for w in ways if w.format.startswith(kind)]
         return self.dense.cost.at(1) / min(costs) if costs else 0.0
 

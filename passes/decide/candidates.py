@@ -11,6 +11,8 @@ from sparsec.passes.decide.cost import Cost, dense_cost, kernel_cost
 from sparsec.targets.base import KernelRate, Rates
 
 FULLEST_NM = 0.75  # above this share of kept values, N:M saves less than its index costs
+# Panels hold the whole weight a second time, so they must gain clearly.
+PANEL_MARGIN = 1.15
 FULLEST_BLOCKS = 0.9  # likewise for the share of blocks that hold anything
 # A second kernel for the same pack takes seconds to compile; a second format also doubles the memory of the packs.
 SWITCH_LOOP = 1.05
@@ -25,9 +27,10 @@ class Way:
     kernel: str
     bytes: int
     cost: Cost
+    margin: float = 1.0  # times faster than dense that it must be beyond what every way must
 
     @property
-    def sparse(self) -> bool:
+    def ours(self) -> bool:
         return self.format != "dense"
 
     def change(self, last: Way | None) -> float:
@@ -35,6 +38,10 @@ class Way:
         if last is None or (self.format, self.kernel) == (last.format, last.kernel):
             return 1.0
         return SWITCH_LOOP if self.format == last.format else SWITCH_FORMAT
+
+    def price(self, m: float) -> float:
+        """Seconds at M = ``m``, with the margin that this way must win by."""
+        return self.cost.at(m) * self.margin
 
     def candidate(self) -> Candidate:
         return Candidate(self.format, self.kernel, self.bytes, self.cost.text())
@@ -49,17 +56,19 @@ def dense_way(fact: WeightFact, dtype: str, rates: Rates) -> Way | None:
     return Way("dense", "", weights * VALUE_BYTES[dtype], dense_cost(rate, weights, rates.dense_overhead))
 
 
-def sparse_ways(fact: WeightFact, dtype: str, rates: Rates, formats: tuple[str, ...]) -> list[Way]:
-    """Every sparse format and loop that holds for the weight, is allowed, and has a kernel with known speed."""
+def our_ways(fact: WeightFact, dtype: str, rates: Rates, formats: tuple[str, ...]) -> list[Way]:
+    """Every format and loop that holds for the weight, is allowed, and has a kernel with known speed."""
     ways = []
     for pattern in patterns(fact):
         if not allowed(pattern, formats):
             continue
         name = Format(pattern, dtype)
         read = storage_bytes(name, fact)
+        if read >= whole and not any_size:
+            continue
         for rate in kernel_rates(rates, pattern, dtype):
             cost = kernel_cost(rate, rates, fact.n * fact.k, stored_values(pattern, fact), read)
-            ways.append(Way(str(name), rate.loop, read, cost))
+            ways.append(Way(str(name), rate.loop, read, cost, PANEL_MARGIN if pattern.kind == "panel" else 1.0))
     return ways
 
 
@@ -69,7 +78,8 @@ def allowed(pattern: Pattern, formats: tuple[str, ...]) -> bool:
 
 
 def patterns(fact: WeightFact) -> Iterator[Pattern]:
-    """The sparse patterns that this weight holds."""
+    """The patterns that this weight holds; any weight can be stored in panels."""
+    yield Pattern("panel")
     if fact.nnz == fact.n * fact.k:
         return
     yield Pattern("bitmap")

@@ -34,6 +34,13 @@ def reads(read: int, dense: int) -> str:
     return f"reads {read / max(dense, 1):.2f}x the bytes"
 
 
+def panels(full: bool, m: int = 1) -> str:
+    """Why a weight runs dense, but by our kernel and from its own copy."""
+    why = "no zeros" if full else "too few zeros to skip"
+    since = f" from {m} rows of x on" if m > 1 else ""
+    return f"{why}; stored in panels, which this CPU reads faster than its dense library does{since}"
+
+
 def skips(fact: WeightFact, m: int) -> str:
     return f"skips {zero(fact.sparsity)} of the multiplications from {m} rows of x on"
 
@@ -48,6 +55,10 @@ def too_small(fact: WeightFact) -> str:
 
 def break_even(share: float) -> str:
     return f"break-even is {zero(share)} zero on this CPU"
+
+
+def not_smaller(fact: WeightFact) -> str:
+    return f"only {zero(fact.sparsity)} zero: no format is smaller than the weight itself"
 
 
 def not_allowed(formats: tuple[str, ...]) -> str:

@@ -148,8 +148,8 @@ Job make_job(const Route &route, int64_t act, const Tensor &rows, const std::opt
   return job;
 }
 
-// Work smaller than this many multiply-adds is done before another thread wakes up.
-constexpr int64_t kSerial = 1 << 16;
+// Less work than this (kept weights times rows, about) is done before another thread has woken up.
+constexpr int64_t kSerial = 1 << 15;
 
 int64_t thread_count(int64_t cost) {
   if (cost < kSerial || at::in_parallel_region()) return 1;
@@ -177,7 +177,7 @@ void run(std::vector<Job> &jobs) {
   int64_t cost = 0;
   for (Job &job : jobs) {
     prepare(job);
-    cost += job.call.m * job.call.n * job.call.k;
+    cost += job.call.m * job.route->work[job.route->tiles];
   }
   int64_t threads = thread_count(cost);
   if (threads <= 1) {

@@ -132,9 +132,7 @@ class Store:
         tensors: list[torch.Tensor] = []
         table: list[int] = []
         packs: dict[str, Packed] = {}
-        for part in decision.ranges:
-            if part.format == "dense":
-                continue
+        for part in needed(decision, plan):
             packed = packs.get(part.format)
             if packed is None:
                 packed = packs[part.format] = self.packed(matrix(weight, plan), fact, part.format)
@@ -224,6 +222,12 @@ def _died(impl: int, plan_text: str) -> None:
     with STORE._lock:
         uses = STORE._drop(impl)
         STORE._short_lived[plan_text] = STORE._short_lived.get(plan_text, 0) + 1 if uses <= 1 else 0
+
+
+def needed(decision: Decision, plan: Plan) -> list[Range]:
+    """The ranges that run on our kernels; of a graph made for one M only that one, so that nothing else is packed."""
+    ranges = [decision.at(plan.m)] if plan.m else decision.ranges
+    return [r for r in ranges if r.format != "dense"]
 
 
 def _rates(fact: WeightFact, dtype: str, target: Target, policy: Policy) -> Rates:

@@ -17,7 +17,7 @@ from sparsec.facts import BlockFact, Decision, NMFact, WeightFact
 from sparsec.formats import VALUE_BYTES, Format, Pattern, storage_bytes
 from sparsec.options import Policy
 from sparsec.passes.decide import MODEL_MARGIN, bucket, decide, dense_decision
-from sparsec.passes.decide.candidates import SWITCH_FORMAT, SWITCH_LOOP, Way, dense_way, patterns, sparse_ways
+from sparsec.passes.decide.candidates import SWITCH_FORMAT, SWITCH_LOOP, Way, dense_way, patterns, our_ways
 from sparsec.passes.decide.cost import Cost, Line, Piece, dense_cost, turning_points
 from sparsec.passes.profile.weights import profile
 from sparsec.targets import reference
@@ -68,7 +68,7 @@ def brute_force(dense: Way, ways: list[Way], threshold: float) -> list[tuple[str
         order = [min(range(len(ways)), key=price), min(range(len(ways)), key=lambda i: (times[i], ways[i].bytes))]
         winner = next((ways[i] for i in order if not threshold or times[i] * threshold < dense.cost.at(m)), dense)
         chosen.append((winner.format, winner.kernel))
-        last = winner if winner.sparse else last
+        last = winner if winner.ours else last
     return chosen
 
 
@@ -108,13 +108,11 @@ def test_solved_ranges_are_the_argmin_at_every_m(fact: WeightFact, seed: int, dt
     assert_covers_every_m(decision)
     dense = dense_way(fact, dtype, rates)
     assert dense is not None
-    assert choices(decision) == brute_force(dense, sparse_ways(fact, dtype, rates, ()), min_speedup * MODEL_MARGIN)
+    assert choices(decision) == brute_force(dense, our_ways(fact, dtype, rates, ()), min_speedup * MODEL_MARGIN)
     for m in range(1, LAST_M, 7):
         ran = decision.at(m)
         if ran.format != "dense" and min_speedup:
-            way = next(
-                w for w in sparse_ways(fact, dtype, rates, ()) if (w.format, w.kernel) == (ran.format, ran.kernel)
-            )
+            way = next(w for w in our_ways(fact, dtype, rates, ()) if (w.format, w.kernel) == (ran.format, ran.kernel))
             assert dense.cost.at(m) > min_speedup * MODEL_MARGIN * way.cost.at(m)
 
 
@@ -125,7 +123,7 @@ def test_candidate_costs_are_sympy_expressions_that_say_what_the_model_says(fact
     decision = decide(fact, "fp32", TARGET, rates, Policy())
     dense = dense_way(fact, "fp32", rates)
     assert dense is not None
-    ways = [dense, *sparse_ways(fact, "fp32", rates, ())]
+    ways = [dense, *our_ways(fact, "fp32", rates, ())]
     assert [(c.format, c.kernel) for c in decision.candidates] == [(w.format, w.kernel) for w in ways]
     m = sympy.Symbol("M", positive=True)
     for candidate, way in zip(decision.candidates, ways, strict=True):
@@ -174,11 +172,11 @@ def test_equal_cost_goes_to_dense() -> None:
     )  # fmt: skip
     fact = a_fact(64, 64, 0.5)
     exact_tie = Policy(min_speedup=1.05)
-    assert not decide(fact, "fp32", TARGET, rates, exact_tie).sparse
+    assert not decide(fact, "fp32", TARGET, rates, exact_tie).ours
     a_bit_faster = dataclasses.replace(
         rates, kernels=(dataclasses.replace(rates.kernels[0], position_row=0.99 * rates.kernels[0].position_row),)
     )
-    assert decide(fact, "fp32", TARGET, a_bit_faster, exact_tie).sparse
+    assert decide(fact, "fp32", TARGET, a_bit_faster, exact_tie).ours
 
 
 def test_min_speedup_zero_takes_the_best_sparse_way_even_where_it_loses() -> None:
@@ -187,12 +185,12 @@ def test_min_speedup_zero_takes_the_best_sparse_way_even_where_it_loses() -> Non
     assert decision.source == "forced"
     assert all(r.format != "dense" for r in decision.ranges)
     assert decision.ranges[0].ours_s > decision.ranges[0].dense_s
-    assert not decide(a_fact(density=0.9), "fp32", TARGET, slow, Policy()).sparse
+    assert not decide(a_fact(density=0.9), "fp32", TARGET, slow, Policy()).ours
 
 
 def test_min_speedup_zero_leaves_a_weight_without_zeros_dense() -> None:
     decision = decide(a_fact(density=1.0), "fp32", TARGET, RATES, Policy(min_speedup=0))
-    assert not decision.sparse
+    assert not decision.ours
     assert decision.reason == "no zeros"
 
 
@@ -200,9 +198,7 @@ def test_a_model_that_was_not_measured_must_promise_more_than_min_speedup() -> N
     fact = a_fact(4096, 4096, 0.5)
     base = decide(fact, "fp32", TARGET, RATES, Policy(formats=("bitmap",))).ranges[0]
     gain = base.dense_s / base.ours_s
-    assert decide(
-        fact, "fp32", TARGET, RATES, Policy(formats=("bitmap",), min_speedup=0.99 * gain / MODEL_MARGIN)
-    ).sparse
+    assert decide(fact, "fp32", TARGET, RATES, Policy(formats=("bitmap",), min_speedup=0.99 * gain / MODEL_MARGIN)).ours
     refused = decide(fact, "fp32", TARGET, RATES, Policy(formats=("bitmap",), min_speedup=1.01 * gain / MODEL_MARGIN))
     assert refused.at(1).format == "dense"
 
@@ -258,7 +254,7 @@ def test_reasons_say_what_decides() -> None:
 def test_non_finite_weights_stay_dense_even_when_sparse_is_forced() -> None:
     w = torch.zeros(64, 64)
     w[0, 0] = math.nan
-    assert not decide(profile(w), "fp32", TARGET, RATES, Policy(min_speedup=0)).sparse
+    assert not decide(profile(w), "fp32", TARGET, RATES, Policy(min_speedup=0)).ours
 
 
 def test_near_patterns_are_told_with_the_groups_that_break_them() -> None:
@@ -278,10 +274,20 @@ def test_help_names_a_mask_that_would_gain() -> None:
     assert decide(a_fact(16, 16, 1.0), "fp32", TARGET, RATES, Policy()).help == ""
 
 
+def test_a_pack_that_is_not_smaller_than_the_weight_is_taken_only_when_forced() -> None:
+    fast = dataclasses.replace(RATES, bandwidth=1e15, overhead=0.0)
+    fact = a_fact(density=0.98)
+    decision = decide(fact, "fp32", TARGET, fast, Policy())
+    assert decision.reason == "only 2 % zero: no format is smaller than the weight itself"
+    assert decision.break_even is not None
+    assert decision.break_even > 0.03  # one bit for each 32 is what a bitmap adds
+    assert decide(fact, "fp32", TARGET, fast, Policy(min_speedup=0)).sparse
+
+
 def test_only_patterns_that_hold_become_candidates() -> None:
     nm = (NMFact(2, 4, 100, 0), NMFact(4, 8, 50, 0), NMFact(1, 4, 100, 2), NMFact(7, 8, 50, 0))
     fact = a_fact(density=0.5, nm=nm, blocks=(BlockFact(16, 1, 100, 50, 1.0), BlockFact(4, 4, 100, 99, 0.5)))
-    assert [str(p) for p in patterns(fact)] == ["bitmap", "index", "nm:2:4", "block:16x1"]
+    assert [str(p) for p in patterns(fact)] == ["panel", "bitmap", "index", "nm:2:4", "block:16x1"]
     assert list(patterns(a_fact(density=1.0))) == []
 
 
@@ -369,7 +375,7 @@ def test_min_speedup_zero_takes_the_fastest_measured_sparse_way() -> None:
 
 def test_a_fallback_is_dense_for_every_m_and_says_why() -> None:
     decision = dense_decision("the kernel could not be built")
-    assert (decision.source, decision.reason, decision.sparse) == ("fallback", "the kernel could not be built", False)
+    assert (decision.source, decision.reason, decision.ours) == ("fallback", "the kernel could not be built", False)
     assert_covers_every_m(decision)
 
 

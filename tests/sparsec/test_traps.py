@@ -104,7 +104,7 @@ def test_a_dense_first_block_does_not_cost_the_sparse_ones_their_kernels() -> No
     with recording() as records:
         agree(model(x), want)
     decisions = {(layer.name, layer.fact.density > 0.5): layer.decision for layer in records[0].layers}
-    assert not any(d.sparse for (_, dense), d in decisions.items() if dense)
+    assert not any(d.ours for (_, dense), d in decisions.items() if dense)
     assert len(records[0].layers) == 6
 
 

@@ -126,7 +126,7 @@ def test_budget_zero_measures_nothing_and_the_model_decides(tmp_path: Path, kern
     assert session.skipped > 0
     decision = decide(profile(weight), "fp32", PORTABLE, reference.rates(1), said, measured)
     assert decision.source == "model"
-    assert decision.sparse
+    assert decision.ours
 
 
 def test_a_budget_is_for_all_weights_of_the_process(tmp_path: Path, kernels: list[str]) -> None:
@@ -384,7 +384,7 @@ def test_without_a_compiler_only_dense_is_known(
     found = rates(PORTABLE, 1, tmp_path, dtypes=("fp32",), wanted=("bitmap", "nm:2:4"))
     assert found == MACHINE
     decision = decide(profile(a_weight()), "fp32", PORTABLE, found, Policy())
-    assert not decision.sparse
+    assert not decision.ours
     assert "no sparse kernel" in decision.reason
 
 
