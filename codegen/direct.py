@@ -44,7 +44,8 @@ def bounds(packed: Packed, shares: int) -> list[int]:
 def prepared(
     kernel: Kernel, packed: Packed, x: torch.Tensor, bias: torch.Tensor | None, act: str, y: torch.Tensor
 ) -> Callable[..., None]:
-    """A function that runs the kernel once on these tensors; ``run(pool)`` splits the tiles over a pool's threads.
+    """A function that runs the kernel once on these tensors. ``run(pool, cuts)`` hands the parts of the tiles between
+    neighbouring cuts to a pool; without a pool they run one after the other.
 
     x: [M, K] with unit inner stride, y: [M, N] likewise, bias [N] or None, all of the kernel's dtype.
     """
@@ -74,7 +75,8 @@ def prepared(
         assert keep
         prepare(ctypes.byref(call), 0, units)
         if pool is None:
-            tiles(ctypes.byref(call), 0, last)
+            for begin, end in itertools.pairwise(cuts or (0, last)):
+                tiles(ctypes.byref(call), begin, end)
             return
         for done in [pool.submit(tiles, ctypes.byref(call), a, b) for a, b in itertools.pairwise(cuts)]:
             done.result()

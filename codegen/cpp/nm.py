@@ -30,7 +30,7 @@ def check(weight: torch.Tensor, pattern: Pattern) -> None:
         raise PatternMismatch(format=str(pattern), detail=f"{n} of {m} cannot be kept")
     kept = (weight != 0).to(torch.uint8 if m < 256 else torch.int32)
     kept = torch.nn.functional.pad(kept, (0, -weight.shape[1] % m))
-    bad = kept.view(weight.shape[0], -1, m).sum(2, dtype=torch.int32) > n
+    bad = kept.view(weight.shape[0], kept.shape[1] // m, m).sum(2, dtype=torch.int32) > n
     if not bool(bad.any()):
         return
     row, group = (int(i) for i in bad.nonzero()[0])

@@ -1,0 +1,60 @@
+"""Fixtures of the kernel tests: one compiled-kernel cache per session, and which ISAs this machine can run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from sparsec.codegen.build import build, compile_shared, isa_flags
+from sparsec.codegen.cpp import family, packer
+from sparsec.codegen.spec import Kernel, KernelSpec
+
+NEEDS = {
+    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vbmi2"},
+    "avx2": {"avx2", "fma", "f16c", "bmi2"},
+    "portable": set(),
+}
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+@pytest.fixture(scope="session")
+def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache directory shared by the tests of this session; the packer is compiled into it too."""
+    path = tmp_path_factory.mktemp("kernels")
+    packer.load(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def can_run() -> Callable[[KernelSpec], bool]:
+    flags = _cpu_flags()
+    return lambda spec: flags >= NEEDS[spec.isa] and (not spec.bf16_dot or "avx512_bf16" in flags)
+
+
+@pytest.fixture(scope="session")
+def compiled(kernel_cache: Path) -> Callable[[KernelSpec], Kernel]:
+    return lambda spec: build(spec, kernel_cache)
+
+
+@pytest.fixture(scope="session")
+def compile_all(kernel_cache: Path) -> Callable[[list[KernelSpec]], None]:
+    """Compile many specs two at a time, ahead of the tests that use them."""
+
+    def compile_one(spec: KernelSpec) -> None:
+        compile_shared(family(spec.format.pattern.kind).text(spec), spec.name, isa_flags(spec), kernel_cache)
+
+    def run(specs: list[KernelSpec]) -> None:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(compile_one, specs))
+
+    return run
