@@ -19,7 +19,7 @@ FAMILIES = {kind: f"sparsec.codegen.cpp.{kind}:FAMILY" for kind in ("panel", "bi
 
 @functools.cache
 def family(kind: str) -> Family:
-    """The family of a pattern kind (``panel``, ``bitmap``, ``index``, ``nm``, ``block``). Raises KeyError for any other."""
+    """The family of a pattern kind, a key of ``FAMILIES``. Raises KeyError for any other."""
     module, _, name = FAMILIES[kind].partition(":")
     return cast(Family, getattr(importlib.import_module(module), name))
 
