@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import resource
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +13,7 @@ import torch
 from sparsec.targets.base import Target
 from sparsec.timing import interleave
 
-_BATCH = 6  # rounds after which the minima are compared with those of before
+_BATCH = 10  # rounds after which the minima are compared with those of before
 _STEADY = 1.05  # minima that fell by less than this have been found
 _QUIET = 30  # lost cores per second of measuring; an idle machine takes one away a few times a second
 _MOST_COLD_BYTES = 2**28  # enough where the last-level cache is huge, since many share it
@@ -46,6 +48,15 @@ def _interruptions() -> int:
 def cold_bytes(target: Target) -> int:
     """How many bytes to use in turn so that none of them is in a cache when it is used again."""
     return min(max(3 * target.l3_bytes, _LEAST_COLD_BYTES), _MOST_COLD_BYTES)
+
+
+def tune_log() -> logging.Logger:
+    """The logger of measuring and tuning; SPARSEC_LOG=tune shows what it says on stderr."""
+    log = logging.getLogger("sparsec.tune")
+    if "tune" in os.environ.get("SPARSEC_LOG", "").split(",") and not log.handlers:
+        log.addHandler(logging.StreamHandler())
+        log.setLevel(logging.INFO)
+    return log
 
 
 @contextmanager

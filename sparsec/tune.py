@@ -8,7 +8,6 @@ shape, pattern, density, dtype, threads and power of two of M; whatever was meas
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,17 +25,17 @@ from sparsec.errors import BuildError, PackError
 from sparsec.facts import WeightFact
 from sparsec.formats import Format
 from sparsec.measure import rates_for
-from sparsec.measure_calls import cold_bytes
+from sparsec.measure_calls import cold_bytes, tune_log
 from sparsec.measure_kernels import Text, direct, kernel_texts
 from sparsec.options import Options, Policy
 from sparsec.passes.decide import bucket
-from sparsec.passes.decide.candidates import Way, dense_way, sparse_ways
+from sparsec.passes.decide.candidates import Way, dense_way, ways_for
 from sparsec.records import LayerRecord
 from sparsec.targets.base import Target
 from sparsec.timing import Ratio, interleave, speedup
 from sparsec.tune_db import Database, Key, Record
 
-_log = logging.getLogger("sparsec.tune")
+_log = tune_log()
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,7 @@ class _Point:
         dense = dense_way(self.fact, self.dtype, rates)
         if dense is None:
             return {}
-        ways = sparse_ways(self.fact, self.dtype, rates, self.policy.formats)
+        ways = ways_for(self.fact, self.dtype, rates, self.policy)
         limit = float("inf") if self.policy.min_speedup == 0 else effort.hopeless * dense.cost.at(m)
         ways = sorted((w for w in ways if w.cost.at(m) <= limit), key=lambda w: w.cost.at(m))[: effort.candidates]
         pairs = ((self._text(way), way) for way in ways)

@@ -7,18 +7,16 @@ was measured on this very weight, a margin on top. With measurements they alone 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from sparsec.facts import Decision, NMFact, Range, WeightFact
 from sparsec.formats import VALUE_BYTES, Pattern
 from sparsec.options import Policy
 from sparsec.passes.decide import words
-from sparsec.passes.decide.candidates import SWITCH_FORMAT, SWITCH_LOOP, Way, allowed, dense_way, our_ways
+from sparsec.passes.decide.candidates import SWITCH_FORMAT, SWITCH_LOOP, Way, allowed, dense_way, our_ways, ways_for
 from sparsec.passes.decide.cost import turning_points
-from sparsec.passes.decide.measured import bucket, by_measurement
+from sparsec.passes.decide.measured import Measured, bucket, by_measurement
 from sparsec.targets.base import Rates, Target
-from sparsec.timing import Ratio
 
 __all__ = ["MODEL_MARGIN", "bucket", "decide", "dense_decision"]
 
@@ -33,7 +31,7 @@ def decide(
     target: Target,
     rates: Rates,
     policy: Policy,
-    measured: Mapping[tuple[str, str, int], Ratio] | None = None,
+    measured: Measured | None = None,
 ) -> Decision:
     """Decide one weight for x of ``dtype`` (``fp32`` or ``bf16``) on ``target``.
 
@@ -46,10 +44,9 @@ def decide(
     plain = _by_model(replace(fact, key="", thumbnail=(), row_hist=()), dtype, rates, policy)
     if not measured or len(plain.candidates) == 1 or asked.refusal():
         return plain
-    dense, ways = asked.dense, asked.ways()
-    ranges = by_measurement(plain.ranges, dense, ways, measured, policy.min_speedup)
+    ranges = by_measurement(plain.ranges, asked.dense, asked.ways(), measured, policy.min_speedup)
     decision = replace(plain, ranges=ranges, source="measured")
-    return replace(decision, reason=_measured_reason(plain, decision, dense, ways, measured))
+    return replace(decision, reason=_measured_reason(asked, plain, decision, measured))
 
 
 def dense_decision(reason: str, source: str = "fallback") -> Decision:
@@ -128,24 +125,23 @@ class _Question:
         return (self.policy.min_speedup or 1.0) * MODEL_MARGIN
 
     def ways(self) -> list[Way]:
-        """The allowed ways. Panels skip no zeros, so ``min_speedup=0`` (the best sparse one) leaves them out."""
-        ways = our_ways(self.fact, self.dtype, self.rates, self.policy.formats)
-        if self.policy.min_speedup or self.policy.formats:
-            return ways
-        return [w for w in ways if not w.format.startswith("panel")]
+        return ways_for(self.fact, self.dtype, self.rates, self.policy)
 
     def refusal(self) -> str:
-        """Why no sparse format comes into question at all, or nothing."""
+        """Why no format of ours comes into question at all, or nothing."""
         if self.fact.nonfinite:
             return words.not_finite(self.fact)
         if not self.rates.kernels:
             return words.NO_KERNELS
         if self.ways():
             return ""
-        return words.NO_ZEROS if self._full else words.not_allowed(self.policy.formats)
+        if self.full:
+            return words.NO_ZEROS
+        larger = our_ways(self.fact, self.dtype, self.rates, self.policy.formats, any_size=True)
+        return words.not_smaller(self.fact) if larger else words.not_allowed(self.policy.formats)
 
     @property
-    def _full(self) -> bool:
+    def full(self) -> bool:
         return self.fact.nnz == self.fact.n * self.fact.k
 
     def break_even(self) -> float | None:
@@ -168,24 +164,27 @@ class _Question:
         return None if kept < 0 else 1 - min(kept / positions, 1.0)
 
     def _lines(self, pattern: Pattern, nnz: int) -> dict[str, list[float]]:
-        """Seconds at M = 1 of the memory and compute lines of each loop, if the weight kept ``nnz`` values."""
+        """For each loop, if the weight kept ``nnz`` values: seconds at M = 1 by memory and by arithmetic, and its
+        bytes on a scale where those of dense are the seconds to beat."""
         imagined = replace(self.fact, nnz=nnz, nm=(), blocks=())
-        found = our_ways(imagined, self.dtype, self.rates, (str(pattern),))
-        return {w.kernel: [line.at(1) for line in w.cost.pieces[0].lines] for w in found}
+        found = our_ways(imagined, self.dtype, self.rates, (str(pattern),), any_size=True)
+        assert self.dense is not None
+        scale = self.dense.cost.at(1) / self.threshold / self.dense.bytes
+        return {w.kernel: [*(line.at(1) for line in w.cost.pieces[0].lines), w.bytes * scale] for w in found}
 
     def reason(self, decision: Decision) -> str:
         first = decision.ranges[0]
         assert self.dense is not None
         if first.format.startswith("panel"):
-            return words.panels(self._full)
-        if self._full and not decision.ours:
+            return words.panels(self.full)
+        if self.full and not decision.ours:
             return words.NO_ZEROS
         if first.format != "dense":
             read = next(c.bytes for c in decision.candidates if c.format == first.format)
             return words.reads(read, self.dense.bytes)
         if decision.ours:
             if decision.ranges[1].format.startswith("panel"):
-                return words.panels(self._full, decision.ranges[1].m_lo)
+                return words.panels(self.full, decision.ranges[1].m_lo)
             return words.skips(self.fact, decision.ranges[1].m_lo)
         if decision.break_even is not None:
             return words.break_even(decision.break_even)
@@ -202,7 +201,7 @@ class _Question:
         if self.fact.sparsity <= 0.55 and not any(f.exact for f in self.fact.nm):
             two_four = replace(self.fact, nnz=self.fact.n * self.fact.k // 2, nm=(NMFact(2, 4, 1, 0),), blocks=())
             tries.append(("2:4", self._gain(two_four, "nm")))
-        if now.format == "dense":
+        if now.format == "dense" or now.format.startswith("panel"):
             for share in (0.5, 0.7, 0.9):
                 imagined = replace(self.fact, nnz=round((1 - share) * self.fact.n * self.fact.k), nm=(), blocks=())
                 if share > self.fact.sparsity:
@@ -212,7 +211,7 @@ class _Question:
     def _gain(self, imagined: WeightFact, kind: str) -> float:
         assert self.dense is not None
         ways = our_ways(imagined, self.dtype, self.rates, self.policy.formats)
-        costs = [w.cost.at(1) for w in ways if w.format.startswith(kind)]
+        costs = [w.cost.at(1) for w in ways if w.format.startswith(kind) and not w.panel]
         return self.dense.cost.at(1) / min(costs) if costs else 0.0
 
 
@@ -223,17 +222,19 @@ def _furthest(start: float, slope: float, goal: float) -> float:
     return (goal - start) / slope if slope > 0 else float("inf")
 
 
-def _measured_reason(
-    plain: Decision, now: Decision, dense: Way, ways: list[Way], measured: Mapping[tuple[str, str, int], Ratio]
-) -> str:
+def _measured_reason(asked: _Question, plain: Decision, now: Decision, measured: Measured) -> str:
     """The sentence of a measured decision: its first measured M, and what was found there."""
+    dense, ways, full = asked.dense, asked.ways(), asked.full
+    assert dense is not None
     known = {(w.format, w.kernel): w for w in ways}
     at = min(m for _, _, m in measured)
     found = {(f, loop): r.value for (f, loop, m), r in measured.items() if m == at and (f, loop) in known}
     ran = now.at(at)
     if ran.format != "dense":
         ratio = found.get((ran.format, ran.kernel), ran.dense_s / ran.ours_s if ran.ours_s else 1.0)
-        return f"{words.reads(known[ran.format, ran.kernel].bytes, dense.bytes)}; {words.measured(ratio, at)}"
+        way = known[ran.format, ran.kernel]
+        why = words.panels(full) if way.panel else words.reads(way.bytes, dense.bytes)
+        return f"{why}; {words.measured(ratio, at)}"
     if not found:
         return plain.reason
     (format_name, _), ratio = max(found.items(), key=lambda item: item[1])

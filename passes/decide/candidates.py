@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from sparsec.facts import Candidate, WeightFact
 from sparsec.formats import VALUE_BYTES, Format, Pattern, storage_bytes, stored_values
+from sparsec.options import Policy
 from sparsec.passes.decide.cost import Cost, dense_cost, kernel_cost
 from sparsec.targets.base import KernelRate, Rates
 
@@ -33,6 +34,10 @@ class Way:
     def ours(self) -> bool:
         return self.format != "dense"
 
+    @property
+    def panel(self) -> bool:
+        return self.format.startswith("panel")
+
     def change(self, last: Way | None) -> float:
         """How many times faster this way must be to be taken at an M above one where ``last`` runs."""
         if last is None or (self.format, self.kernel) == (last.format, last.kernel):
@@ -56,20 +61,36 @@ def dense_way(fact: WeightFact, dtype: str, rates: Rates) -> Way | None:
     return Way("dense", "", weights * VALUE_BYTES[dtype], dense_cost(rate, weights, rates.dense_overhead))
 
 
-def our_ways(fact: WeightFact, dtype: str, rates: Rates, formats: tuple[str, ...]) -> list[Way]:
-    """Every format and loop that holds for the weight, is allowed, and has a kernel with known speed."""
+def our_ways(fact: WeightFact, dtype: str, rates: Rates, formats: tuple[str, ...], any_size: bool = False) -> list[Way]:
+    """Every format and loop that holds for the weight, is allowed, and has a kernel with known speed.
+
+    A sparse pack must be smaller than the weight, unless ``any_size``: what a bitmap gains on a weight with three
+    zeros in it is not sparsity's, and panels have it too.
+    """
     ways = []
+    whole = fact.n * fact.k * VALUE_BYTES[dtype]
     for pattern in patterns(fact):
         if not allowed(pattern, formats):
             continue
         name = Format(pattern, dtype)
         read = storage_bytes(name, fact)
-        if read >= whole and not any_size:
+        if read >= whole and not any_size and pattern.kind != "panel":
             continue
         for rate in kernel_rates(rates, pattern, dtype):
             cost = kernel_cost(rate, rates, fact.n * fact.k, stored_values(pattern, fact), read)
             ways.append(Way(str(name), rate.loop, read, cost, PANEL_MARGIN if pattern.kind == "panel" else 1.0))
     return ways
+
+
+def ways_for(fact: WeightFact, dtype: str, rates: Rates, policy: Policy) -> list[Way]:
+    """The ways that a policy takes into account.
+
+    ``min_speedup=0`` means the best sparse way, whatever it costs; panels skip no zeros, so it leaves them out unless
+    they are asked for by name.
+    """
+    forced = policy.min_speedup == 0
+    ways = our_ways(fact, dtype, rates, policy.formats, any_size=forced)
+    return [w for w in ways if not (forced and not policy.formats and w.panel)]
 
 
 def allowed(pattern: Pattern, formats: tuple[str, ...]) -> bool:

@@ -400,7 +400,7 @@ def test_only_patterns_that_hold_or_could_help_are_asked_for(
     monkeypatch.setattr(MEASURE, "kernel_texts", texts)
     fact = dataclasses.replace(profile(a_weight()), nm=(), blocks=())
     rates_for(fact, "bf16", PORTABLE, 1, tmp_path)
-    assert asked == ["bitmap+bf16", "index+bf16", "nm:2:4+bf16"]
+    assert asked == ["panel+bf16", "bitmap+bf16", "index+bf16", "nm:2:4+bf16"]
     _kernels.clear()
     asked.clear()
     rates_for(fact, "fp32", PORTABLE, 1, tmp_path, formats=("index",))
