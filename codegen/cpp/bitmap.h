@@ -20,11 +20,11 @@ INLINE void dot_tile(const SparsecCall *call, int64_t tile, const Value *x, int6
     for (int m = 0; m < MB; ++m)
       for (int r = 0; r < kGroup; ++r) acc[m][r] = zero16();
     for (int64_t w = 0; w < words; ++w, mask += kGroup) {
-      __builtin_prefetch(reinterpret_cast<const char *>(v) + kAhead);
       decltype(load32(x)) xs[MB];
       for (int m = 0; m < MB; ++m) xs[m] = load32(x + m * stride + 32 * w);
 #pragma GCC unroll 4
       for (int r = 0; r < kGroup; ++r) {
+        __builtin_prefetch(reinterpret_cast<const char *>(v) + kAhead);  // a word of fp32 is up to two lines
         auto wide = expand32(mask[r], v);
         v += kept(mask[r]);
         for (int m = 0; m < MB; ++m) acc[m][r] = mac32(acc[m][r], wide, xs[m]);

@@ -20,7 +20,7 @@ def unit(spec: KernelSpec, layout: str, constants: Mapping[str, int]) -> str:
 
     ``constants`` are what the layout's header asks for, e.g. ``kShare``.
     """
-    known = {"kAhead": 1024, "kVectors": 2 if spec.isa == "portable" else 4, **constants}
+    known = {"kAhead": 4096, "kVectors": 2 if spec.isa == "portable" else 4, **constants}
     lines = [f"using Value = {VALUE_TYPES[spec.format.values]};"]
     lines += [f"constexpr bool kWide = {'true' if spec.isa == 'avx512' else 'false'};  // registers for 4 rows of x"]
     lines += [f"constexpr int {name} = {value};" for name, value in sorted(known.items())]

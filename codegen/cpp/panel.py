@@ -39,7 +39,7 @@ class Panel:
         return rows[:n, :k].contiguous()
 
     def text(self, spec: KernelSpec) -> str:
-        return unit(spec, "panel", {"kAhead": 4096})
+        return unit(spec, "panel", {})
 
 
 FAMILY = Panel()
