@@ -422,6 +422,7 @@ def mask_of(pattern: Pattern, n: int, k: int, density: float) -> torch.Tensor:
         scores = torch.rand(n, k // of, of, generator=g)
         return torch.zeros_like(scores).scatter_(2, scores.topk(keep, dim=2).indices, 1.0).reshape(n, k)
     rows, cols = pattern.params or (1, 1)
+    density = 1.0 if pattern.kind == "panel" else density
     coarse = torch.rand(n // rows, k // cols, generator=g) < density
     return coarse.repeat_interleave(rows, 0).repeat_interleave(cols, 1).float()
 
@@ -434,7 +435,7 @@ def test_storage_bytes_agree_with_what_is_packed(dtype: str, density: float) -> 
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     nms = ("nm:2:4", "nm:8:16", "nm:1:4", "nm:1:8")
     blocks = ("block:16x1", "block:4x1", "block:4x4", "block:16x16", "block:32x32", "block:1x16")
-    for name in ("bitmap", "index", *nms, *blocks):
+    for name in ("panel", "bitmap", "index", *nms, *blocks):
         wanted = Format(Pattern.parse(name), dtype)
         weight = torch.rand(256, 1024, generator=torch.Generator().manual_seed(1)) + 0.5
         weight = (weight * mask_of(wanted.pattern, 256, 1024, density)).to(torch_dtype)

@@ -20,7 +20,7 @@ from sparsec import cli, options, targets
 from sparsec.cache import read_json, write_json
 from sparsec.codegen.spec import Packed
 from sparsec.errors import BadOptionValue, CompileFailed, SparsecWarning
-from sparsec.measure import _kernels, _machines, rates, rates_for
+from sparsec.measure import _kernels, _machines, plausible, rates, rates_for
 from sparsec.measure_calls import best_seconds, cold_bytes, thread_count
 from sparsec.measure_kernels import compile_all, fit, kernel_texts, sample
 from sparsec.options import Policy
@@ -436,6 +436,15 @@ def test_a_fit_of_noise_is_never_negative() -> None:
         found = fit([(*size, s + 1e-3) for size, s in zip(sizes, seconds, strict=True)])
         assert min(found) >= 0
         assert max(found) > 0
+
+
+def test_spikes_in_dense_are_taken_out_downward_only() -> None:
+    measured = [(1, 1.0), (2, 9.0), (4, 2.0), (8, 3.9), (16, 4.2), (32, 60.0)]
+    found = plausible(measured)
+    assert found == ((1, 1.0), (2, 2.0), (4, 2.0), (8, 3.9), (16, 4.2), (32, 8.4))
+    assert all(after <= before for (_, after), (_, before) in zip(found, measured, strict=True))
+    clean = ((1, 1.0), (2, 1.5), (4, 2.5), (8, 4.0))
+    assert plausible(list(clean)) == clean
 
 
 @pytest.mark.parametrize("name", ["bitmap", "nm:2:4", "nm:3:5", "block:16x1", "block:4x4"])
