@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def notes_of(report: Mapping[str, Any]) -> list[str]:
 
 
 def next_command(report: Mapping[str, Any]) -> str:
-    return f"sparsec explain {report['model']} --html explain.html"
+    return f"sparsec explain {shlex.quote(report['model'])} --html explain.html"
 
 
 def print_report(report: Mapping[str, Any], console: Any, folder: Path) -> None:
