@@ -24,7 +24,7 @@ from sparsec.codegen.spec import KernelSpec
 from sparsec.errors import BuildError, PackError
 from sparsec.facts import WeightFact
 from sparsec.formats import Format, Pattern
-from sparsec.measure_calls import best_seconds, cold_bytes, thread_count, tune_log
+from sparsec.measure_calls import best_seconds, best_seconds_alone_too, cold_bytes, thread_count, tune_log
 from sparsec.measure_kernels import TORCH, Text, compile_all, direct, kernel_texts, measure_kernel
 from sparsec.passes.decide.candidates import allowed, patterns
 from sparsec.targets import reference
@@ -122,13 +122,7 @@ def _dense(name: str, dtype: torch.dtype, cold: int, overhead: float) -> tuple[D
         return torch.nn.functional.linear(x, next(weights))
 
     calls = {str(m): partial(linear, torch.randn(m, _SIDE).to(dtype)) for m in MS}
-    seconds, busy = best_seconds(calls, budget_s=0.8)
-    if torch.get_num_threads() > 1:
-        # Where another process holds a core, threads wait for each other for milliseconds and dense looks ten times
-        # slower than it is. One thread is nearly free of that, and bounds what sparse is compared with.
-        with thread_count(1):
-            alone, _ = best_seconds(calls, budget_s=0.6)
-        seconds = {m: min(s, alone[m]) for m, s in seconds.items()}
+    seconds, busy = best_seconds_alone_too(calls, budget_s=0.9)
     points = plausible([(m, max(seconds[str(m)] - overhead, 0.1 * seconds[str(m)]) / size) for m in MS])
     return DenseRate(name, points), busy
 

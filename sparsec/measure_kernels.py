@@ -20,7 +20,7 @@ from sparsec.codegen import build, cpp
 from sparsec.codegen.spec import KernelSpec, Packed
 from sparsec.errors import BuildError, PackError
 from sparsec.formats import Format, Pattern
-from sparsec.measure_calls import best_seconds, cold_bytes, tune_log
+from sparsec.measure_calls import best_seconds_alone_too, cold_bytes, tune_log
 from sparsec.passes.graph import DTYPES
 from sparsec.runtime.direct import Direct
 from sparsec.targets.base import KernelRate, Target
@@ -93,7 +93,7 @@ def measure_kernel(t: Text, target: Target, threads: int, overhead: float, cache
             name = f"{density}/{m}"
             calls[name] = partial(run, torch.randn(m, k).to(TORCH[t.spec.dtype]))
             sizes[name] = (n * k, stored, m)
-    seconds, busy = best_seconds(calls, budget_s=0.5, min_call_s=1e-4)
+    seconds, busy = best_seconds_alone_too(calls, budget_s=0.5, min_call_s=1e-4)
     points = [(*sizes[name], max(s - overhead, 0.1 * s)) for name, s in seconds.items()]
     coefficients = fit(points, positions=t.pattern.kind in ("bitmap", "index"))
     bandwidth, busy_too = _streamed(t, target, overhead, cache)
@@ -114,7 +114,7 @@ def _streamed(t: Text, target: Target, overhead: float, cache: Path) -> tuple[fl
     packs = [replace(first.packed, tensors=tuple(p.clone() for p in first.packed.tensors)) for _ in range(copies)]
     runs = itertools.cycle([direct(weight, t.spec, target, cache, packed) for packed in packs])
     x = torch.randn(_LOOP_MS.get(t.spec.loop, _OTHER_MS)[0], _LARGE[1]).to(TORCH[t.spec.dtype])
-    seconds, busy = best_seconds({"cold": partial(_call_next, runs, x)}, budget_s=0.3)
+    seconds, busy = best_seconds_alone_too({"cold": partial(_call_next, runs, x)}, budget_s=0.3)
     return first.packed.bytes / max(seconds["cold"] - overhead, 1e-9), busy
 
 
