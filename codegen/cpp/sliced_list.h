@@ -3,18 +3,20 @@
 constexpr int kStep = 16;
 
 INLINE void decode(const SparsecCall *, Cursor &cursor, int64_t, List &list) {
-  int count[kRows], steps = cursor.steps(), above = kRows;
+  typedef int32_t Counts __attribute__((vector_size(64)));
+  const Counts rank = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  Counts count = {};
+  int steps = cursor.steps();
   for (int s = 0; s < steps; ++s) {
-    int lanes = *cursor.lanes;
-    for (; above > lanes; --above) count[above - 1] = s * kPer;
+    count -= (rank < static_cast<int32_t>(*cursor.lanes)) * kPer;  // true is -1; a branch here is never predicted
     cursor.next().spill(list.value + s * kPer * 16, list.column + s * kPer * 16);
   }
-  for (; above > 0; --above) count[above - 1] = steps * kPer;
   for (int i = 0; i < kUnroll; ++i) {
     store16(list.value + (steps * kPer + i) * 16, zero16());
     __builtin_memset(list.column + (steps * kPer + i) * 16, 0, 16 * sizeof(uint32_t));
   }
+  __builtin_memcpy(list.count, &count, sizeof count);
   uint64_t ranks = cursor.ranks();
-  for (int l = 0; l < kRows; ++l) list.first[l] = l, list.count[l] = count[l], list.row[ranks >> (4 * l) & 15] = l;
+  for (int l = 0; l < kRows; ++l) list.first[l] = l, list.row[ranks >> (4 * l) & 15] = l;
   cursor.next_chunk();
 }
