@@ -117,7 +117,7 @@ class Explanation:
         return self.text()
 
     def __repr__(self) -> str:
-        sparse = sum(layer.decision != "dense" for layer in self.layers)
+        sparse = sum(layer.decision not in ("dense", "panel") for layer in self.layers)
         return f"<Explanation of {self.model}: {sparse} of {len(self.layers)} linear layers sparse>"
 
 

@@ -119,8 +119,11 @@ def tiles(report: Explanation) -> list[tuple[str, str, str]]:
     facts = {(layer.name, layer.record.fact.key): layer for layer in report.layers}.values()
     size, kept = sum(x.record.fact.n * x.record.fact.k for x in facts), sum(x.record.fact.nnz for x in facts)
     made.append(("zeros", percent(1 - kept / max(size, 1), 1), "of the weights of linear layers"))
-    sparse = sum(layer.decision != "dense" for layer in report.layers)
-    made.append(("run sparse", f"{sparse} of {len(report.layers)}", f"linear layers at batch {first}"))
+    from sparsec.report_text import ways
+
+    sparse, panels = ways(report)
+    beside = f", {panels} dense in panels" if panels else ""
+    made.append(("run sparse", f"{sparse} of {len(report.layers)}", f"linear layers at batch {first}{beside}"))
     dense, ours = (sum(pair[i] for pair in map(read_bytes, facts)) for i in (0, 1))
     made.append(("weights read", f"{megabytes(ours)}", f"instead of {megabytes(dense)} for a pass"))
     return made

@@ -93,9 +93,16 @@ def summary(report: Explanation) -> str:
     inside, kept = sum(f.n * f.k for f in facts), sum(f.nnz for f in facts)
     weights = "" if report.weights else " weights"
     parts.append(f"{count(inside)}{weights} in linear layers, {percent(1 - kept / max(inside, 1), 1)} of these zero")
-    sparse = sum(layer.decision != "dense" for layer in report.layers)
-    parts.append(f"{sparse} of {len(report.layers)} linear layers run sparse")
+    sparse, panels = ways(report)
+    beside = f", {panels} dense in panels" if panels else ""
+    parts.append(f"{sparse} of {len(report.layers)} linear layers run sparse{beside}")
     return f"model: {'; '.join(parts)}\n{_totals(report)}"
+
+
+def ways(report: Explanation) -> tuple[int, int]:
+    """How many layers skip zeros, and how many run whole weights on our kernel."""
+    panels = sum(layer.decision == "panel" for layer in report.layers)
+    return sum(layer.decision not in ("dense", "panel") for layer in report.layers), panels
 
 
 def nothing(report: Explanation) -> str:
