@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from sparsec.compat import source_name, static_input
+from sparsec.compat import is_fake, source_name, static_input
 from sparsec.facts import Declined
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -43,10 +43,12 @@ class View:
         if node.op == "get_attr":
             return Declined("the weight was frozen into the graph; compile without prepare_freezing")
         if node.op != "placeholder":
-            return Declined(f"the weight is computed in the graph ({describe(node)}), not a parameter", node.name)
+            return Declined(_computed(node), node.name)
         value = self.examples[node]
         if not isinstance(value, torch.Tensor):
             return Declined("the weight is not a tensor", node.name)
+        if is_fake(value):
+            return Declined("the weight has a shape but no values yet", node.name)
         if not self.stored(node):
             return Declined("the weight is an argument of the function, not a parameter of a module", node.name)
         if type(value) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
@@ -56,6 +58,17 @@ class View:
         if value.layout != torch.strided:
             return Declined(f"the weight already has the layout {value.layout}", node.name)
         return value
+
+
+def _computed(node: Node) -> str:
+    if any(
+        source_name(n).endswith(("weight_orig", "weight_mask")) for n in node.all_input_nodes if n.op == "placeholder"
+    ):
+        return (
+            "the weight is multiplied by a mask at every call; make the mask permanent with "
+            "torch.nn.utils.prune.remove(module, 'weight')"
+        )
+    return f"the weight is computed in the graph ({describe(node)}), not a parameter"
 
 
 def checked_dtype(x: torch.Tensor, weight: torch.Tensor) -> str | Declined:

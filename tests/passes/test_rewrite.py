@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 from sparsec import pipeline
 from sparsec.options import Options
@@ -111,6 +112,17 @@ def test_a_weight_that_is_an_argument_is_refused() -> None:
 
     c = captured(Takes(), torch.randn(2, K), torch.randn(N, K))
     assert "argument" in c.record.declined[0].reason
+
+
+def test_a_mask_that_is_not_permanent_is_named_with_the_remedy() -> None:
+    layer = nn.Linear(K, N)
+    prune.random_unstructured(layer, "weight", amount=0.7)
+    model = nn.Sequential(layer)
+    c = captured(model, torch.randn(2, K))
+    assert "prune.remove" in c.record.declined[0].reason
+    prune.remove(layer, "weight")
+    torch._dynamo.reset()
+    assert len(captured(model, torch.randn(2, K)).sites) == 1
 
 
 def test_gradients_decline_every_site_with_the_remedy() -> None:
