@@ -49,7 +49,7 @@ def main(
     from benchmarks.report import print_report, write_report
 
     started = time.perf_counter()
-    results = run(chosen, names, rounds, budget or (2.0 if quick else 5.0), output, tune)
+    results = run(chosen, names, rounds, budget or (2.0 if quick else 4.0), output, tune)
     report = write_report(results, names, time.perf_counter() - started, output)
     print_report(report, console())
 

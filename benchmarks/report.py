@@ -107,13 +107,13 @@ def footer(report: Mapping[str, Any]) -> list[str]:
 
 def busy(report: Mapping[str, Any]) -> list[str]:
     """A sentence where something else ran on the machine: then only the intervals say what is known."""
-    spread = [row["engines"][row["best_dense"]]["us"] for row in report["rows"] if row["best_dense"]]
-    noisy = [us for us in spread if us["q80"] > NOISY * us["min"]]
+    rows = [[row["engines"].get(name) for name in (row["best_dense"], "sparsec")] for row in report["rows"]]
+    noisy = [row for row in rows if any(e and e["us"]["q80"] > NOISY * e["us"]["min"] for e in row)]
     if not noisy:
         return []
     return [
-        f"The machine was busy in {len(noisy)} of {len(spread)} rows: a fifth of the rounds of the best dense peer "
-        f"took more than {NOISY:g} times as long as its fastest."
+        f"The machine was busy in {len(noisy)} of {len(rows)} rows: a fifth of the rounds of the best dense peer or of "
+        f"sparsec took more than {NOISY:g} times as long as the fastest."
     ]
 
 
