@@ -73,7 +73,9 @@ def kinds(records: list[CompileRecord]) -> set[str]:
 def test_generate_gives_eagers_tokens_with_every_site_verified(name: str) -> None:
     model = build(name)
     prompt = torch.randint(0, 512, (1, 6))
-    want = model.generate(prompt, max_new_tokens=8, do_sample=False, cache_implementation="static", disable_compile=True)
+    want = model.generate(
+        prompt, max_new_tokens=8, do_sample=False, cache_implementation="static", disable_compile=True
+    )
     before = STORE.verified
     with recording() as records:
         compile_(model, **CHECKED)
