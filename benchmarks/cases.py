@@ -5,6 +5,7 @@ A ``Case`` is frozen and JSON-able; workers rebuild the same weights and inputs 
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
@@ -37,7 +38,7 @@ ENCODER_FLOOR = 0.98
 class Case:
     """One row of the table. ``kind`` linear: x [m, k] times weight [n, k]. ``kind`` encoder: batch x tokens ids.
 
-    ``matrices``: how many weights one call walks through; 1 for hot. ``threads``: of every engine.
+    ``matrices``: most weights that one call walks through; 1 for hot. ``threads``: of every engine.
     """
 
     kind: str
@@ -59,6 +60,12 @@ class Case:
     def calls(self) -> int:
         """Layers (or encoders) that one call of the measured function runs."""
         return 1 if self.kind == "encoder" else max(self.matrices, HOT_CALLS)
+
+    def distinct(self, bytes_each: float) -> int:
+        """Different weights for an engine that reads ``bytes_each`` of one: several caches full, or 1 for hot."""
+        if not self.cold:
+            return 1
+        return min(max(math.ceil(COLD_TIMES_L3 * l3_bytes() / bytes_each), 2), self.matrices)
 
     @property
     def shape(self) -> str:
@@ -87,6 +94,7 @@ class Case:
         return asdict(self)
 
 
+@functools.cache
 def l3_bytes() -> int:
     """Size of the last-level cache that one core sees; 32 MiB where the system does not say."""
     path = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
@@ -99,8 +107,13 @@ def l3_bytes() -> int:
 
 def cold_matrices(n: int, k: int, dtype: str, l3: int) -> int:
     """Enough that even the packed weights at the highest sparsity are several times the last-level cache."""
-    packed = n * k * (1 / 8 + (1 - max(SPARSITIES)) * BYTES[dtype])
+    packed = packed_bytes(n, k, dtype, max(SPARSITIES))
     return min(max(math.ceil(COLD_TIMES_L3 * l3 / packed), 4), MOST_MATRICES)
+
+
+def packed_bytes(n: int, k: int, dtype: str, sparsity: float) -> float:
+    """The least that a sparse format reads: a bit a position, or about as much, and the kept values."""
+    return n * k * (1 / 8 + (1 - sparsity) * BYTES[dtype])
 
 
 def linear(shape: tuple[int, int], dtype: str, m: int, sparsity: float, cold: bool, threads: int) -> Case:

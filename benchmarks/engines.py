@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.cases import Case
+from benchmarks.cases import Case, packed_bytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -49,15 +49,16 @@ class Engine:
     env: tuple[tuple[str, str], ...] = ()
 
 
-def weights(case: Case) -> list[Tensor]:
-    """``case.matrices`` tensors [n, k]."""
+def weights(case: Case, bytes_each: float = 0.0) -> list[Tensor]:
+    """Tensors [n, k], as many as fill several caches at ``bytes_each`` (0: dense); ``case.calls`` layers share them."""
     rng = np.random.Generator(np.random.SFC64(case.n * 31 + case.k))
     first = rng.standard_normal((case.n, case.k), dtype=np.float32) * np.float32(case.k**-0.5)
     if case.sparsity > 0:
         cut = statistics.NormalDist().inv_cdf((1 + case.sparsity) / 2) * case.k**-0.5
         first[np.abs(first) < cut] = 0
     base = torch.from_numpy(first).to(DTYPES[case.dtype])
-    return [base, *(base.roll((37 * i, i), (0, 1)) for i in range(1, case.matrices))]
+    count = case.distinct(bytes_each or base.nbytes)
+    return [base, *(base.roll(37 * i, 0) for i in range(1, count))]
 
 
 def inputs(case: Case) -> list[Tensor]:
@@ -88,8 +89,12 @@ def difference(found: list[Any], wanted: list[Tensor]) -> float:
     return max(float((f - w).abs().max() / w.abs().max()) for f, w in pairs)
 
 
-def on_torch(compile_: Callable[[nn.Module], Callable[..., Any]], path: str) -> Callable[[Case], Built]:
-    """An engine that takes a module of torch: eager, Inductor."""
+def on_torch(
+    compile_: Callable[[nn.Module], Callable[..., Any]],
+    path: str,
+    bytes_each: Callable[[Case], float] = lambda case: 0.0,
+) -> Callable[[Case], Built]:
+    """An engine that takes a module of torch: eager, Inductor, sparsec."""
 
     def build(case: Case) -> Built:
         if case.kind == "encoder":
@@ -98,7 +103,7 @@ def on_torch(compile_: Callable[[nn.Module], Callable[..., Any]], path: str) -> 
             wanted = model(**kwargs).last_hidden_state.float()
             found = run(**kwargs).last_hidden_state.float()
             return Built(lambda: run(**kwargs), path, float((found - wanted).abs().max() / wanted.abs().max()))
-        tensors, xs = weights(case), inputs(case)
+        tensors, xs = weights(case, bytes_each(case)), inputs(case)
         run = compile_(Layers(tensors))
         return Built(lambda: run(*xs), path, difference(run(*xs), reference(case, tensors, xs)))
 
@@ -132,7 +137,7 @@ def build_sparsec(case: Case) -> Built:
         return torch.compile(module, backend="sparsec", options=options, dynamic=False)
 
     with recording() as records:
-        built = on_torch(compile_, "sparsec")(case)
+        built = on_torch(compile_, "sparsec", lambda c: packed_bytes(c.n, c.k, c.dtype, c.sparsity))(case)
     for record in records:
         if record.failure:
             raise RuntimeError(f"sparsec fell back to dense: {record.failure}")
@@ -160,7 +165,7 @@ def build_csr(case: Case) -> Built:
         raise Declines("CSR weights do not go through nn.Linear")
     if case.dtype != "fp32":
         raise Declines("MKL has no bf16 sparse product")
-    tensors, xs = weights(case), inputs(case)
+    tensors, xs = weights(case, case.n * case.k * (1 - case.sparsity) * 8), inputs(case)  # a value and an int32 index
     wanted = reference(case, tensors, xs)
     rows = [t.to_sparse_csr() for t in tensors]
     columns = [x.t().contiguous() for x in xs]

@@ -17,7 +17,7 @@ def command(
         str, typer.Option("--model", "-m", help="A local Hugging Face folder of a text model, or minilm.")
     ] = "minilm",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer densities and shapes: under 90 seconds.")] = False,
-    wide: Annotated[bool, typer.Option(help="Also run the wide LLM-shaped stack (needs 4 GB of memory).")] = True,
+    wide: Annotated[bool, typer.Option(help="Also run the wide LLM-shaped stack (needs 5 GB of memory).")] = True,
     tune: Annotated[str, typer.Option(help="The backend's tune option: off, quick or full.")] = "off",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the report.")] = Path("demo_report"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON and nothing else.")] = False,

@@ -55,9 +55,17 @@ def test_dense_engines_see_one_case_for_all_densities() -> None:
     assert len(keys) == 2  # two threads, one thread
 
 
+def test_each_engine_walks_through_several_caches_of_what_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases, "l3_bytes", lambda: 32 << 20)
+    case = cases.linear((4096, 4096), "bf16", 1, 0.9, True, 2)
+    for size in (32 << 20, 10 << 20, 6 << 20):
+        assert case.distinct(size) * size >= 4 * (32 << 20)
+    assert cases.linear((4096, 4096), "bf16", 1, 0.9, False, 2).distinct(1 << 20) == 1
+
+
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9])
 def test_weights_have_the_zeros_of_their_case(sparsity: float) -> None:
-    tensors = weights(Case("linear", 1, "bf16", sparsity, n=512, k=256, matrices=3))
+    tensors = weights(Case("linear", 1, "bf16", sparsity, n=512, k=256, matrices=3), 1.0)
     assert len({t.data_ptr() for t in tensors}) == 3
     for tensor in tensors:
         assert 1 - tensor.count_nonzero().item() / tensor.numel() == pytest.approx(sparsity, abs=0.01)
