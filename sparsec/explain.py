@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FunctionType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from sparsec.errors import BadOptionValue, OptionError, SparsecError
@@ -259,11 +258,10 @@ def _inspect(
 def _captured(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
 ) -> list[CompileRecord]:
-    from sparsec import compat, pipeline
+    from sparsec import pipeline
 
     try:
-        with compat.looking_only():
-            return pipeline.inspect(own_frame(model), args, kwargs, options)
+        return pipeline.inspect(model, args, kwargs, options)
     except Exception as error:
         return [CompileRecord(failure=_failure(error, model, args, kwargs))]
 
@@ -289,19 +287,6 @@ def _failure(error: Exception, model: torch.nn.Module, args: tuple[Any, ...], kw
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or ["no message"])[0]
-
-
-def own_frame(model: Callable[..., Any]) -> Any:
-    """The model behind a function whose code nothing else has.
-
-    Dynamo counts what it compiled by the code of the frame, and stops at eight: looking at a model again and again must
-    neither reach that limit nor bring the user's own compilation nearer to it.
-    """
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return model(*args, **kwargs)
-
-    return FunctionType(call.__code__.replace(), globals(), "call", None, call.__closure__)
 
 
 def causes(error: BaseException) -> list[BaseException]:

@@ -183,9 +183,12 @@ def prepare(options: Options) -> None:
 
 
 def inspect(
-    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
 ) -> list[CompileRecord]:
-    """Capture, profile and decide every graph of ``model(*args, **kwargs)``; the model runs eagerly, unchanged."""
+    """Capture, profile and decide every graph of ``model(*args, **kwargs)``; the model runs eagerly, unchanged.
+
+    Sizes are static, and nothing is left in Dynamo's caches.
+    """
     prepare(options)
     records: list[CompileRecord] = []
 
@@ -195,7 +198,9 @@ def inspect(
         run(c, stop_after="tune")
         return gm.forward
 
-    torch.compile(model, backend=look)(*args, **kwargs)
+    with compat.looking_only():
+        run: Any = torch.compile(compat.own_frame(model), backend=look)
+        run(*args, **kwargs)
     return records
 
 
