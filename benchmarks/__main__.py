@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-import shutil
+import sys
 import time
+from collections.abc import Iterator
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -20,6 +21,8 @@ from sparsec.errors import BadOptionValue, SparsecError, did_you_mean, listed
 if TYPE_CHECKING:
     from benchmarks.coordinator import Result
 
+DEFAULT_MINUTES = 15.0
+
 
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="A few cases, about three minutes.")] = False,
@@ -29,6 +32,7 @@ def main(
     threads: Annotated[int, typer.Option(help="Threads of every engine; 0: the cores, at most two.")] = 0,
     rounds: Annotated[int, typer.Option(help="Most rounds of a case.")] = 40,
     budget: Annotated[float, typer.Option(help="Seconds of timing a case.")] = 0.0,
+    minutes: Annotated[float, typer.Option(help="Start no case after this long; 0: never stop.")] = -1.0,
     tune: Annotated[str, typer.Option(help="The tune option of sparsec: quick or full; empty for its default.")] = "",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the report.")] = Path("bench_report"),
     list_only: Annotated[bool, typer.Option("--list", help="Print the names of the cases and stop.")] = False,
@@ -43,15 +47,22 @@ def main(
         print("\n".join(case.name for case in chosen))
         return
     names = names_of(engines)
-    if output.exists():
-        shutil.rmtree(output)
-    output.mkdir(parents=True)
+    output.mkdir(parents=True, exist_ok=True)
+    for old in ("report.json", "table.md", "speedup.png", *(f"{name}.log" for name in ENGINES)):
+        (output / old).unlink(missing_ok=True)
     from benchmarks.report import print_report, write_report
 
     started = time.perf_counter()
-    results = run(chosen, names, rounds, budget or (2.0 if quick else 4.0), output, tune)
-    report = write_report(results, names, time.perf_counter() - started, output)
-    print_report(report, console())
+    limit_s = 60 * (minutes if minutes >= 0 else 0.0 if full else DEFAULT_MINUTES) or float("inf")
+    results: list[Result] = []
+    try:
+        for result in run(chosen, names, rounds, budget or (2.0 if quick else 4.0), output, tune, started + limit_s):
+            results.append(result)
+            write_report(results, chosen, names, time.perf_counter() - started, output)
+    finally:  # whatever stops the run, what was measured is kept
+        if results:
+            report = write_report(results, chosen, names, time.perf_counter() - started, output)
+            print_report(report, console())
 
 
 def choose(quick: bool, full: bool, only: str, threads: int) -> list[cases.Case]:
@@ -64,7 +75,7 @@ def choose(quick: bool, full: bool, only: str, threads: int) -> list[cases.Case]
     found = [case for case in grid(threads) if wanted.search(case.name)]
     if not found:
         raise BadOptionValue(key="--only", value=only, expected="it matches no case; see --list")
-    return sorted(found, key=lambda c: (-c.threads, c.kind == "encoder"))
+    return sorted(found, key=lambda c: -c.threads)
 
 
 def names_of(engines: str) -> list[str]:
@@ -77,23 +88,27 @@ def names_of(engines: str) -> list[str]:
 
 
 def run(
-    chosen: list[cases.Case], names: list[str], rounds: int, budget_s: float, folder: Path, tune: str
-) -> list[Result]:
-    """Measure every case; workers are started anew for another number of threads."""
+    chosen: list[cases.Case], names: list[str], rounds: int, budget_s: float, folder: Path, tune: str, until: float
+) -> Iterator[Result]:
+    """Measure case after case until the clock says ``until``; workers are started anew for another thread count."""
     from benchmarks.coordinator import measure, workers
 
-    results: list[Result] = []
+    done = 0
     with progress("bench") as step:
         for threads, group in groupby(chosen, key=lambda c: c.threads):
+            if time.perf_counter() > until:
+                return
             with workers(names, threads, folder, tune) as remotes:
                 for case in group:
-                    tell = partial(step, len(results), len(chosen))
-                    results.append(measure(case, remotes, rounds, budget_s, tell))
-    return results
+                    if time.perf_counter() > until:
+                        return
+                    yield measure(case, remotes, rounds, budget_s, partial(step, done, len(chosen)))
+                    done += 1
 
 
 if __name__ == "__main__":
     try:
         typer.run(main)
     except SparsecError as error:
-        raise SystemExit(f"bench: {error}") from None
+        print(f"bench: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -9,19 +9,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cases import Case
 from benchmarks.coordinator import Result
 
 Row = Mapping[str, Any]
 
 
-def write_report(results: Sequence[Result], names: Sequence[str], seconds: float, folder: Path) -> dict[str, Any]:
-    """Write all files and return what report.json holds."""
+def write_report(
+    results: Sequence[Result], chosen: Sequence[Case], names: Sequence[str], seconds: float, folder: Path
+) -> dict[str, Any]:
+    """Write all files and return what report.json holds. ``chosen``: what was to be measured."""
     report = {
         "version": 1,
         "environment": environment(),
         "engines": list(names),
         "seconds": seconds,
         "rows": [result.to_dict() for result in results],
+        "missing": [case.name for case in chosen[len(results) :]],
     }
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (folder / "table.md").write_text(markdown(report), encoding="utf-8")
@@ -101,6 +105,7 @@ def footer(report: Mapping[str, Any]) -> list[str]:
         f"{env['cpu']} ({env['isa']}, {env['cores']} cores), torch {env['torch']}, onnxruntime {env['onnxruntime']}, "
         f"openvino {env['openvino']}, {report['seconds']:.0f} s.",
         *busy(report),
+        *([f"Not reached in the time given: {len(report['missing'])} cases."] if report["missing"] else []),
         *(f"Not run: {line}" for line in refused),
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from benchmarks.report import markdown, write_report
 from sparsec.errors import BadOptionValue
 from sparsec.timing import Samples
 
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = Case("linear", 1, "fp32", 0.9, n=256, k=128, m=2, matrices=3)
 
 
@@ -126,9 +128,10 @@ def test_workers_take_turns_and_the_report_names_what_did_not_run(tmp_path: Path
             assert set(states) <= {"T", "t"}
     assert {name: len(s.seconds) for name, s in found.samples.items()}["eager"] == 6
     assert set(found.samples) | set(found.declined) == {"eager", "csr", "openvino"}
-    report = write_report([found], ["eager", "csr", "openvino"], 1.0, tmp_path)
+    report = write_report([found], [SMALL, SMALL], ["eager", "csr", "openvino"], 1.0, tmp_path)
     assert json.loads((tmp_path / "report.json").read_text())["rows"][0]["engines"]["csr"]["path"] == "MKL CSR"
     assert SMALL.name in markdown(report)
+    assert "Not reached in the time given: 1 cases" in markdown(report)
 
 
 def test_workers_are_gone_at_the_end(tmp_path: Path) -> None:
@@ -143,6 +146,27 @@ def test_an_engine_that_breaks_costs_its_column_not_the_run(tmp_path: Path) -> N
         reply = remotes["eager"].ask(op="prepare", case=broken.to_dict())
         assert "KeyError" in reply["declined"]
         assert "path" in remotes["eager"].ask(op="prepare", case=SMALL.to_dict())
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks", "--engines", "eager", "--threads", "1", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_the_command_keeps_other_files_of_its_folder_and_stops_at_the_limit(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("kept")
+    done = bench("--only", "4096x4096 bf16 M=1 cold", "--minutes", "0.01", "--budget", "0.1", "-o", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "mine.txt").read_text() == "kept"
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert len(report["rows"]) + len(report["missing"]) == len(cases.SPARSITIES)
+    assert report["missing"]
+
+
+def test_a_wrong_argument_ends_the_command_with_code_two(tmp_path: Path) -> None:
+    done = bench("--only", "no such case", "-o", str(tmp_path))
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_wrong_arguments_are_one_sentence() -> None:
