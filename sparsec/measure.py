@@ -30,7 +30,7 @@ from sparsec.passes.decide.candidates import allowed, patterns
 from sparsec.targets import reference
 from sparsec.targets.base import DenseRate, KernelRate, Rates, Target
 
-VERSION = "2"  # of what is measured and how; another one measures again
+VERSION = "3"  # of what is measured and how; another one measures again
 MS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 # Measured even where a weight does not have the pattern: `explain` says what it would give.
 USUAL = ("panel", "bitmap", "index", "nm:2:4")

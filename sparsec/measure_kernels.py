@@ -27,7 +27,7 @@ from sparsec.targets.base import KernelRate, Target
 
 TORCH = {name: dtype for dtype, name in DTYPES.items()}
 
-_SMALL = (256, 2048)  # any format of it fits the second-level caches, while x does not fit the first
+_SMALL = (128, 4096)  # any format of it fits the second-level caches, while x does not fit the first
 _LARGE = (2048, 2048)
 _LOOP_MS = {"dot": (1, 2, 4, 8, 16, 64), "outer": (8, 16, 64, 256)}
 _OTHER_MS = (1, 8, 64)

@@ -199,8 +199,8 @@ def inspect(
         return gm.forward
 
     with compat.looking_only():
-        run: Any = torch.compile(compat.own_frame(model), backend=look)
-        run(*args, **kwargs)
+        looked_at: Any = torch.compile(compat.own_frame(model), backend=look)
+        looked_at(*args, **kwargs)
     return records
 
 

@@ -13,7 +13,7 @@ from sparsec.targets.base import KernelRate, Rates
 
 FULLEST_NM = 0.75  # above this share of kept values, N:M saves less than its index costs
 # Panels hold the whole weight a second time, so they must gain clearly.
-PANEL_MARGIN = 1.15
+PANEL_MARGIN = 1.05
 FULLEST_BLOCKS = 0.9  # likewise for the share of blocks that hold anything
 # A second kernel for the same pack takes seconds to compile; a second format also doubles the memory of the packs.
 SWITCH_LOOP = 1.05
