@@ -21,6 +21,7 @@ SHOWN = (
     r"minilm 1x16 fp32 (0|80|90)% t\d",
     r"minilm 32x16 fp32 50% t\d",
 )
+PEERS = {"freezing": "Inductor, frozen", "inductor": "Inductor", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -53,32 +54,39 @@ def bench_table(report: Mapping[str, Any]) -> str:
     most = max(row["case"]["threads"] for row in report["rows"])
     rows = [row for row in report["rows"] if row["case"]["threads"] == most and row["ratio"]]
     shown = [row for pattern in SHOWN for row in rows if re.fullmatch(pattern, row["name"])]
-    head = ("layer or model", "zeros", "best dense peer", "sparsec", "speedup (95 % interval)", "what ran")
+    head = (
+        "layer or model",
+        "zeros",
+        "best dense peer",
+        "sparsec",
+        "vs best dense (95 % interval)",
+        "vs Inductor",
+        "what ran",
+    )
     lines = [head, ("---",) * len(head), *(table_row(row) for row in shown)]
     env = report["environment"]
     where = (
         f"`make bench` on {env['cpu']} ({env['isa']}, {most} threads), torch {env['torch']}, "
-        f"onnxruntime {env['onnxruntime']}. Medians of rounds in which the engines took turns; weights cold."
+        f"onnxruntime {env['onnxruntime']}. Medians of rounds in which the engines took turns; layers walk through "
+        "more weights than the caches hold."
     )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{where}"
 
 
 def table_row(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """The encoder is compared with Inductor, layers with the fastest dense peer of their dtype."""
-    case, encoder = row["case"], row["case"]["kind"] == "encoder"
-    peer = "inductor" if encoder else row["best_dense"]
-    ratio = row["ratio_to_inductor"] if encoder else row["ratio"]
+    case, peer, ratio, inductor = row["case"], row["best_dense"], row["ratio"], row["ratio_to_inductor"]
     what = (
         f"MiniLM, batch {case['batch']} x {case['tokens']} tokens, {case['dtype']}"
-        if encoder
+        if case["kind"] == "encoder"
         else f"{case['n']}x{case['k']}, {case['dtype']}, {rows_of(case['m'])}"
     )
     return (
         what,
         f"{case['sparsity']:.0%}",
-        f"{duration(row['engines'][peer]['us']['median'])} ({peer})",
+        f"{duration(row['engines'][peer]['us']['median'])} ({PEERS.get(peer, peer)})",
         duration(row["engines"]["sparsec"]["us"]["median"]),
         f"**{ratio['value']:.2f}x** ({ratio['low']:.2f} - {ratio['high']:.2f})",
+        f"{inductor['value']:.2f}x" if inductor else "",
         row["engines"]["sparsec"]["path"],
     )
 
