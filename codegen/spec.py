@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from sparsec.targets.base import Target
+
 ISAS = ("avx512", "avx2", "portable")
 ACTS = ("", "relu", "gelu", "gelu_tanh", "silu")  # the C interface uses the position in this tuple
 
@@ -44,6 +46,11 @@ class KernelSpec:
     dtype: str
     isa: str
     bf16_dot: bool = False
+
+    @classmethod
+    def on(cls, target: Target, format: Format, loop: str, dtype: str) -> KernelSpec:
+        """The spec of a kernel on a machine, with what the machine has."""
+        return cls(format, loop, dtype, target.isa, target.bf16_dot and dtype == "bf16")
 
     @property
     def name(self) -> str:

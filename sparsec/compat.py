@@ -15,7 +15,6 @@ from typing import Any, cast
 import torch
 
 try:
-    from torch._dynamo.utils import dynamo_timed
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
     from torch._logging._internal import trace_structured
@@ -39,7 +38,6 @@ __all__ = [
     "shared_libraries",
     "source_name",
     "static_input",
-    "timed_stage",
     "turns_gradients_on",
 ]
 
@@ -106,13 +104,6 @@ def source_name(placeholder: torch.fx.Node) -> str:
 def static_input(placeholder: torch.fx.Node) -> bool:
     """Whether Dynamo knows this input as a parameter, buffer or attribute of a module, not as an argument."""
     return "_dynamo_static_input_type" in (placeholder.meta.get("tensor_dict") or {})
-
-
-@contextmanager
-def timed_stage(name: str) -> Iterator[None]:
-    """Show a stage in torch's own compile-time tables."""
-    with dynamo_timed(f"sparsec.{name}"):
-        yield
 
 
 def turns_gradients_on(graph: torch.fx.Graph) -> bool:

@@ -54,7 +54,7 @@ def kernel_texts(pattern: Pattern, dtype: str, target: Target) -> list[Text]:
     try:
         family = cpp.family(pattern.kind)
         for loop in family.loops:
-            spec = KernelSpec(Format(pattern, dtype), loop, dtype, target.isa, target.bf16_dot and dtype == "bf16")
+            spec = KernelSpec.on(target, Format(pattern, dtype), loop, dtype)
             found.append(Text(spec, family.text(spec)))
     except (KeyError, ValueError, PackError) as error:
         _log.info("no kernel for %s+%s: %s", pattern, dtype, error)

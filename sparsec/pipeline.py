@@ -37,28 +37,20 @@ class Compilation:
     options: Options
     record: CompileRecord = field(default_factory=CompileRecord)
     sites: list[tuple[Site, Rule]] = field(default_factory=list)
+    nodes: dict[str, torch.fx.Node] = field(default_factory=dict)
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
     plans: list[Plan] = field(default_factory=list)
     facts: list[WeightFact] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
     compiled: Callable[..., Any] | None = None
 
-    @property
-    def view(self) -> View:
-        return View.of(self.gm, self.example_inputs)
-
-    def node(self, name: str) -> torch.fx.Node:
-        found: torch.fx.Node = next(n for n in self.gm.graph.nodes if n.name == name)
-        return found
-
     def weight(self, site: Site) -> torch.Tensor:
-        value = self.view.weight(self.node(site.weight))
-        assert isinstance(value, torch.Tensor)
-        return value
+        return self.weights[site.weight]
 
 
 def capture(c: Compilation) -> int:
     """Find the sites; everything linear that is not one keeps its reason."""
-    view = c.view
+    view = View.of(c.gm, c.example_inputs)
     refusal = _refusal(c)
     for node in c.gm.graph.nodes:
         found, rule = _match(node, view)
@@ -68,6 +60,8 @@ def capture(c: Compilation) -> int:
             c.record.declined.append(found)
         elif found is not None and rule is not None:
             c.sites.append((found, rule))
+    c.nodes = {n.name: n for n in c.gm.graph.nodes}
+    c.weights = {s.weight: view.examples[c.nodes[s.weight]] for s, _ in c.sites}
     c.sites = _with_groups(c)
     c.plans = [
         Plan(s.fqn, s.kind, c.options.policy, transposed=s.transposed, m=_rows(s.x_shape, s.kind)) for s, _ in c.sites
@@ -107,7 +101,7 @@ def rewrite(c: Compilation) -> int:
     """
     graph = c.gm.graph
     for i, (site, rule) in enumerate(c.sites):
-        node = c.node(site.node)
+        node = c.nodes[site.node]
         folded = activation_of(node) if needed(c.decisions[i], c.plans[i]) else None
         if folded:
             c.plans[i] = replace(c.plans[i], act=folded[1])
@@ -226,7 +220,7 @@ def _note_layers(c: Compilation) -> None:
 
 def _with_groups(c: Compilation) -> list[tuple[Site, Rule]]:
     """Name the sites that read one x after the first of them: they are called together."""
-    inputs = {site.node: c.node(site.node).all_input_nodes for site, _ in c.sites}
+    inputs = {site.node: c.nodes[site.node].all_input_nodes for site, _ in c.sites}
     readers: dict[torch.fx.Node, list[Site]] = {}
     for site, _ in c.sites:
         x = next(n for n in inputs[site.node] if n.name not in (site.weight, site.bias))

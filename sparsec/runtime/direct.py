@@ -35,7 +35,7 @@ class Direct:
         library.load()
         machine = targets.resolve(target)
         dtype = DTYPES[weight.dtype]
-        spec = KernelSpec(format, loop, dtype, machine.isa, machine.bf16_dot and dtype == "bf16")
+        spec = KernelSpec.on(machine, format, loop, dtype)
         self.packed = packed if packed is not None else cpp.pack_verified(weight.detach(), format, "direct")
         self.kernel = build.build(spec, cache_dir(cache))
         self.bias, self.act, self.n = bias, ACTS.index(act), int(weight.shape[0])

@@ -7,7 +7,6 @@ once. Nothing here keeps a weight alive.
 
 from __future__ import annotations
 
-import functools
 import threading
 import warnings
 import weakref
@@ -157,8 +156,7 @@ class Store:
     def kernel(self, part: Range, dtype: torch.dtype, policy: Policy) -> Kernel:
         """The compiled kernel of one range of a decision; made once per process, compiled once per machine."""
         target = targets.resolve(policy.target)
-        bf16_dot = target.bf16_dot and dtype == torch.bfloat16
-        spec = KernelSpec(Format.parse(part.format), part.kernel, DTYPES[dtype], target.isa, bf16_dot)
+        spec = KernelSpec.on(target, Format.parse(part.format), part.kernel, DTYPES[dtype])
         return build.build(spec, cache_dir(policy.cache_dir))
 
     def place(self, plan_text: str, record: CompileRecord, site: Site) -> None:
@@ -263,9 +261,4 @@ def invalidate(model: torch.nn.Module | torch.Tensor) -> int:
     return len(tensors)
 
 
-@functools.cache
-def _store() -> Store:
-    return Store()
-
-
-STORE = _store()
+STORE = Store()
