@@ -2,6 +2,7 @@
 
 constexpr int kGroup = 4;
 constexpr int kStep = 1;
+constexpr int kTogether = 1;
 constexpr int kSpan = kChunk + 32;  // entries are written 32 at a time
 
 struct Cursor {

@@ -1,4 +1,5 @@
-// What a layout hands to the loop "outer", whatever its positions look like: kStep,
+// What a layout hands to the loop "outer", whatever its positions look like: kStep, kTogether (lists that are worked on
+// at once: the first of them is the longest, and zero values fill the others up to its length),
 //   struct Cursor { Cursor(const SparsecCall *, int64_t tile); };         // where a tile is being read
 //   void decode(const SparsecCall *, Cursor &, int64_t chunk, List &);    // chunks in order; moves the cursor on
 

@@ -37,25 +37,35 @@ EXPORT void sparsec_prepare(const SparsecCall *call, int64_t begin, int64_t end)
   }
 }
 
-// acc[0 .. 16 NV) += sum over i of value[i] * x[column[i]], count rounded up to kUnroll. Several sums are kept where one
-// would wait for itself.
+// acc of kTogether rows += the sum over i of value[i] * x[column[i]]; the first list is the longest, the others hold
+// zeros behind their end. Several sums are kept where one would wait for itself.
 template <int NV>
-INLINE void outer_row(float *acc, const float *x, const float *value, const uint32_t *column, int count) {
-  constexpr int kSums = NV == 1 ? 4 : NV == 2 ? 2 : 1;
-  F16 a[kSums][NV];
-  for (int u = 0; u < kSums; ++u)
-    for (int j = 0; j < NV; ++j) a[u][j] = u ? zero16() : load16(acc + 16 * j);
-  for (int i = 0; i < count; i += kUnroll) {
+INLINE void outer_lists(float *acc, const float *x, const List &list, int l) {
+  constexpr int R = kTogether, kSums = R * NV >= 4 ? 1 : 4 / (R * NV), kAtOnce = R >= kUnroll ? 1 : kUnroll / R;
+  const float *value[R];
+  const uint32_t *column[R];
+  F16 a[kSums][R][NV];
+  for (int r = 0; r < R; ++r) {
+    value[r] = list.value + list.first[l + r], column[r] = list.column + list.first[l + r];
+    for (int u = 0; u < kSums; ++u)
+      for (int j = 0; j < NV; ++j) a[u][r][j] = u ? zero16() : load16(acc + list.row[l + r] * (16 * NV) + 16 * j);
+  }
+  for (int i = 0, count = list.count[l]; i < count; i += kAtOnce) {
 #pragma GCC unroll 4
-    for (int u = 0; u < kUnroll; ++u) {
-      F16 w = splat(value[(i + u) * kStep]);
-      const float *xs = x + static_cast<int64_t>(column[(i + u) * kStep]) * (16 * NV);
-      for (int j = 0; j < NV; ++j) a[u % kSums][j] = fma(w, load16(xs + 16 * j), a[u % kSums][j]);
+    for (int u = 0; u < kAtOnce; ++u) {
+      for (int r = 0; r < R; ++r) {
+        F16 w = splat(value[r][(i + u) * kStep]);
+        const float *xs = x + static_cast<int64_t>(column[r][(i + u) * kStep]) * (16 * NV);
+        for (int j = 0; j < NV; ++j) a[u % kSums][r][j] = fma(w, load16(xs + 16 * j), a[u % kSums][r][j]);
+      }
     }
   }
-  for (int u = 1; u < kSums; ++u)
-    for (int j = 0; j < NV; ++j) a[0][j] = add(a[0][j], a[u][j]);
-  for (int j = 0; j < NV; ++j) store16(acc + 16 * j, a[0][j]);
+  for (int r = 0; r < R; ++r) {
+    for (int j = 0; j < NV; ++j) {
+      for (int u = 1; u < kSums; ++u) a[0][r][j] = add(a[0][r][j], a[u][r][j]);
+      store16(acc + list.row[l + r] * (16 * NV) + 16 * j, a[0][r][j]);
+    }
+  }
 }
 
 template <int NV>
@@ -68,9 +78,7 @@ __attribute__((noinline)) void outer_tiles(const SparsecCall *call, int64_t m0, 
   for (int64_t k = 0; k < call->k; k += kChunk) {
     for (int64_t t = 0; t < end - begin; ++t) {
       decode(call, cursor[t], k / kChunk, list);
-      for (int l = 0; l < kRows; ++l)
-        outer_row<NV>(acc + (t * kRows + list.row[l]) * 16 * NV, x + k * 16 * NV, list.value + list.first[l],
-                      list.column + list.first[l], list.count[l]);
+      for (int l = 0; l < kRows; l += kTogether) outer_lists<NV>(acc + t * kRows * 16 * NV, x + k * 16 * NV, list, l);
     }
   }
   for (int64_t t = 0; t < end - begin; ++t) {

@@ -1,6 +1,7 @@
 // Layout "rows" as lists for the outer loop.
 
 constexpr int kStep = 1;
+constexpr int kTogether = 1;
 
 struct Cursor {
   int64_t next[kRows], end[kRows];

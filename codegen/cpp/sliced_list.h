@@ -1,6 +1,7 @@
 // Layout "sliced" as lists for the outer loop: steps are spilled as they are, entries of a row are 16 apart.
 
 constexpr int kStep = 16;
+constexpr int kTogether = kWide ? 4 : 1;  // neighbours are about as long, and steps are spilled with zeros
 
 INLINE void decode(const SparsecCall *, Cursor &cursor, int64_t, List &list) {
   typedef int32_t Counts __attribute__((vector_size(64)));
