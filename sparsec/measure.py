@@ -24,13 +24,13 @@ from sparsec.codegen.spec import KernelSpec
 from sparsec.errors import BuildError, PackError
 from sparsec.facts import WeightFact
 from sparsec.formats import Format, Pattern
-from sparsec.measure_calls import best_seconds, best_seconds_alone_too, cold_bytes, thread_count, tune_log
+from sparsec.measure_calls import best_seconds, best_seconds_alone_too, cold_bytes, plausible, thread_count, tune_log
 from sparsec.measure_kernels import TORCH, Text, compile_all, direct, kernel_texts, measure_kernel
 from sparsec.passes.decide.candidates import allowed, patterns
 from sparsec.targets import reference
 from sparsec.targets.base import DenseRate, KernelRate, Rates, Target
 
-VERSION = "3"  # of what is measured and how; another one measures again
+VERSION = "4"  # of what is measured and how; another one measures again
 MS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 # Measured even where a weight does not have the pattern: `explain` says what it would give.
 USUAL = ("panel", "bitmap", "index", "nm:2:4")
@@ -127,19 +127,6 @@ def _dense(name: str, dtype: torch.dtype, cold: int, overhead: float) -> tuple[D
     return DenseRate(name, points), busy
 
 
-def plausible(points: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
-    """Measured (M, seconds) without spikes: more rows never take less time, nor more than the same rows in parts.
-
-    Only ever lowers a time, so a spike can make dense look better than it is, not sparse.
-    """
-    falling = list(itertools.accumulate(reversed(points), lambda right, p: (p[0], min(p[1], right[1]))))
-    checked: list[tuple[int, float]] = []
-    for m, seconds in reversed(falling):
-        in_parts = min((s * -(-m // part) for part, s in checked), default=seconds)
-        checked.append((m, min(seconds, in_parts)))
-    return tuple(checked)
-
-
 def _overheads(target: Target, cache: Path) -> tuple[float, float]:
     """Seconds of a call that has next to nothing to do: ours (dense's where none can be built), dense."""
     weight = torch.eye(64)
@@ -204,7 +191,8 @@ def _machine_from_json(value: dict[str, Any]) -> Rates:
 
 
 def _kernel_from_json(value: dict[str, Any]) -> KernelRate:
-    rate = KernelRate(**value)
-    if min(rate.position, rate.position_row, rate.nonzero, rate.nonzero_row, rate.bandwidth) < 0:
+    points = tuple((int(m), float(c), float(p), float(nonzero)) for m, c, p, nonzero in value["points"])
+    rate = KernelRate(**{**value, "points": points})
+    if not points or rate.bandwidth < 0 or any(min(p) < 0 or p[0] < 1 for p in points):
         raise ValueError("not a rate")
     return rate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import resource
@@ -54,6 +55,19 @@ def best_seconds_alone_too(
             alone, _ = best_seconds(calls, 0.7 * budget_s, min_call_s)
         seconds = {name: min(s, alone[name]) for name, s in seconds.items()}
     return seconds, busy
+
+
+def plausible(points: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    """Measured (M, seconds) without spikes: more rows never take less time, nor more than the same rows in parts.
+
+    Only ever lowers a time, so a spike can make dense look better than it is, not sparse.
+    """
+    falling = list(itertools.accumulate(reversed(points), lambda right, p: (p[0], min(p[1], right[1]))))
+    checked: list[tuple[int, float]] = []
+    for m, seconds in reversed(falling):
+        in_parts = min((s * -(-m // part) for part, s in checked), default=seconds)
+        checked.append((m, min(seconds, in_parts)))
+    return tuple(checked)
 
 
 def _interruptions() -> int:

@@ -1,13 +1,14 @@
 """What one sparse kernel costs: a spec's text in, a fitted ``KernelRate`` out.
 
-Two runs tell arithmetic and memory apart. On a weight that fits the caches, at several densities and M, time is
-arithmetic: four coefficients are fitted. On copies of a large weight, used in turn so that none is in a cache when its
-turn comes, time is memory: bytes over seconds.
+Two runs tell arithmetic and memory apart. On weights that fit the caches, at several densities and M, time is
+arithmetic: three coefficients are fitted for each M. On copies of a large weight, used in turn so that none is in a
+cache when its turn comes, time is memory: bytes over seconds.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from sparsec.codegen import build, cpp
 from sparsec.codegen.spec import KernelSpec, Packed
 from sparsec.errors import BuildError, PackError
 from sparsec.formats import Format, Pattern
-from sparsec.measure_calls import best_seconds_alone_too, cold_bytes, tune_log
+from sparsec.measure_calls import best_seconds_alone_too, cold_bytes, plausible, tune_log
 from sparsec.passes.graph import DTYPES
 from sparsec.runtime.direct import Direct
 from sparsec.targets.base import KernelRate, Target
@@ -84,20 +85,22 @@ def direct(weight: torch.Tensor, spec: KernelSpec, target: Target, cache: Path, 
 def measure_kernel(t: Text, target: Target, threads: int, overhead: float, cache: Path) -> tuple[KernelRate, bool]:
     """The rate of one loop, and whether the machine was too busy for it to be trusted. Raises BuildError, PackError."""
     calls: dict[str, Callable[[], object]] = {}
-    sizes: dict[str, tuple[int, int, int]] = {}
+    sizes: dict[str, tuple[int, int, int, int]] = {}
     n, k = max(_SMALL[0], 32 * threads), _SMALL[1]
-    for density in _densities(t.pattern):
-        weight, stored = sample(t.pattern, n, k, density)
+    densities = _densities(t.pattern)
+    # A tile for each thread: next to nothing but what is done to x.
+    for rows, density in [(16 * threads, densities[-1]), *((n, density) for density in densities)]:
+        weight, stored = sample(t.pattern, rows, k, density)
         run = direct(weight.to(TORCH[t.spec.dtype]), t.spec, target, cache)
         for m in _LOOP_MS.get(t.spec.loop, _OTHER_MS):
-            name = f"{density}/{m}"
+            name = f"{rows}/{density}/{m}"
             calls[name] = partial(run, torch.randn(m, k).to(TORCH[t.spec.dtype]))
-            sizes[name] = (n * k, stored, m)
+            sizes[name] = (k, rows * k, stored, m)
     seconds, busy = best_seconds_alone_too(calls, budget_s=0.5, min_call_s=1e-4)
-    points = [(*sizes[name], max(s - overhead, 0.1 * s)) for name, s in seconds.items()]
-    coefficients = fit(points, positions=t.pattern.kind in ("bitmap", "index"))
+    taken = [(*sizes[name], max(s - overhead, 0.1 * s)) for name, s in seconds.items()]
+    points = fitted(taken, positions=t.pattern.kind in ("bitmap", "index"))
     bandwidth, busy_too = _streamed(t, target, overhead, cache)
-    return KernelRate(str(t.pattern), t.spec.loop, t.spec.dtype, *coefficients, bandwidth), busy or busy_too
+    return KernelRate(str(t.pattern), t.spec.loop, t.spec.dtype, points, bandwidth), busy or busy_too
 
 
 def _densities(pattern: Pattern) -> tuple[float, ...]:
@@ -137,27 +140,43 @@ def sample(pattern: Pattern, n: int, k: int, density: float) -> tuple[torch.Tens
     return values * kept, int(coarse.sum()) * rows * cols
 
 
-def fit(points: list[tuple[int, int, int, float]], positions: bool = True) -> tuple[float, float, float, float]:
-    """The KernelRate coefficients, none negative, with the smallest relative error on (N*K, stored, M, seconds).
+def fitted(
+    measured: list[tuple[int, int, int, int, float]], positions: bool = True
+) -> tuple[tuple[int, float, float, float], ...]:
+    """``KernelRate.points`` of what was measured: (K, N*K, stored, M, seconds).
 
-    ``positions`` False leaves out the terms in N*K, which one density cannot tell from those in stored values.
+    Spikes are taken out of each weight's times over M first. ``positions`` False leaves out the term in N*K, which one
+    density cannot tell from that in stored values.
     """
-    seconds = torch.tensor([p[3] for p in points], dtype=torch.float64)
-    columns = torch.tensor([[p[0], p[0] * p[2], p[1], p[1] * p[2]] for p in points], dtype=torch.float64)
-    scaled = columns / seconds[:, None]
-    units = scaled.amax(0).clamp_(min=1e-300)
-    scaled = scaled / units
-    best: tuple[float, torch.Tensor] | None = None
-    # Four unknowns have fifteen sets of non-zero ones: trying all is the whole of non-negative least squares.
-    for size in range(1, 5):
-        for chosen in itertools.combinations(range(4) if positions else (2, 3), size):
-            part = scaled[:, list(chosen)]
-            solved = torch.linalg.lstsq(part, torch.ones(len(points), 1, dtype=torch.float64)).solution[:, 0]
-            if bool((solved < 0).any()) or not bool(solved.isfinite().all()):
-                continue
+    weights: dict[tuple[int, int, int], list[tuple[int, float]]] = {}
+    for *weight, m, seconds in sorted(measured):
+        weights.setdefault((weight[0], weight[1], weight[2]), []).append((m, seconds))
+    at: dict[int, list[tuple[float, ...]]] = {}
+    for (k, whole, stored), times in weights.items():
+        for m, seconds in plausible(times):
+            at.setdefault(m, []).append((k, whole if positions else 0, stored, seconds))
+    points = []
+    for m, found in sorted(at.items()):
+        column, position, nonzero = fit(found)
+        points.append((m, column, position, nonzero))
+    return tuple(points)
+
+
+def fit(points: list[tuple[float, ...]]) -> list[float]:
+    """Coefficients, none negative, with the smallest relative error on rows of (one number each, seconds)."""
+    table = torch.tensor(points, dtype=torch.float64)
+    scaled = table[:, :-1] / table[:, -1:]
+    count = scaled.shape[1]
+    best, found = math.inf, torch.zeros(count, dtype=torch.float64)
+    # Few unknowns have few sets of non-zero ones: trying all is the whole of non-negative least squares.
+    for size in range(1, count + 1):
+        for chosen in map(list, itertools.combinations(range(count), size)):
+            part = scaled[:, chosen]
+            solved = torch.linalg.lstsq(part, torch.ones(len(points), 1, dtype=torch.float64), driver="gelsd").solution
             error = float((part @ solved - 1).square().sum())
-            if best is None or error < best[0] - 1e-12:
-                best = (error, torch.zeros(4, dtype=torch.float64).index_put_((torch.tensor(chosen),), solved))
-    assert best is not None, "one positive column alone always fits"
-    a, b, c, d = (best[1] / units).tolist()
-    return a, b, c, d
+            if bool((solved < 0).any()) or not error < best - 1e-12:
+                continue
+            best, found = error, torch.zeros(count, dtype=torch.float64)
+            found[chosen] = solved[:, 0]
+    result: list[float] = found.tolist()
+    return result

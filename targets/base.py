@@ -33,18 +33,16 @@ class DenseRate:
 
 @dataclass(frozen=True)
 class KernelRate:
-    """One sparse kernel: seconds = (position + position_row*M)*N*K + (nonzero + nonzero_row*M)*nnz, compute only.
+    """One sparse kernel at measured row counts: seconds of arithmetic = column * K + position * N*K + nonzero * nnz.
 
-    nnz counts stored values: the padding of N:M groups and of blocks is computed with.
+    ``column`` is for what is done to x before any weight is read. nnz counts stored values: the padding of N:M groups
+    and of blocks is computed with.
     """
 
     pattern: str  # "bitmap", "index", "nm", "block"; or one with its parameters, "nm:2:4", which goes first
     loop: str
     dtype: str
-    position: float
-    position_row: float
-    nonzero: float
-    nonzero_row: float
+    points: tuple[tuple[int, float, float, float], ...]  # ((M, column, position, nonzero), ...), M ascending
     bandwidth: float = 0.0  # bytes/s at which this kernel streams weights that are in no cache; 0: as memory does
 
 

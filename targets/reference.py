@@ -25,7 +25,12 @@ def rates(threads: int) -> Rates:
         for dtype in _FLOPS
     )
     kernels = tuple(
-        KernelRate(pattern, loop, dtype, position, position_row * slow, nonzero, nonzero_row * slow)
+        KernelRate(
+            pattern,
+            loop,
+            dtype,
+            tuple((m, 0.0, position + m * slow * position_row, nonzero + m * slow * nonzero_row) for m in (1, 2)),
+        )
         for dtype, slow in (("fp32", 1.0), ("bf16", 1.5))
         for pattern, loop, position, position_row, nonzero, nonzero_row in _KERNELS
     )

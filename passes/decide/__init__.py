@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from functools import partial
 
 from sparsec.facts import Decision, NMFact, Range, WeightFact
 from sparsec.formats import VALUE_BYTES, Pattern
 from sparsec.options import Policy
 from sparsec.passes.decide import words
-from sparsec.passes.decide.candidates import SWITCH_FORMAT, SWITCH_LOOP, Way, allowed, dense_way, our_ways, ways_for
+from sparsec.passes.decide.candidates import (
+    MODEL_MARGIN,
+    SWITCH_FORMAT,
+    SWITCH_LOOP,
+    Way,
+    allowed,
+    dense_way,
+    our_ways,
+    ways_for,
+)
 from sparsec.passes.decide.cost import turning_points
 from sparsec.passes.decide.measured import Measured, bucket, by_measurement
 from sparsec.targets.base import Rates, Target
 
 __all__ = ["MODEL_MARGIN", "bucket", "decide", "dense_decision"]
-
-# What the model does not know (how a shape splits over threads, what else is in the cache, which dense kernel the
-# library picks for it, what else the machine did while rates were measured) moved real ratios by up to a quarter
-# against it; a gain below that is not one we can promise. Measuring (tune) needs no such margin.
-MODEL_MARGIN = 1.25
 
 
 def decide(
@@ -61,7 +66,7 @@ def _by_model(fact: WeightFact, dtype: str, rates: Rates, policy: Policy) -> Dec
     dense, ways, refusal = asked.dense, asked.ways(), asked.refusal()
     assert dense is not None
     all_dense = (Range(1, None, "dense", "", dense.cost.at(1), dense.cost.at(1)),)
-    ranges = all_dense if refusal else cheapest(dense, ways, asked.threshold if policy.min_speedup else 0.0)
+    ranges = all_dense if refusal else cheapest(dense, ways, policy.min_speedup)
     decision = Decision(
         ranges=ranges,
         reason=refusal,
@@ -74,20 +79,22 @@ def _by_model(fact: WeightFact, dtype: str, rates: Rates, policy: Policy) -> Dec
     return decision if refusal else replace(decision, reason=asked.reason(decision))
 
 
-def cheapest(dense: Way, ways: list[Way], threshold: float) -> tuple[Range, ...]:
-    """Ranges of M covering 1 to infinity: the cheapest sparse way where it beats dense ``threshold`` times, else dense.
+def cheapest(dense: Way, ways: list[Way], least: float) -> tuple[Range, ...]:
+    """Ranges of M covering 1 to infinity: the cheapest of our ways that beat dense ``least`` times and their margin
+    on top, else dense.
 
-    ``threshold`` 0 leaves dense out. Equal costs go to dense, then to fewer bytes. Going up in M, a way that would
+    ``least`` 0 leaves dense out. Equal costs go to dense, then to fewer bytes. Going up in M, a way that would
     need another kernel or another pack than the last one must be cheaper by SWITCH_LOOP or SWITCH_FORMAT.
     """
     factors = (1.0, SWITCH_LOOP, SWITCH_FORMAT)
-    starts = set(turning_points([w.cost.times(f * w.margin) for w in ways for f in factors]))
-    if threshold:
-        starts |= set(turning_points([dense.cost, *(w.cost.times(threshold * w.margin) for w in ways)]))
+    starts = set(turning_points([w.price.times(f) for w in ways for f in factors]))
+    if least:
+        starts |= set(turning_points([dense.cost, *(w.cost.times(least * w.margin) for w in ways)]))
     ranges: list[Range] = []
     last: Way | None = None
     for lo in sorted(starts):
-        chosen = _chosen(lo, dense, ways, threshold, last)
+        good = [w for w in ways if not least or w.cost.at(lo) * least * w.margin < dense.cost.at(lo)]
+        chosen = min(good, key=partial(_order, m=lo, last=last), default=dense)
         last = chosen if chosen.ours else last
         if ranges and (ranges[-1].format, ranges[-1].kernel) == (chosen.format, chosen.kernel):
             continue
@@ -97,14 +104,9 @@ def cheapest(dense: Way, ways: list[Way], threshold: float) -> tuple[Range, ...]
     return tuple(ranges)
 
 
-def _chosen(m: int, dense: Way, ways: list[Way], threshold: float, last: Way | None) -> Way:
-    """The way at one M; ``last``: the sparse way used at a smaller M."""
-    patient = min(ways, key=lambda w: (w.price(m) * w.change(last), w.bytes, w.format, w.kernel))
-    fastest = min(ways, key=lambda w: (w.price(m), w.bytes, w.format, w.kernel))
-    for way in (patient, fastest):
-        if not threshold or way.price(m) * threshold < dense.cost.at(m):
-            return way
-    return dense
+def _order(way: Way, m: int, last: Way | None) -> tuple[float, int, str, str]:
+    """Smaller is better; ``last``: the one of our ways that is used at a smaller M."""
+    return way.price.at(m) * way.change(last), way.bytes, way.format, way.kernel
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class _Question:
 
     @property
     def threshold(self) -> float:
-        """How many times faster than dense the model must expect a format to be."""
+        """How many times faster than dense the model must expect a sparse format to be."""
         return (self.policy.min_speedup or 1.0) * MODEL_MARGIN
 
     def ways(self) -> list[Way]:

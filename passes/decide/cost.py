@@ -1,8 +1,8 @@
 """Seconds of one call as a function of M, the rows of x: linear pieces in, crossovers and sympy text out.
 
-A sparse kernel either waits for memory or for arithmetic, ``overhead + Max(bytes / bandwidth, a + b*M)``; dense is
-the line through its measured points. Everything is linear in M between a few known M, so where two costs cross is
-solved from pairs of lines; no M is sampled.
+Dense is a line through its measured points; a sparse kernel waits for memory or for arithmetic,
+``overhead + Max(bytes / bandwidth, a + b*M)`` with a line of its own between each two of its points. Everything is
+linear in M between a few known M, so where two costs cross is solved from pairs of lines; no M is sampled.
 """
 
 from __future__ import annotations
@@ -97,30 +97,38 @@ def _expression(piece: Piece, m: Any, sympy: Any) -> Any:
 
 
 def dense_cost(rate: DenseRate, weights: int, overhead: float) -> Cost:
-    """Dense linear of ``weights`` = N*K: straight lines between the measured M, the last one prolonged."""
+    """Dense linear of ``weights`` = N*K: straight lines between the measured M."""
     points = [(m, overhead + weights * seconds) for m, seconds in rate.points]
-    if len(points) == 1:
-        (m, seconds) = points[0]
-        points.append((2 * m, seconds + (seconds - overhead)))
-    pieces = []
-    for (m0, s0), (m1, s1) in itertools.pairwise(points):
-        slope = (s1 - s0) / (m1 - m0)
-        last = m1 == points[-1][0]
-        if last:
-            slope = max(slope, 0.0)  # two noisy points must not make dense free for large M
-        lo = 1.0 if m0 == points[0][0] else float(m0)
-        pieces.append(Piece(lo, math.inf if last else float(m1), (Line(s0 - slope * m0, slope),)))
-    return Cost(tuple(pieces))
+    return Cost(tuple(Piece(lo, hi, (line,)) for lo, hi, line in through(points, overhead)))
 
 
-def kernel_cost(rate: KernelRate, rates: Rates, positions: int, stored: int, read: int) -> Cost:
-    """A sparse kernel on ``positions`` = N*K that stores ``stored`` values in ``read`` bytes."""
+def kernel_cost(rate: KernelRate, rates: Rates, n: int, k: int, stored: int, read: int) -> Cost:
+    """A sparse kernel on a weight [n, k] that stores ``stored`` values in ``read`` bytes.
+
+    It either waits for memory or follows straight lines between the measured M.
+    """
     memory = Line(rates.overhead + read / (rate.bandwidth or rates.bandwidth), 0.0)
-    compute = Line(
-        rates.overhead + rate.position * positions + rate.nonzero * stored,
-        rate.position_row * positions + rate.nonzero_row * stored,
-    )
-    return Cost((Piece(1.0, math.inf, (memory, compute)),))
+    points = [(m, rates.overhead + c * k + p * n * k + nonzero * stored) for m, c, p, nonzero in rate.points]
+    return Cost(tuple(Piece(lo, hi, (memory, line)) for lo, hi, line in through(points, rates.overhead)))
+
+
+def through(points: list[tuple[int, float]], start: float) -> Iterator[tuple[float, float, Line]]:
+    """Straight lines through (M, seconds): (from M, to M, line), covering 1 to infinity.
+
+    Below the first point time stays as it is there, since such kernels work on whole vectors of rows. Beyond the last,
+    its line goes on; where there is one point only, from ``start`` seconds at M = 0.
+    """
+    first, seconds = points[0]
+    if len(points) == 1:
+        slope = max(seconds - start, 0.0) / first
+        points = [*points, (first + 1, seconds + slope)]
+    if first > 1:
+        yield 1.0, float(first), Line(seconds, 0.0)
+    for (m0, s0), (m1, s1) in itertools.pairwise(points):
+        last = m1 == points[-1][0]
+        slope = (s1 - s0) / (m1 - m0)
+        slope = max(slope, 0.0) if last else slope  # two noisy points must not make large M free
+        yield float(m0), math.inf if last else float(m1), Line(s0 - slope * m0, slope)
 
 
 def turning_points(costs: list[Cost]) -> list[int]:

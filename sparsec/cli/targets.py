@@ -85,11 +85,9 @@ def _rate_lines(rates: dict[str, Any]) -> list[str]:
     ]
     for dense in rates["dense"]:
         lines.append(f"  {dense['dtype']}: " + "  ".join(f"{m}: {s * 1e12:.0f}" for m, s in dense["points"]))
-    lines.append(
-        "sparse kernels, us per million: positions, the same per row of x, kept values, the same per row; GB/s"
-    )
+    lines.append("our kernels, GB/s, then at M rows of x us per million columns + positions + kept values:")
     for k in rates["kernels"]:
-        costs = "  ".join(f"{k[c] * 1e12:7.1f}" for c in ("position", "position_row", "nonzero", "nonzero_row"))
+        costs = "  ".join(f"{m}: " + "+".join(f"{c * 1e12:.0f}" for c in costs) for m, *costs in k["points"])
         name = f"{k['pattern']}/{k['loop']}"
-        lines.append(f"  {name:18} {k['dtype']}  {costs}  {k['bandwidth'] / 1e9:6.1f}")
+        lines.append(f"  {name:18} {k['dtype']}  {k['bandwidth'] / 1e9:6.1f}  {costs}")
     return lines

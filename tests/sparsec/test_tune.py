@@ -22,7 +22,7 @@ from sparsec.codegen.spec import Packed
 from sparsec.errors import BadOptionValue, CompileFailed, SparsecWarning
 from sparsec.measure import _kernels, _machines, plausible, rates, rates_for
 from sparsec.measure_calls import best_seconds, cold_bytes, thread_count
-from sparsec.measure_kernels import compile_all, fit, kernel_texts, sample
+from sparsec.measure_kernels import compile_all, fit, fitted, kernel_texts, sample
 from sparsec.options import Policy
 from sparsec.passes.decide import decide
 from sparsec.passes.profile.weights import profile
@@ -412,30 +412,31 @@ def test_the_reference_target_has_fixed_rates(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("truth", [(2e-11, 1e-11, 3e-11, 2e-11), (5e-11, 0.0, 0.0, 4e-11), (0.0, 0.0, 1e-10, 0.0)])
-def test_a_fit_finds_the_coefficients_that_made_the_times(truth: tuple[float, ...]) -> None:
-    points = [
-        (
-            n,
-            int(n * density),
-            m,
-            sum(c * t for c, t in zip(truth, (n, n * m, n * density, n * density * m), strict=True)),
-        )
-        for n in (2**19,)
-        for density in (0.5, 0.25, 0.0625)
-        for m in (1, 4, 16)
-    ]
-    assert fit(points) == pytest.approx(truth, rel=1e-6, abs=1e-16)
+@pytest.mark.parametrize("truth", [(3e-9, 2e-11, 3e-11), (0.0, 5e-11, 0.0), (0.0, 0.0, 1e-10), (2e-9, 0.0, 1e-10)])
+def test_a_fit_finds_the_coefficients_that_made_the_times(truth: tuple[float, float, float]) -> None:
+    k, n = 4096, 2**19
+    sizes = [(k, 16 * k, k), *((k, n, n // part) for part in (2, 4, 16))]
+
+    def seconds(size: tuple[int, int, int]) -> float:
+        return sum(c * s for c, s in zip(truth, size, strict=True))
+
+    assert fit([(*s, seconds(s)) for s in sizes]) == pytest.approx(truth, rel=1e-6, abs=1e-16)
+    found = fitted([(*s, m, m * seconds(s)) for s in sizes for m in (4, 1, 16)])
+    assert [m for m, *_ in found] == [1, 4, 16]
+    for m, *coefficients in found:
+        assert coefficients == pytest.approx([m * c for c in truth], rel=1e-6, abs=1e-15)
+    if not truth[1]:
+        alike = fitted([(*s, 1, seconds(s)) for s in sizes], positions=False)
+        assert alike[0][1:] == pytest.approx(truth, rel=1e-6, abs=1e-16)
 
 
 def test_a_fit_of_noise_is_never_negative() -> None:
     g = torch.Generator().manual_seed(0)
+    sizes = [(4096, 2**19, nnz, m) for nnz in (2**18, 2**16, 2**14) for m in (1, 2, 8, 64)]
     for _ in range(50):
         seconds = torch.rand(12, generator=g).tolist()
-        sizes = [(2**19, nnz, m) for nnz in (2**18, 2**16, 2**14) for m in (1, 2, 8, 64)]
-        found = fit([(*size, s + 1e-3) for size, s in zip(sizes, seconds, strict=True)])
-        assert min(found) >= 0
-        assert max(found) > 0
+        found = fitted([(*size, s + 1e-3) for size, s in zip(sizes, seconds, strict=True)])
+        assert all(min(c) >= 0 and max(c) > 0 for _, *c in found)
 
 
 def test_spikes_in_dense_are_taken_out_downward_only() -> None:
@@ -514,7 +515,8 @@ def test_a_real_kernel_is_rated_and_tuned(tmp_path: Path, machine: list[bool]) -
     assert {(k.pattern, k.loop) for k in found.kernels} == {("bitmap", "dot"), ("bitmap", "outer")}
     for rate in found.kernels:
         assert rate.bandwidth > 0
-        assert max(rate.position, rate.position_row, rate.nonzero, rate.nonzero_row) > 0
+        assert [m for m, *_ in rate.points] == [1, 2, 4, 8, 16, 64] or rate.loop == "outer"
+        assert all(max(costs) > 0 for _, *costs in rate.points)
     compiled = sorted((tmp_path / "kernels").glob("linear_bitmap*.so"))
     assert len(compiled) == 2
     _kernels.clear()
@@ -610,7 +612,7 @@ def test_the_targets_command_names_this_machine_and_all_others(capsys: pytest.Ca
 def test_targets_shows_rates_when_asked(
     tmp_path: Path, machine: list[bool], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    known = (KernelRate("bitmap", "dot", "fp32", 1e-11, 2e-11, 3e-11, 4e-11, 2e10),)
+    known = (KernelRate("bitmap", "dot", "fp32", ((1, 1e-9, 1e-11, 2e-11), (8, 3e-9, 3e-11, 4e-11)), 2e10),)
     monkeypatch.setattr(MEASURE, "rates", lambda *_: dataclasses.replace(MACHINE, kernels=known))
     code, out, _ = run(capsys, "targets", "--rates", "--cache-dir", str(tmp_path))
     assert code == 0
