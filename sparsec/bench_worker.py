@@ -11,7 +11,6 @@ import json
 import math
 import os
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,16 +18,14 @@ from typing import Any
 
 import torch
 
-from sparsec import __version__, models, records
+from sparsec import __version__, models, records, whole_model
 from sparsec.bench import BenchRecord, summary
-from sparsec.codegen.build import find_compiler
-from sparsec.errors import BadOptionValue, NoCompiler, SparsecError, SparsecWarning
+from sparsec.errors import BadOptionValue, SparsecError
 from sparsec.options import Options
 from sparsec.targets import resolve
-from sparsec.timing import Samples, interleave, speedup
+from sparsec.timing import Samples, speedup
 
 Emit = Callable[[dict[str, Any]], None]
-Make = Callable[[Callable[..., Any]], Callable[[], Any]]  # a model to call -> one timed call of it
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class Case:
     n_gen: int
     units: int
     unit: str
-    make: Make
+    make: whole_model.Make
 
 
 def main() -> None:
@@ -106,11 +103,8 @@ def cases_of(loaded: models.LoadedModel, job: Mapping[str, Any]) -> list[Case]:
 
 
 def _forward(loaded: models.LoadedModel, batch: int, tokens: int) -> Case:
-    """One call. ``pp`` computes the logits of the last token only, as generation does with a prompt."""
-    kwargs = loaded.inputs(batch, tokens)
+    kwargs = loaded.prompt(batch, tokens)
     causal, counts = loaded.kind == "causal", loaded.kind in ("causal", "encoder")
-    if causal and "logits_to_keep" in inspect.signature(loaded.model.forward).parameters:
-        kwargs["logits_to_keep"] = 1
     if not counts:
         return Case("fwd", batch, 0, 0, batch, "samples", lambda call: lambda: call(**kwargs))
     name = f"pp{tokens}" if causal else f"fwd{tokens}"
@@ -168,58 +162,18 @@ def time_case(
     common: Mapping[str, Any],
     tell: Callable[[str, float], None],
 ) -> list[BenchRecord]:
-    """Compile both engines, compare their outputs, time them in turns; [dense record, sparsec record]."""
+    """Time one case with both engines; [dense record, sparsec record]."""
     torch.compiler.reset()  # type: ignore[no-untyped-call]
     started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    with torch.no_grad(), records.recording() as seen, warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", SparsecWarning)
-        base, dense = _dense(loaded.model)
-        sparse = _compile(loaded.model, backend="sparsec", **({"options": job["options"]} if job["options"] else {}))
-        calls = {base: case.make(dense), "sparsec": case.make(sparse)}
-        tell("compiling", 0.0)
-        expected = _tensor(calls[base]())
-        tell("compiling", 0.25)
-        difference = _difference(expected, _tensor(calls["sparsec"]()))
-        tell("timing", 0.5)
-        samples = interleave(
-            calls,
-            rounds=job["rounds"],
-            warmup=2 if job["warmup"] else 1,
-            on_round=lambda i, n: tell("timing", 0.5 + 0.5 * i / n),
-        )
-    notes = dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, SparsecWarning))
-    rest = {**common, "test_time": started, "notes": " ".join(notes)}
-    path = path_taken(seen)
+    timed = whole_model.time_both(
+        loaded.model, case.make, job["options"], rounds=job["rounds"], warmup=2 if job["warmup"] else 1, tell=tell
+    )
+    rest = {**common, "test_time": started, "notes": " ".join(timed.notes)}
+    path = path_taken(timed.seen)
     return [
-        _record(case, rest, base, samples[base], samples[base], "as it is", 0.0),
-        _record(case, rest, "sparsec", samples["sparsec"], samples[base], path, difference),
+        _record(case, rest, timed.base, timed.dense, timed.dense, "as it is", 0.0),
+        _record(case, rest, "sparsec", timed.sparse, timed.dense, path, timed.difference),
     ]
-
-
-def _dense(model: torch.nn.Module) -> tuple[str, Callable[..., Any]]:
-    try:
-        find_compiler()
-    except NoCompiler:  # Inductor's CPU code needs one too
-        return "eager", model
-    return "inductor", _compile(model, backend="inductor")
-
-
-def _compile(model: torch.nn.Module, **arguments: Any) -> Callable[..., Any]:
-    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-        arguments["isolate_recompiles"] = True
-    return torch.compile(model, dynamic=False, **arguments)
-
-
-def _tensor(output: Any) -> torch.Tensor:
-    """The first tensor of what a model returns."""
-    while not isinstance(output, torch.Tensor):
-        output = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
-    return output.detach().float().clone()
-
-
-def _difference(expected: torch.Tensor, got: torch.Tensor) -> float:
-    largest = float(expected.abs().max()) or 1.0
-    return float((expected - got).abs().max()) / largest
 
 
 def path_taken(seen: Sequence[records.CompileRecord]) -> str:

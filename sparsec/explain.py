@@ -2,14 +2,15 @@
 
 In: a model and the inputs of one call. Out: an ``Explanation``: per layer what its zeros look like, what would run,
 why, and what that gains; what was not taken; what would help. ``str()`` is a table, ``to_dict()`` is JSON-able,
-``to_html()`` one self-contained page. The model is not changed and Inductor is not run.
+``to_html()`` one self-contained page. The model is not changed; Inductor is run only to measure.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from sparsec.errors import BadOptionValue, OptionError, SparsecError
 from sparsec.options import Options
 from sparsec.records import CompileRecord, StageRecord
-from sparsec.report_data import Cost, Layer, Measured, layers_of
+from sparsec.report_data import Cost, Layer, Measured, Whole, layers_of
 from sparsec.report_fold import Group, Refusal, fold, not_taken, total
 
 if TYPE_CHECKING:
@@ -37,9 +38,9 @@ GRADIENTS = (
 class Explanation:
     """What sparsec would do with a model, and why. ``layers`` are in the order of the graph.
 
-    ``batches``: the batch sizes reported; the plain numbers of a layer are those at the first. ``forward_s``: seconds
-    of the model's eager forward, where measured. ``spec``: what to write for MODEL in a command, if known; ``tokens``
-    of its inputs (0: unknown).
+    ``batches``: the batch sizes reported; the plain numbers of a layer are those at the first. ``whole``: times of the
+    whole model by both engines, where measured. ``spec``: what to write for MODEL in a command, if known; ``tokens`` of
+    its inputs (0: unknown).
     """
 
     model: str
@@ -55,7 +56,7 @@ class Explanation:
     target: str = ""
     machine: str = ""
     options: Options = field(default_factory=Options)
-    forward_s: float | None = None
+    whole: Whole | None = None
     spec: str = ""
     tokens: int = 0
 
@@ -131,7 +132,8 @@ def explain(
     """Say per layer of ``model(*args, **kwargs)`` what sparsec would run, why, and what it gains.
 
     ``options``: as for ``torch.compile(backend="sparsec")``. ``measure``: also time each distinct layer, about a second
-    each. ``batch``: batch sizes to report for, scaled from the inputs given (default: theirs alone).
+    each, and the whole model on these inputs, compiled twice: by Inductor and by sparsec. ``batch``: batch sizes to
+    report for, scaled from the inputs given (default: theirs alone).
     Raises OptionError for wrong options; a model that does not compile gives a report that says so.
     """
     said = Options.parse(options)
@@ -156,7 +158,8 @@ def explain_with(
     tell = on_progress or (lambda done, total, what: None)
     tell(0, 1, "capture, profile, decide")
     model = getattr(model, "_orig_mod", model)  # an already compiled model is looked at as it was
-    records, notes = _inspect(model, args, kwargs, options)
+    with _buffers_kept(model):
+        records, notes = _inspect(model, args, kwargs, options)
     given = batch_of(args, kwargs)
     report = build(records, batches=tuple(batches) or (given,), given=given, options=options)
     report = replace(
@@ -174,7 +177,8 @@ def explain_with(
     if measure and report.layers:
         from sparsec.report_measure import measured
 
-        report = measured(report, model, args, kwargs, tell)
+        with _buffers_kept(model):
+            report = measured(report, model, args, kwargs, tell)
     report = replace(report, seconds=time.perf_counter() - started)
     _emit(report)
     return report
@@ -240,6 +244,19 @@ def _batches(said: int | Sequence[int] | None, args: Sequence[Any], kwargs: Mapp
     return tuple(dict.fromkeys(sizes))
 
 
+@contextlib.contextmanager
+def _buffers_kept(model: torch.nn.Module) -> Iterator[None]:
+    """Called in training mode, a model updates its running statistics; after a look they are what they were."""
+    buffers = list(model.buffers()) if getattr(model, "training", False) else []
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        for buffer, old in zip(buffers, before, strict=True):
+            if not buffer.equal(old):
+                buffer.detach().copy_(old)
+
+
 def _inspect(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
 ) -> tuple[list[CompileRecord], list[str]]:
@@ -281,11 +298,12 @@ def _failure(error: Exception, model: torch.nn.Module, args: tuple[Any, ...], kw
     except Exception as own:
         from sparsec.report_text import MODEL_RAISES
 
-        return f"{MODEL_RAISES} {type(own).__name__} on these inputs: {_first_line(own)}"
-    return f"{stage or 'capture'}: {type(chain[-1]).__name__}: {_first_line(chain[-1])}"
+        return f"{MODEL_RAISES} {type(own).__name__} on these inputs: {first_line(own)}"
+    return f"{stage or 'capture'}: {type(chain[-1]).__name__}: {first_line(chain[-1])}"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, without the pages that torch adds."""
     return (str(error).strip().splitlines() or ["no message"])[0]
 
 

@@ -99,6 +99,13 @@ class LoadedModel:
             inputs["use_cache"] = False  # a plain forward; generation brings its own cache
         return inputs
 
+    def prompt(self, batch: int, tokens: int) -> dict[str, Any]:
+        """``inputs``; of a causal model the logits of the last token only, as generation does with a prompt."""
+        inputs = self.inputs(batch, tokens)
+        if self.kind == "causal" and "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+            inputs["logits_to_keep"] = 1
+        return inputs
+
 
 def load_model(spec: str, dtype: str | None = None) -> LoadedModel:
     """Load what ``spec`` names. ``dtype``: fp32, bf16, or None for the checkpoint's own.

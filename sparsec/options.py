@@ -66,6 +66,11 @@ class Options:
             policy = replace(policy, verify=True)
         return cls(policy, tuple(sorted(inductor.items())))
 
+    def to_dict(self) -> dict[str, Any]:
+        """What ``parse`` reads back, without what is as by default."""
+        said: dict[str, Any] = json.loads(self.policy.encode())
+        return said | ({"inductor": dict(self.inductor)} if self.inductor else {})
+
 
 def _text(key: str, value: Any) -> str:
     if not isinstance(value, (str, os.PathLike)):

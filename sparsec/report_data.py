@@ -42,6 +42,22 @@ class Measured(Cost):
 
 
 @dataclass(frozen=True)
+class Whole(Measured):
+    """A call of the whole model as ``sparsec bench`` times it: compiled by ``base`` and by sparsec, in turns.
+
+    ``base``: ``inductor``, or ``eager`` where there is no compiler. ``batch``: of the inputs it was called with.
+    """
+
+    base: str = "inductor"
+    batch: int = 1
+
+    @property
+    def engine(self) -> str:
+        """The base's name in a sentence."""
+        return "Inductor" if self.base == "inductor" else "eager PyTorch"
+
+
+@dataclass(frozen=True)
 class AtBatch:
     """One layer at one batch: ``rows`` is M, the rows of x; ``decision`` is ``dense`` or the name of a format.
 

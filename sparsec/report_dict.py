@@ -17,6 +17,7 @@ from sparsec.report_data import (
     Cost,
     Layer,
     Measured,
+    Whole,
     duration,
     merge_ranges,
     near_of,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from sparsec.explain import Explanation
     from sparsec.facts import Candidate
 
-SCHEMA = 1
+SCHEMA = 2
 CURVE_ROWS = tuple(2**i for i in range(13))
 MANY = 100  # layers from which curves have every second point, so that the page stays small
 MOST_FORMATS = 4  # sparse ones, and dense
@@ -38,7 +39,10 @@ _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
 def to_dict(report: Explanation, compare: Explanation | None = None) -> dict[str, Any]:
-    """The report. Keys: schema, model, environment, totals, layers, groups, not_taken, what_would_help, stages, ..."""
+    """The report. Keys: schema, model, environment, total, linear_layers, layers, groups, not_taken, stages, ...
+
+    ``total``: the whole model as measured, null where it was not; ``linear_layers``: their sums, by batch.
+    """
     from sparsec.report_text import how, next_command, summary
 
     indexed = {id(layer): i for i, layer in enumerate(report.layers)}
@@ -56,8 +60,8 @@ def to_dict(report: Explanation, compare: Explanation | None = None) -> dict[str
         "batch": list(report.batches),
         "tokens": report.tokens,
         "seconds": round(report.seconds, 3),
-        "totals": [_totals(report, batch) for batch in report.batches],
-        "forward_s": _short(report.forward_s),
+        "total": _whole(report.whole),
+        "linear_layers": [_linear(report, batch) for batch in report.batches],
         "failures": list(report.failures),
         "notes": list(report.notes),
         "layers": [_layer(layer, share.get(i, 0.0), rows) for i, layer in enumerate(report.layers)],
@@ -92,7 +96,13 @@ def environment(report: Explanation) -> dict[str, Any]:
     }
 
 
-def _totals(report: Explanation, batch: int) -> dict[str, Any]:
+def _whole(whole: Whole | None) -> dict[str, Any] | None:
+    if whole is None:
+        return None
+    return {"of": "whole model", "base": whole.base, "batch": whole.batch, **(_cost(whole) or {})}
+
+
+def _linear(report: Explanation, batch: int) -> dict[str, Any]:
     return {"batch": batch, "expected": _cost(report.expected(batch)), "measured": _cost(report.measured(batch))}
 
 
@@ -217,7 +227,7 @@ def difference(now: Explanation, before: Explanation) -> dict[str, Any]:
             changed.append({"name": name, **what})
     return {
         "model": before.model,
-        "totals": [
+        "linear_layers": [
             {"batch": b, "before": _cost(before.expected(b)), "now": _cost(now.expected(b))}
             for b in now.batches
             if b in before.batches
@@ -256,7 +266,7 @@ def _changes(a: Layer, b: Layer) -> dict[str, list[Any]]:
 
 def difference_lines(diff: Mapping[str, Any]) -> Iterator[str]:
     """The comparison in words, equal changes folded."""
-    for t in diff["totals"]:
+    for t in diff["linear_layers"]:
         if t["before"] and t["now"]:
             ratio = t["before"]["ours_s"] / t["now"]["ours_s"] if t["now"]["ours_s"] else 1.0
             yield (

@@ -97,12 +97,20 @@ def _template() -> jinja2.Template:
 
 def tiles(report: Explanation) -> list[tuple[str, str, str]]:
     """The numbers of the header: (what, number, remark)."""
+    from sparsec.report_text import interval, ways
+
     if not report.layers:
         return []
     first = report.batches[0]
     others = [(b, cost) for b in report.batches[1:] if (cost := report.expected(b))]
     expected, measured = report.expected(), report.measured()
     made = []
+    if report.whole:
+        whole = report.whole
+        times = f"{duration(whole.ours_s)} instead of {whole.engine}'s {duration(whole.dense_s)}"
+        made.append(
+            ("measured, whole model", f"{whole.speedup:.2f}x", f"{interval(whole)} at batch {whole.batch}; {times}")
+        )
     if expected:
         rest = ", ".join(f"{cost.speedup:.2f}x at {b}" for b, cost in others)
         made.append(
@@ -113,14 +121,12 @@ def tiles(report: Explanation) -> list[tuple[str, str, str]]:
             (
                 "measured, linear layers",
                 f"{measured.speedup:.2f}x",
-                f"{measured.low:.2f} to {measured.high:.2f} at batch {first}",
+                f"{interval(measured)} at batch {first}",
             )
         )
     facts = {(layer.name, layer.record.fact.key): layer for layer in report.layers}.values()
     size, kept = sum(x.record.fact.n * x.record.fact.k for x in facts), sum(x.record.fact.nnz for x in facts)
     made.append(("zeros", percent(1 - kept / max(size, 1), 1), "of the weights of linear layers"))
-    from sparsec.report_text import ways
-
     sparse, panels = ways(report)
     beside = f", {panels} dense in panels" if panels else ""
     made.append(("run sparse", f"{sparse} of {len(report.layers)}", f"linear layers at batch {first}{beside}"))
@@ -238,5 +244,5 @@ def reproduce(report: Explanation) -> str:
     if not report.spec:
         return f"sparsec.explain(model, *inputs, batch=[{batches}])"
     tokens = f" --tokens {report.tokens}" if report.tokens else ""
-    measure = " --measure" if report.measured() else ""
+    measure = " --measure" if report.measured() or report.whole else ""
     return f"sparsec explain {report.spec} --batch {batches}{tokens}{measure} --html report.html"

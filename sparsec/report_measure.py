@@ -1,8 +1,9 @@
-"""Timing the layers of a report in this process: what ``measure=True`` adds.
+"""Timing a report's model in this process: what ``measure=True`` adds.
 
 In: an Explanation and its model. Out: the same with measured times. Each distinct layer is timed as it would run
 against ``F.linear``, in turns in one run, on random x of the right shape. Identical layers (up to TOGETHER) are called
-one after the other, so that no weight sits in the nearest cache by itself.
+one after the other, so that no weight sits in the nearest cache by itself. The whole model is timed on the given inputs
+by the function that ``sparsec bench`` uses.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparsec import whole_model
 from sparsec.formats import Format
 from sparsec.passes.graph import DTYPES
-from sparsec.report_data import AtBatch, Cost, Layer, Measured
+from sparsec.report_data import AtBatch, Cost, Layer, Measured, Whole, percent
 from sparsec.report_fold import Group, total
 from sparsec.timing import interleave, speedup
 
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 TOGETHER = 8
 ROUNDS = 25
 SECONDS = 1.0  # per layer and batch
+WHOLE_SECONDS = 10.0  # for the rounds of the whole model, once it is compiled; never below five rounds
+WHOLE_STEPS = 10  # of progress
+APART = 0.05  # outputs that differ by this share of the largest value are worth a sentence; rounding stays below
 MOST_ROWS = 4096  # more rows take time and memory and change no ratio: both sides are linear there
 BUSY = (
     "the times measured here are several times those expected, so other programs kept the cores busy; "
@@ -45,33 +50,92 @@ class Weights:
 def measured(
     report: Explanation, model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], tell: Progress
 ) -> Explanation:
-    """Time every distinct layer at every batch, and the model's eager forward once."""
-    groups = report.groups
+    """Time every distinct layer at every batch, and the whole model on the given inputs."""
+    layers_steps = len(report.groups) * len(report.batches)
+    steps = layers_steps + WHOLE_STEPS
+
+    def tell_whole(what: str, share: float) -> None:
+        tell(layers_steps + int(WHOLE_STEPS * share), steps, f"the whole model: {what}")
+
+    report = with_layers(report, model, lambda done, name: tell(done, steps, name))
+    report = with_whole(report, model, args, kwargs, tell_whole)
+    tell(steps, steps, "")
+    return replace(report, helps=(*report.helps, *losses(report)))
+
+
+def with_layers(report: Explanation, model: torch.nn.Module, tell: Callable[[int, str], None]) -> Explanation:
+    """Add the times of the layers. ``tell``: how many were timed, and the next one's name."""
     layers = list(report.layers)
-    steps = len(groups) * len(report.batches) + 1
     done = itertools.count()
     notes = list(report.notes)
     with torch.no_grad():
-        for group in groups:
+        for group in report.groups:
             weights = [w for layer in group.layers[:TOGETHER] if (w := find(model, layer)) is not None]
             if not weights:
                 notes.append(f"{group.name} could not be timed: its weight was not found in the model by that name")
                 next(done)
                 continue
             for i in range(len(report.batches)):
-                tell(next(done), steps, group.name)
+                tell(next(done), group.name)
                 found = time_group(group, weights, group.first.at[i], report.options.policy.target)
                 for index in group.members:
                     layers[index] = _with(layers[index], i, found)
-        tell(steps - 1, steps, "the whole model, eager")
-        forward_s = interleave({"eager": lambda: model(*args, **kwargs)}, rounds=7, budget_s=5.0)["eager"].best
-    tell(steps, steps, "")
     if busy(report.expected(), layers):
         notes.append(BUSY)
     if any(at.rows > MOST_ROWS for layer in layers for at in layer.at):
         notes.append(f"times of more than {MOST_ROWS} rows are those of {MOST_ROWS} rows, scaled")
-    report = replace(report, layers=tuple(layers), forward_s=forward_s, notes=tuple(notes))
-    return replace(report, helps=(*report.helps, *losses(report)))
+    return replace(report, layers=tuple(layers), notes=tuple(notes))
+
+
+def with_whole(
+    report: Explanation,
+    model: torch.nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    tell: whole_model.Tell = lambda what, share: None,
+) -> Explanation:
+    """Add the times of the whole model. What goes wrong becomes a note: the report is there without them."""
+    from sparsec.explain import batch_of, causes, first_line
+
+    try:
+        timed = _time_whole(report, model, args, kwargs, tell)
+    except Exception as error:
+        cause = causes(error)[-1]
+        said = f"the whole model could not be measured: {type(cause).__name__}: {first_line(cause)}"
+        return replace(report, notes=(*report.notes, said))
+    ratio, dense = timed.ratio, timed.dense.best
+    whole = Whole(dense, dense / ratio.value, ratio.low, ratio.high, timed.base, batch_of(args, kwargs))
+    notes = [*report.notes, *timed.notes]
+    if timed.difference > APART:
+        notes.append(
+            f"the outputs of the two engines differ by {percent(timed.difference)} of the largest value"
+            + (
+                "; the model is in training mode, where layers may draw at random"
+                if getattr(model, "training", False)
+                else ""
+            )
+        )
+    return replace(report, whole=whole, notes=tuple(notes))
+
+
+def _time_whole(
+    report: Explanation,
+    model: torch.nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    tell: whole_model.Tell,
+) -> whole_model.BothTimed:
+    from sparsec.runtime.store import borrowed
+
+    with borrowed(model):
+        return whole_model.time_both(
+            model,
+            lambda call: lambda: call(*args, **kwargs),
+            report.options.to_dict(),
+            rounds=ROUNDS,
+            budget_s=WHOLE_SECONDS,
+            tell=tell,
+        )
 
 
 def losses(report: Explanation) -> list[str]:

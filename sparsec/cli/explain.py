@@ -21,7 +21,12 @@ def command(
     model: Annotated[str, typer.Argument(help="A Hugging Face folder or hub id, file.py:factory, minilm, tiny:llama.")],
     batch: Annotated[str, typer.Option("--batch", "-b", help="Batch sizes, as 1,16,512.")] = "1",
     tokens: Annotated[int, typer.Option("--tokens", "-p", help="Tokens of each input; 1 is a decode step.")] = 128,
-    measure: Annotated[bool, typer.Option("--measure", help="Also time each distinct layer here.")] = False,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure", help="Also time each distinct layer (a second each) and the whole model, compiled twice."
+        ),
+    ] = False,
     compare: Annotated[str, typer.Option("--compare", help="Another model: what differs from it.")] = "",
     html: Annotated[Path | None, typer.Option("--html", help="Also write one self-contained page.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON and nothing else.")] = False,
@@ -30,8 +35,9 @@ def command(
 ) -> None:
     """Say per layer what sparsec would run, why, and what it gains.
 
-    The rows of a layer are batch x tokens. Times are expected from this machine's measured rates; --measure adds times
-    of this run. The model is loaded, looked at and not changed.
+    The rows of a layer are batch x tokens; the head of a causal model works on the last token alone, as in bench. Times
+    are expected from this machine's measured rates; --measure adds times of this run: of each layer, and of the whole
+    model by Inductor and by sparsec, as sparsec bench has them. The model is loaded, looked at and not changed.
     """
     batches, said = parse_batches(batch), parse_options(options)
     if html is not None and not html.parent.is_dir():
@@ -88,7 +94,7 @@ def _report(
         return explain_with(
             loaded.model,
             (),
-            loaded.inputs(batches[0], tokens),
+            loaded.prompt(batches[0], tokens),
             options,
             measure=measure,
             batches=batches,

@@ -7,9 +7,11 @@ once. Nothing here keeps a weight alive.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -259,6 +261,19 @@ def invalidate(model: torch.nn.Module | torch.Tensor) -> int:
         if hasattr(torch.ops.sparsec, "forget"):
             STORE.forget(tensor)
     return len(tensors)
+
+
+@contextlib.contextmanager
+def borrowed(model: object) -> Iterator[None]:
+    """Forget at the end those weights of a module that were not known before: a trial keeps no packs."""
+    tensors = [*model.parameters(), *model.buffers()] if isinstance(model, torch.nn.Module) else []
+    strangers = [t for t in tensors if t._cdata not in STORE._watched]
+    try:
+        yield
+    finally:
+        for tensor in strangers:
+            if tensor._cdata in STORE._watched:
+                STORE.forget(tensor)
 
 
 STORE = Store()

@@ -16,7 +16,7 @@ from sparsec.explain import Explanation, build, explain, log_record
 from sparsec.facts import Declined, NMFact, Range
 from sparsec.options import Options
 from sparsec.records import CompileRecord, LayerRecord, StageRecord
-from sparsec.report_data import Measured, count, duration, percent, rows_at
+from sparsec.report_data import Measured, Whole, count, duration, percent, rows_at
 from sparsec.report_fold import merge_names, merge_numbers, not_taken
 from sparsec.report_text import WIDTH, to_text
 
@@ -150,13 +150,37 @@ def test_expected_and_measured_are_different_fields(layer_record: Make) -> None:
     assert layer.measured is None
     assert made.measured() is None
     timed = replace(layer, at=(replace(layer.at[0], measured=Measured(4e-5, 2e-5, 1.8, 2.2)),))
-    after = replace(made, layers=(timed,), forward_s=1e-4)
+    after = replace(made, layers=(timed,))
     assert after.expected() == made.expected()
     assert after.measured() == Measured(4e-5, 2e-5, pytest.approx(1.8), pytest.approx(2.2))
     text = str(after)
-    assert "measured for the linear layers: 2.00x (1.80 to 2.20) at batch 1; they are 40 % of the eager forward" in text
+    assert "measured for the linear layers: 2.00x (1.80 to 2.20) at batch 1\n" in text
     assert "were timed here" in text
     assert "were timed here" not in str(made)
+
+
+@pytest.mark.parametrize(("base", "name"), [("inductor", "Inductor"), ("eager", "eager PyTorch")])
+def test_the_whole_model_is_the_total_and_the_layers_are_summed_apart(layer_record: Make, base: str, name: str) -> None:
+    made = report(CompileRecord(layers=[layer_record("q")]), batches=(1, 4))
+    ats = [replace(at, measured=Measured(4e-5, 2e-5, 1.8, 2.2)) for at in made.layers[0].at]
+    timed = replace(made, layers=(replace(made.layers[0], at=tuple(ats)),))
+    after = replace(timed, whole=Whole(1e-4, 5e-5, 1.9, 2.1, base, batch=4))
+    text = str(after)
+    assert f"measured for the whole model: 100 us by {name}, 50 us by sparsec, 2.00x (1.90 to 2.10) at batch 4" in text
+    assert f"linear layers: 2.00x (1.80 to 2.20) at batch 1; dense, they are 40 % of {name}'s time" in text
+    body = after.to_dict()
+    times = {"dense_s": 1e-4, "ours_s": 5e-5, "speedup": 2.0, "low": 1.9, "high": 2.1}
+    assert body["total"] == {"of": "whole model", "base": base, "batch": 4, **times}
+    assert [sums["measured"]["low"] for sums in body["linear_layers"]] == [1.8, 1.8]
+    assert made.to_dict()["total"] is None
+    assert timed.to_dict()["total"] is None
+
+
+def test_the_whole_model_is_reported_where_a_layer_could_not_be_timed(layer_record: Make) -> None:
+    made = report(CompileRecord(layers=[layer_record("q")]), spec="minilm", whole=Whole(1e-4, 5e-5, 1.9, 2.1))
+    assert "measured for the whole model: 100 us by Inductor" in str(made)
+    assert "measured for the linear layers" not in str(made)
+    assert "next: sparsec bench minilm" in str(made)
 
 
 def test_what_is_not_taken_is_listed_by_reason_with_folded_names(layer_record: Make) -> None:

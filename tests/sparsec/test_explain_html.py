@@ -13,6 +13,8 @@ from sparsec.explain import Explanation, build
 from sparsec.facts import Candidate, Declined
 from sparsec.options import Options
 from sparsec.records import CompileRecord, LayerRecord
+from sparsec.report_data import Whole
+from sparsec.report_html import tiles
 
 Make = Callable[..., LayerRecord]
 EVIL = "a</script><script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp;"
@@ -126,6 +128,16 @@ def test_the_page_never_contains_weights(layer_record: Make) -> None:
 def test_a_page_without_layers_and_one_of_a_failure_can_be_made() -> None:
     assert "no linear layer" in report([]).to_html() or "no linear layer can be taken" in report([]).to_html()
     assert "no C++ compiler" in report([], failures=("no C++ compiler was found",)).to_html()
+
+
+def test_the_whole_model_is_the_first_number_of_the_page(layer_record: Make) -> None:
+    made = report([layer_record("q")], whole=Whole(1.2e-2, 6e-3, 1.9, 2.1))
+    what, number, remark = tiles(made)[0]
+    assert (what, number) == ("measured, whole model", "2.00x")
+    assert remark == "1.90 to 2.10 at batch 1; 6.0 ms instead of Inductor's 12 ms"
+    text = made.to_html()
+    assert text.index(">2.00x<") < text.index("expected, linear layers")
+    assert Page(text).data["total"]["speedup"] == 2.0
 
 
 def test_the_page_is_written_where_asked(tmp_path: Any, layer_record: Make) -> None:

@@ -226,7 +226,8 @@ def test_measuring_fills_measured_times_and_leaves_expected_ones() -> None:
     dense = next(layer for layer in report.layers if layer.name == "2")
     assert dense.measured is not None
     assert dense.measured.speedup == 1.0
-    assert report.forward_s is not None
+    assert report.whole is not None
+    assert report.whole.base == "inductor"
     assert "were timed here" in str(report)
     assert report.to_dict()["layers"][0]["measured"]["low"] <= report.to_dict()["layers"][0]["measured"]["high"]
 
@@ -289,7 +290,7 @@ def test_the_public_name_is_this_function() -> None:
 
 # ------------------------------------------------------------------------------------------------- the command
 
-COMMAND = ["explain", "tiny:llama@80", "--tokens", "8", "--options", '{"target": "reference"}']
+COMMAND = ["explain", "tiny:llama@80", "--tokens", "8", "--options", '{"target": "reference", "min_speedup": 0}']
 
 
 def test_json_alone_is_on_stdout_and_equals_the_block_of_the_page(
@@ -303,6 +304,7 @@ def test_json_alone_is_on_stdout_and_equals_the_block_of_the_page(
     assert body["batch"] == [1, 4]
     assert [layer["name"] for layer in body["layers"] if not layer["reason"]] == []
     assert [at["rows"] for at in body["layers"][0]["batches"]] == [8, 32]
+    assert [at["rows"] for at in body["layers"][-1]["batches"]] == [1, 4]  # the head, of the last token alone
 
 
 def test_the_table_goes_to_stdout_without_escape_codes(capsys: pytest.CaptureFixture[str]) -> None:
