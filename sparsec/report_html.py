@@ -105,24 +105,17 @@ def tiles(report: Explanation) -> list[tuple[str, str, str]]:
     others = [(b, cost) for b in report.batches[1:] if (cost := report.expected(b))]
     expected, measured = report.expected(), report.measured()
     made = []
-    if report.whole:
-        whole = report.whole
+    if whole := report.whole:
         times = f"{duration(whole.ours_s)} instead of {whole.engine}'s {duration(whole.dense_s)}"
         made.append(
-            ("measured, whole model", f"{whole.speedup:.2f}x", f"{interval(whole)} at batch {whole.batch}; {times}")
+            ("whole model", f"{whole.speedup:.2f}x", f"{interval(whole)}, measured at batch {whole.batch}; {times}")
         )
+    if measured:
+        made.append(("measured, linear layers", f"{measured.speedup:.2f}x", f"{interval(measured)} at batch {first}"))
     if expected:
         rest = ", ".join(f"{cost.speedup:.2f}x at {b}" for b, cost in others)
         made.append(
             ("expected, linear layers", f"{expected.speedup:.2f}x", f"at batch {first}" + (f"; {rest}" if rest else ""))
-        )
-    if measured:
-        made.append(
-            (
-                "measured, linear layers",
-                f"{measured.speedup:.2f}x",
-                f"{interval(measured)} at batch {first}",
-            )
         )
     facts = {(layer.name, layer.record.fact.key): layer for layer in report.layers}.values()
     size, kept = sum(x.record.fact.n * x.record.fact.k for x in facts), sum(x.record.fact.nnz for x in facts)

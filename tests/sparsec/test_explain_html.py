@@ -133,8 +133,8 @@ def test_a_page_without_layers_and_one_of_a_failure_can_be_made() -> None:
 def test_the_whole_model_is_the_first_number_of_the_page(layer_record: Make) -> None:
     made = report([layer_record("q")], whole=Whole(1.2e-2, 6e-3, 1.9, 2.1))
     what, number, remark = tiles(made)[0]
-    assert (what, number) == ("measured, whole model", "2.00x")
-    assert remark == "1.90 to 2.10 at batch 1; 6.0 ms instead of Inductor's 12 ms"
+    assert (what, number) == ("whole model", "2.00x")
+    assert remark == "1.90 to 2.10, measured at batch 1; 6.0 ms instead of Inductor's 12 ms"
     text = made.to_html()
     assert text.index(">2.00x<") < text.index("expected, linear layers")
     assert Page(text).data["total"]["speedup"] == 2.0
