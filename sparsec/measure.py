@@ -27,6 +27,7 @@ from sparsec.formats import Format, Pattern
 from sparsec.measure_calls import best_seconds, best_seconds_alone_too, cold_bytes, plausible, thread_count, tune_log
 from sparsec.measure_kernels import TORCH, Text, compile_all, direct, kernel_texts, measure_kernel
 from sparsec.passes.decide.candidates import allowed, patterns
+from sparsec.quiet import wait_for_cores
 from sparsec.targets import reference
 from sparsec.targets.base import DenseRate, KernelRate, Rates, Target
 
@@ -89,6 +90,7 @@ def _kernel_rate(t: Text, target: Target, threads: int, overhead: float, cache: 
 
     def measure() -> tuple[KernelRate, bool]:
         _log.info("measuring %s with %d threads", t.spec.name, threads)
+        wait_for_cores(threads)
         with thread_count(threads):
             return measure_kernel(t, target, threads, overhead, cache)
 
@@ -102,6 +104,7 @@ def _kernel_rate(t: Text, target: Target, threads: int, overhead: float, cache: 
 @torch.no_grad()
 def _measure_machine(target: Target, threads: int, cache: Path) -> tuple[Rates, bool]:
     _log.info("measuring %s with %d threads (once, a few seconds)", target.model, threads)
+    wait_for_cores(threads)
     with thread_count(threads):
         ours, theirs = _overheads(target, cache)
         cold = cold_bytes(target)

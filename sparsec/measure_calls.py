@@ -5,18 +5,18 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import resource
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 
+from sparsec.quiet import others_s, short_of_cores
 from sparsec.targets.base import Target
 from sparsec.timing import interleave
 
 _BATCH = 10  # rounds after which the minima are compared with those of before
 _STEADY = 1.05  # minima that fell by less than this have been found
-_QUIET = 30  # lost cores per second of measuring; an idle machine takes one away a few times a second
 _MOST_COLD_BYTES = 2**28  # enough where the last-level cache is huge, since many share it
 _LEAST_COLD_BYTES = 2**26
 
@@ -27,10 +27,10 @@ def best_seconds(
     """The smallest seconds of each call over interleaved rounds, and whether other work kept the machine busy.
 
     Minima are what the machine can do; finding them takes more rounds on a busy one, so rounds go on while minima
-    fall, for at most twice ``budget_s``. Busy: minima still fell at the end, or the kernel took cores away all along.
+    fall, for at most twice ``budget_s``. Busy: minima still fell at the end, or others used the cores all along.
     """
     best: dict[str, float] = {}
-    spent, taken_away = 0.0, _interruptions()
+    spent, started, taken = 0.0, time.monotonic(), others_s()
     while True:
         samples = interleave(calls, _BATCH, budget_s - spent / 2, warmup=0 if best else 1, min_call_s=min_call_s)
         now = {name: s.best for name, s in samples.items()}
@@ -38,7 +38,8 @@ def best_seconds(
         best = {name: min(seconds, best.get(name, seconds)) for name, seconds in now.items()}
         spent += sum(sum(s.seconds) for s in samples.values())
         if not fell or spent > 2 * budget_s:
-            return best, fell or _interruptions() - taken_away > _QUIET * max(spent, 0.1)
+            others = 0.0 if taken is None else (others_s() or taken) - taken
+            return best, fell or short_of_cores(others, time.monotonic() - started, torch.get_num_threads())
 
 
 def best_seconds_alone_too(
@@ -68,11 +69,6 @@ def plausible(points: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
         in_parts = min((s * -(-m // part) for part, s in checked), default=seconds)
         checked.append((m, min(seconds, in_parts)))
     return tuple(checked)
-
-
-def _interruptions() -> int:
-    """How often a thread of this process lost its core to another process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def cold_bytes(target: Target) -> int:

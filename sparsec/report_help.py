@@ -172,9 +172,13 @@ def _why_not(report: Explanation) -> list[str]:
     if any(layer.decision != "dense" for layer in report.layers):
         return []
     rows = report.layers[0].rows
-    pays = [r.m_hi for layer in report.layers for r in layer.record.decision.ranges if r.format != "dense" and r.m_hi]
-    if pays:
-        return [f"fewer rows of x per call: these weights pay up to {max(pays)} rows, and a call has {rows}"]
+    ranges = [r for layer in report.layers for r in layer.record.decision.ranges if r.format != "dense"]
+    below = [r.m_hi for r in ranges if r.m_hi and r.m_hi < rows]
+    above = [r.m_lo for r in ranges if r.m_lo > rows]
+    if below:
+        return [f"fewer rows of x per call: these weights pay up to {max(below)} rows, and a call has {rows}"]
+    if above:
+        return [f"more rows of x per call: these weights pay from {min(above)} rows, and a call has {rows}"]
     return []
 
 

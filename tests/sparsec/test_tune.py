@@ -465,7 +465,7 @@ def test_samples_hold_the_pattern_they_are_for(name: str) -> None:
 def test_best_seconds_goes_on_while_minima_fall(monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = iter([(9e-3, 8e-3), (8e-3, 4e-3), (4.1e-3, 5e-3), (1e-3, 1e-3)])
     monkeypatch.setattr(CALLS, "interleave", lambda calls, *_, **__: {name: Samples(next(rounds)) for name in calls})
-    monkeypatch.setattr(CALLS, "_interruptions", lambda: 0)
+    monkeypatch.setattr(CALLS, "others_s", lambda: 5.0)
     assert best_seconds({"one": lambda: None}, budget_s=1.0) == ({"one": 4e-3}, False)
 
 
@@ -478,7 +478,7 @@ def test_minima_that_fall_until_time_is_up_mean_a_busy_machine(monkeypatch: pyte
 def test_cores_taken_away_all_along_mean_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CALLS, "interleave", lambda calls, *_, **__: {name: Samples((0.01,)) for name in calls})
     taken = iter(range(0, 10**6, 1000))
-    monkeypatch.setattr(CALLS, "_interruptions", lambda: next(taken))
+    monkeypatch.setattr(CALLS, "others_s", lambda: next(taken))
     assert best_seconds({"one": lambda: None}, budget_s=0.2) == ({"one": 0.01}, True)
 
 
