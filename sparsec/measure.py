@@ -4,6 +4,9 @@ How fast memory streams, how long a dense linear takes at ten row counts with we
 call costs, and the rate of each sparse kernel (``measure_kernels.py``). The machine's part takes about four seconds,
 each kernel half of one after it is compiled. Both are kept as JSON in ``<cache>/rates``, a kernel's under the hash of
 its text. What was measured on a busy machine is used, but measured again when it is ten minutes old.
+
+Two threads of a virtual machine may share a core for seconds, and then two are as fast as one. So that dense and
+sparse are not compared across such moments, kernels are timed on one thread and scaled as dense was seen to scale.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from sparsec.quiet import wait_for_cores
 from sparsec.targets import reference
 from sparsec.targets.base import DenseRate, KernelRate, Rates, Target
 
-VERSION = "4"  # of what is measured and how; another one measures again
+VERSION = "5"  # of what is measured and how; another one measures again
 MS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 # Measured even where a weight does not have the pattern: `explain` says what it would give.
 USUAL = ("panel", "bitmap", "index", "nm:2:4")
@@ -71,7 +74,7 @@ def rates(
     texts = {pair: kernel_texts(Pattern.parse(pair[0]), pair[1], target) for pair in new}
     compile_all([t for found in texts.values() for t in found], cache)
     for pair, found in texts.items():
-        rated = (_kernel_rate(t, target, threads, machine.overhead, cache) for t in found)
+        rated = (_kernel_rate(t, target, machine, cache) for t in found)
         _kernels[(*place, *pair)] = tuple(r for r in rated if r is not None)
     return replace(machine, kernels=tuple(r for pair in pairs for r in _kernels[(*place, *pair)]))
 
@@ -85,20 +88,24 @@ def rates_for(
     return rates(target, threads, cache, (dtype,) if dtype in TORCH else (), wanted)
 
 
-def _kernel_rate(t: Text, target: Target, threads: int, overhead: float, cache: Path) -> KernelRate | None:
+def _kernel_rate(t: Text, target: Target, machine: Rates, cache: Path) -> KernelRate | None:
+    """The rate of one loop with the machine's threads; None where it cannot be built."""
+    threads = machine.threads
     key = digest(target.fingerprint, str(threads), t.spec.name, t.text, torch.__version__, VERSION)
 
     def measure() -> tuple[KernelRate, bool]:
         _log.info("measuring %s with %d threads", t.spec.name, threads)
         wait_for_cores(threads)
         with thread_count(threads):
-            return measure_kernel(t, target, threads, overhead, cache)
+            return measure_kernel(t, target, machine.overhead, cache)
 
     try:
-        return _stored(cache / "rates" / f"kernel-{key}.json", _kernel_from_json, measure)
+        alone = _stored(cache / "rates" / f"kernel-{key}.json", _kernel_from_json, measure)
     except (BuildError, PackError) as error:
         _log.info("%s is not used: %s", t.spec.name, error)
         return None
+    points = tuple((m, c / machine.scaling, p / machine.scaling, z / machine.scaling) for m, c, p, z in alone.points)
+    return replace(alone, points=points)
 
 
 @torch.no_grad()
@@ -108,15 +115,16 @@ def _measure_machine(target: Target, threads: int, cache: Path) -> tuple[Rates, 
     with thread_count(threads):
         ours, theirs = _overheads(target, cache)
         cold = cold_bytes(target)
-        dense, busy = zip(*(_dense(name, dtype, cold, theirs) for name, dtype in TORCH.items()), strict=True)
+        dense, scaling, busy = zip(*(_dense(name, dtype, cold, theirs) for name, dtype in TORCH.items()), strict=True)
         buffer = torch.ones(cold // 4)
         seconds, _ = best_seconds({"sum": buffer.sum}, budget_s=0.3)
         bandwidth = buffer.numel() * 4 / seconds["sum"]
-    return Rates(threads, bandwidth, ours, dense, (), theirs), any(busy)
+    return Rates(threads, bandwidth, ours, dense, (), theirs, min(max(scaling), float(threads))), any(busy)
 
 
-def _dense(name: str, dtype: torch.dtype, cold: int, overhead: float) -> tuple[DenseRate, bool]:
-    """Seconds per weight of ``F.linear`` at each M; every call reads a weight that the caches have forgotten."""
+def _dense(name: str, dtype: torch.dtype, cold: int, overhead: float) -> tuple[DenseRate, float, bool]:
+    """Seconds per weight of ``F.linear`` at each M, how many times faster all threads are than one where arithmetic
+    counts, and whether the machine was busy. Every call reads a weight that the caches have forgotten."""
     size = _SIDE * _SIDE
     copies = max(2, -(-cold // (size * dtype.itemsize)))
     weights = itertools.cycle(torch.randn(copies, _SIDE, _SIDE).mul_(0.02).to(dtype).unbind())
@@ -125,15 +133,16 @@ def _dense(name: str, dtype: torch.dtype, cold: int, overhead: float) -> tuple[D
         return torch.nn.functional.linear(x, next(weights))
 
     calls = {str(m): partial(linear, torch.randn(m, _SIDE).to(dtype)) for m in MS}
-    seconds, busy = best_seconds_alone_too(calls, budget_s=0.9)
+    seconds, alone, busy = best_seconds_alone_too(calls, budget_s=0.9)
     points = plausible([(m, max(seconds[str(m)] - overhead, 0.1 * seconds[str(m)]) / size) for m in MS])
-    return DenseRate(name, points), busy
+    scaling = max(alone[str(m)] / seconds[str(m)] for m in MS[-3:])
+    return DenseRate(name, points), scaling, busy
 
 
 def _overheads(target: Target, cache: Path) -> tuple[float, float]:
     """Seconds of a call that has next to nothing to do: ours (dense's where none can be built), dense."""
-    weight = torch.eye(64)
-    x = torch.randn(1, 64)
+    weight = torch.ones(64, 64)
+    x = torch.randn(8, 64)  # just enough work for ours to use all threads
     calls: dict[str, Callable[[], object]] = {"dense": lambda: torch.nn.functional.linear(x, weight)}
     spec = KernelSpec(Format.parse("bitmap+fp32"), "dot", "fp32", target.isa)
     try:
@@ -187,10 +196,13 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
 
 def _machine_from_json(value: dict[str, Any]) -> Rates:
     dense = tuple(DenseRate(d["dtype"], tuple((int(m), float(s)) for m, s in d["points"])) for d in value["dense"])
-    bandwidth, ours, theirs = (float(value[name]) for name in ("bandwidth", "overhead", "dense_overhead"))
-    if not dense or bandwidth <= 0 or min(ours, theirs) < 0 or any(s <= 0 for d in dense for _, s in d.points):
+    bandwidth, scaling, ours, theirs = (
+        float(value[name]) for name in ("bandwidth", "scaling", "overhead", "dense_overhead")
+    )
+    wrong = bandwidth <= 0 or scaling < 1 or min(ours, theirs) < 0 or any(s <= 0 for d in dense for _, s in d.points)
+    if not dense or wrong:
         raise ValueError("not a machine")
-    return Rates(int(value["threads"]), bandwidth, ours, dense, (), theirs)
+    return Rates(int(value["threads"]), bandwidth, ours, dense, (), theirs, scaling)
 
 
 def _kernel_from_json(value: dict[str, Any]) -> KernelRate:

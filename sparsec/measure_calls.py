@@ -44,18 +44,18 @@ def best_seconds(
 
 def best_seconds_alone_too(
     calls: Mapping[str, Callable[[], object]], budget_s: float, min_call_s: float = 0.0
-) -> tuple[dict[str, float], bool]:
-    """``best_seconds``, but never more than one thread needs.
+) -> tuple[dict[str, float], dict[str, float], bool]:
+    """``best_seconds`` with all threads, but never more than one needs; with one; and whether the machine was busy.
 
     Where another process holds a core, threads wait for each other for milliseconds and a call looks a hundred times
     slower than it is. One thread is nearly free of that, and bounds what all of them take.
     """
     seconds, busy = best_seconds(calls, budget_s, min_call_s)
+    alone = seconds
     if torch.get_num_threads() > 1:
         with thread_count(1):
             alone, _ = best_seconds(calls, 0.7 * budget_s, min_call_s)
-        seconds = {name: min(s, alone[name]) for name, s in seconds.items()}
-    return seconds, busy
+    return {name: min(s, alone[name]) for name, s in seconds.items()}, alone, busy
 
 
 def plausible(points: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]:

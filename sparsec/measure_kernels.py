@@ -21,15 +21,16 @@ from sparsec.codegen import build, cpp
 from sparsec.codegen.spec import KernelSpec, Packed
 from sparsec.errors import BuildError, PackError
 from sparsec.formats import Format, Pattern
-from sparsec.measure_calls import best_seconds_alone_too, cold_bytes, plausible, tune_log
+from sparsec.measure_calls import best_seconds, best_seconds_alone_too, cold_bytes, plausible, thread_count, tune_log
 from sparsec.passes.graph import DTYPES
 from sparsec.runtime.direct import Direct
 from sparsec.targets.base import KernelRate, Target
 
 TORCH = {name: dtype for dtype, name in DTYPES.items()}
 
-_SMALL = (128, 4096)  # any format of it fits the second-level caches, while x does not fit the first
+_SMALL = (256, 2048)  # fits the second-level cache in most formats, while x of many rows does not fit the first
 _LARGE = (2048, 2048)
+_LEAST_S = 1e-3  # of one timing; shorter calls are repeated
 _LOOP_MS = {"dot": (1, 2, 4, 8, 16, 64), "outer": (8, 16, 64, 256)}
 _OTHER_MS = (1, 8, 64)
 _DENSITIES = (0.5, 0.2, 0.05)
@@ -82,21 +83,23 @@ def direct(weight: torch.Tensor, spec: KernelSpec, target: Target, cache: Path, 
 
 
 @torch.no_grad()
-def measure_kernel(t: Text, target: Target, threads: int, overhead: float, cache: Path) -> tuple[KernelRate, bool]:
-    """The rate of one loop, and whether the machine was too busy for it to be trusted. Raises BuildError, PackError."""
+def measure_kernel(t: Text, target: Target, overhead: float, cache: Path) -> tuple[KernelRate, bool]:
+    """The rate of one loop, its arithmetic on one thread and its bandwidth on torch's, and whether the machine was too
+    busy for it to be trusted. Raises BuildError, PackError."""
     calls: dict[str, Callable[[], object]] = {}
     sizes: dict[str, tuple[int, int, int, int]] = {}
-    n, k = max(_SMALL[0], 32 * threads), _SMALL[1]
+    n, k = _SMALL
     densities = _densities(t.pattern)
-    # A tile for each thread: next to nothing but what is done to x.
-    for rows, density in [(16 * threads, densities[-1]), *((n, density) for density in densities)]:
+    # One tile: next to nothing but what is done to x.
+    for rows, density in [(16, densities[-1]), *((n, density) for density in densities)]:
         weight, stored = sample(t.pattern, rows, k, density)
         run = direct(weight.to(TORCH[t.spec.dtype]), t.spec, target, cache)
         for m in _LOOP_MS.get(t.spec.loop, _OTHER_MS):
             name = f"{rows}/{density}/{m}"
             calls[name] = partial(run, torch.randn(m, k).to(TORCH[t.spec.dtype]))
             sizes[name] = (k, rows * k, stored, m)
-    seconds, busy = best_seconds_alone_too(calls, budget_s=0.5, min_call_s=1e-4)
+    with thread_count(1):
+        seconds, busy = best_seconds(calls, budget_s=0.5, min_call_s=_LEAST_S)
     taken = [(*sizes[name], max(s - overhead, 0.1 * s)) for name, s in seconds.items()]
     points = fitted(taken, positions=t.pattern.kind in ("bitmap", "index"))
     bandwidth, busy_too = _streamed(t, target, overhead, cache)
@@ -117,7 +120,7 @@ def _streamed(t: Text, target: Target, overhead: float, cache: Path) -> tuple[fl
     packs = [replace(first.packed, tensors=tuple(p.clone() for p in first.packed.tensors)) for _ in range(copies)]
     runs = itertools.cycle([direct(weight, t.spec, target, cache, packed) for packed in packs])
     x = torch.randn(_LOOP_MS.get(t.spec.loop, _OTHER_MS)[0], _LARGE[1]).to(TORCH[t.spec.dtype])
-    seconds, busy = best_seconds_alone_too({"cold": partial(_call_next, runs, x)}, budget_s=0.3)
+    seconds, _, busy = best_seconds_alone_too({"cold": partial(_call_next, runs, x)}, budget_s=0.3)
     return first.packed.bytes / max(seconds["cold"] - overhead, 1e-9), busy
 
 

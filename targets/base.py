@@ -56,3 +56,4 @@ class Rates:
     dense: tuple[DenseRate, ...]
     kernels: tuple[KernelRate, ...]
     dense_overhead: float = 0.0
+    scaling: float = 1.0  # arithmetic of all threads over that of one

@@ -21,8 +21,8 @@ PANEL_MARGIN = 1.1
 PANEL_PRICE = 1.05  # panels hold the whole weight a second time, so they must be faster than a smaller pack
 FULLEST_BLOCKS = 0.9  # likewise for the share of blocks that hold anything
 # A second kernel for the same pack takes seconds to compile; a second format also doubles the memory of the packs.
-SWITCH_LOOP = 1.05
-SWITCH_FORMAT = 1.15
+SWITCH_LOOP = 1.02
+SWITCH_FORMAT = 1.05
 
 
 @dataclass(frozen=True)

@@ -396,7 +396,7 @@ def test_a_second_format_must_be_clearly_faster_than_the_one_in_use() -> None:
         ("index+fp32", "dot", 1): ratio(2.5),
         ("bitmap+fp32", "dot", 1): ratio(2.4),
         ("index+fp32", "outer", 2): ratio(2.0),
-        ("bitmap+fp32", "dot", 2): ratio(2.1),
+        ("bitmap+fp32", "dot", 2): ratio(2.05),
         ("index+fp32", "outer", 4): ratio(2.0),
         ("bitmap+fp32", "dot", 4): ratio(2.4),
     }
