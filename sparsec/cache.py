@@ -98,10 +98,14 @@ def read_json(path: Path) -> Any | None:
         return None
 
 
+def sealed(value: Any) -> bytes:
+    """A JSON value with its checksum, as ``read_json`` reads it."""
+    return json.dumps({"sum": digest(json.dumps(value, sort_keys=True)), "value": value}, sort_keys=True).encode()
+
+
 def write_json(path: Path, value: Any) -> None:
     """Store a JSON value with its checksum. A full or read-only disk is a warning: the cache is optional."""
-    body = {"sum": digest(json.dumps(value, sort_keys=True)), "value": value}
     try:
-        write_atomic(path, json.dumps(body, sort_keys=True).encode())
+        write_atomic(path, sealed(value))
     except OSError as error:
         warnings.warn(f"{path} could not be written ({error.strerror}); going on without", SparsecWarning, stacklevel=2)

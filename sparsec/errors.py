@@ -13,7 +13,18 @@ SparsecError
  │    ├── UnmatchedTarget           S203
  │    ├── BadPattern                S204
  │    ├── BadRecipe                 S205
- │    └── UnprunableLayer           S206
+ │    ├── UnprunableLayer           S206
+ │    ├── NoCalibrationData         S208
+ │    ├── UnreadableCalibration     S209
+ │    ├── NoTokenizer               S210
+ │    ├── TextTooShort              S211
+ │    ├── UntranslatedRecipe        S212
+ │    ├── UnfitModel                S214
+ │    ├── UnfitCalibration          S215
+ │    ├── ModelWouldGrow            S216
+ │    ├── NonFinite                 S217
+ │    ├── NoLoss                    S218
+ │    └── BadOutliers               S219
  ├── PackError                      S3xx  a weight that does not hold what a format promises
  │    ├── PatternMismatch           S301
  │    └── RoundTripMismatch         S302
@@ -27,7 +38,9 @@ SparsecError
       ├── OutputExists              S603
       ├── MissingPackage            S604
       ├── WriteFailed               S605
-      └── OffloadedModel            S606
+      ├── OffloadedModel            S606
+      ├── OtherRun                  S607
+      └── JournalFailed             S608
 SparsecWarning                            a fallback happened; the answer is still right
 
 Inside the compiler only OptionError reaches the user: everything else becomes a recorded fallback to dense.
@@ -127,6 +140,91 @@ class UnprunableLayer(RecipeError):
     message = "{name!r} cannot be pruned: {why}. {help}"
 
 
+class SpillFailed(SparsecError):
+    code = "S207"
+    message = (
+        "activations could not be written to {folder}: {detail}. Free disk space, set TMPDIR to another folder, or "
+        "allow more memory."
+    )
+
+
+class NoCalibrationData(RecipeError):
+    code = "S208"
+    message = (
+        "{what} needs calibration data. Give data: a .txt or .jsonl file, a dataset, or an iterable of inputs; or set "
+        "calibration.dataset in the recipe."
+    )
+
+
+class UnreadableCalibration(RecipeError):
+    code = "S209"
+    message = "the calibration data {source} cannot be read: {why}."
+
+
+class NoTokenizer(RecipeError):
+    code = "S210"
+    message = (
+        "{source} is text, and {model} has no tokenizer to read it with. Give a tokenizer, or token ids: an iterable "
+        "of tensors [batch, tokens] or of keyword dicts."
+    )
+
+
+class TextTooShort(RecipeError):
+    code = "S211"
+    message = (
+        "the calibration text is too short: {what} {tokens} tokens, and one segment takes {seqlen}. Give more text, or "
+        "set calibration.seqlen to at most {tokens}."
+    )
+
+
+class UntranslatedRecipe(RecipeError):
+    code = "S212"
+    message = "the llm-compressor recipe cannot be followed: {name} {why}."
+
+
+class SingularHessian(SparsecError):
+    code = "S213"
+    message = "the Hessian of a layer's inputs cannot be inverted, because {why}: {help}."
+
+
+class UnfitModel(RecipeError):
+    code = "S214"
+    message = "{method} does not fit this model ({model}): {why}. {help}"
+
+
+class UnfitCalibration(RecipeError):
+    code = "S215"
+    message = "the calibration data cannot be used: {detail}. Give batches on which the model's outputs are finite."
+
+
+class ModelWouldGrow(RecipeError):
+    code = "S216"
+    message = (
+        "{method} at sparsity {sparsity} would make the model larger: {before} parameters would become {after}, "
+        "since {why}. {help}"
+    )
+
+
+class NonFinite(RecipeError):
+    code = "S217"
+    message = (
+        "{what} of {name} became NaN or infinite{where} on the calibration data. Check that the dense model gives "
+        "finite outputs on it; a float16 model that overflows runs in bfloat16 or float32."
+    )
+
+
+class NoLoss(RecipeError):
+    code = "S218"
+    message = (
+        "gradients need a loss, and {why}. Put labels into the data, or take a method without gradients: {methods}."
+    )
+
+
+class BadOutliers(RecipeError):
+    code = "S219"
+    message = "outliers {value!r} {why}. Write a share of the weights such as 0.005, or k:256 to keep k of each 256 aside."
+
+
 class PackError(SparsecError):
     code = "S300"
 
@@ -198,6 +296,22 @@ class OffloadedModel(InputError):
     message = (
         "{name} is offloaded by accelerate: its weights come and go with every call, so a packed copy would be made "
         "each time. Load the model without offloading."
+    )
+
+
+class OtherRun(InputError):
+    code = "S607"
+    message = (
+        "{folder!r} holds the unfinished run of another {differs}. Choose another folder, or remove {state} to start "
+        "over."
+    )
+
+
+class JournalFailed(InputError):
+    code = "S608"
+    message = (
+        "the state of the run could not be written to {folder}: {why}. What was finished before {name} is kept there: "
+        "make room and run the same command again."
     )
 
 
