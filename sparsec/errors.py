@@ -14,7 +14,6 @@ SparsecError
  │    ├── BadPattern                S204
  │    ├── BadRecipe                 S205
  │    ├── UnprunableLayer           S206
- │    ├── NoCalibrationData         S208
  │    ├── UnreadableCalibration     S209
  │    ├── NoTokenizer               S210
  │    ├── TextTooShort              S211
@@ -148,14 +147,6 @@ class SpillFailed(SparsecError):
     )
 
 
-class NoCalibrationData(RecipeError):
-    code = "S208"
-    message = (
-        "{what} needs calibration data. Give data: a .txt or .jsonl file, a dataset, or an iterable of inputs; or set "
-        "calibration.dataset in the recipe."
-    )
-
-
 class UnreadableCalibration(RecipeError):
     code = "S209"
     message = "the calibration data {source} cannot be read: {why}."
@@ -222,7 +213,9 @@ class NoLoss(RecipeError):
 
 class BadOutliers(RecipeError):
     code = "S219"
-    message = "outliers {value!r} {why}. Write a share of the weights such as 0.005, or k:256 to keep k of each 256 aside."
+    message = (
+        "outliers {value!r} {why}. Write a share of the weights such as 0.005, or k:256 to keep k of each 256 aside."
+    )
 
 
 class PackError(SparsecError):

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, create_model, field_validator
 
@@ -28,8 +28,12 @@ from sparsec.passes.masks import METHODS, method_class
 from sparsec.passes.masks.pattern import MaskPattern
 from sparsec.recipe_file import SUFFIXES, read, to_yaml
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 SKIP = "skip"
 DEFAULT_SPARSITY = 0.5
+_TOP = ("version", "seed", "made_with", "blocks", "propagate_error", "true_sequential")
 _OVERRIDABLE = ("sparsity", "pattern", "scope")  # besides the method's own options
 
 
@@ -47,10 +51,35 @@ class Calibration(_Model):
     seed: int = Field(default=0, description="which segments are drawn")
 
 
-class Step(_Model):
-    """One method over a set of layers. Each method's own class adds its options."""
+class Piece(_Model):
+    """A step that changes what a mask step left (``post``) or will find (``reparam``); the base of all steps."""
 
     method: str
+
+    def method_object(self) -> Any:
+        """The method with this step's options."""
+        cls = method_class(self.method)
+        return cls(**{f.name: getattr(self, f.name) for f in fields(cls)})
+
+    @property
+    def role(self) -> str:
+        """``mask``, ``allocate``, ``post``, ``reparam`` or ``structure``."""
+        return role_of(self.method)
+
+    def filled(self) -> Self:
+        """With every default as it will be used."""
+        return self
+
+
+class Spread(Piece):
+    """A step that spreads a sparsity over the layers of the mask step after it, or over heads and neurons."""
+
+    sparsity: float | None = Field(default=None, ge=0, lt=1, description="mean share that goes; null: 0.5")
+
+
+class Step(Piece):
+    """One mask method over a set of layers. Each method's own class adds its options."""
+
     sparsity: float | None = Field(default=None, ge=0, lt=1, description="share that goes; N:M fixes it, else 0.5")
     pattern: str = Field(default="unstructured", description="unstructured, N:M (keep N of M), V:N:M or block:RxC")
     scope: Literal["layer", "global", "row"] | None = Field(
@@ -79,11 +108,6 @@ class Step(_Model):
             return value
         return {k: None if v is None or v is False or v == SKIP else v for k, v in value.items()}
 
-    def method_object(self) -> Any:
-        """The method with this step's options."""
-        cls = method_class(self.method)
-        return cls(**{f.name: getattr(self, f.name) for f in fields(cls)})
-
     def overridden(self, entry: str) -> Step | None:
         """The settings of the layers that ``entry`` of ``overrides`` decides for; None: they are skipped."""
         changes = self.overrides[entry]
@@ -97,7 +121,7 @@ class Step(_Model):
         made: Step = _validated(type(self), {**base, **changes}, f"overrides[{entry!r}]")
         return made.filled()
 
-    def filled(self) -> Step:
+    def filled(self) -> Self:
         """With ``sparsity`` and ``scope`` as they will be used. Raises BadRecipe where pattern and sparsity differ."""
         fixed = MaskPattern.parse(self.pattern).sparsity
         if fixed is not None and self.sparsity is not None and abs(fixed - self.sparsity) > 1e-6:
@@ -116,7 +140,14 @@ class Recipe(_Model):
     version: Literal[1] = 1
     seed: int = Field(default=0, description="of everything random")
     calibration: Calibration = Calibration()
-    steps: tuple[SerializeAsAny[Step], ...] = Field(min_length=1)
+    blocks: str | None = Field(default=None, description="the model's list of layers; null: found by itself")
+    propagate_error: bool = Field(
+        default=True, description="calibrate a block on the outputs of the pruned ones before"
+    )
+    true_sequential: bool = Field(
+        default=False, description="calibrate layers of a block in the order in which they run"
+    )
+    steps: tuple[SerializeAsAny[Piece], ...] = Field(min_length=1)
     made_with: dict[str, str] = Field(default_factory=dict)
     notes: tuple[str, ...] = Field(default=(), exclude=True)  # how an alias was read; not part of the recipe
 
@@ -146,14 +177,24 @@ class Recipe(_Model):
         return digest(self.model_copy(update={"made_with": {}}).model_dump_json())
 
 
-def step_class(method: str) -> type[Step]:
+_BASES: dict[str, type[Piece]] = {
+    "mask": Step, "allocate": Spread, "structure": Spread, "post": Piece, "reparam": Piece
+}  # fmt: skip
+
+
+def role_of(method: str) -> str:
+    """What a method does in a recipe. Raises UnknownMethod."""
+    return str(method_class(method).role)
+
+
+def step_class(method: str) -> type[Piece]:
     """The pydantic class of one method's step. Raises UnknownMethod."""
     method_class(method)
     return _step_class(method, METHODS[method])  # by home as well: a name may be registered anew
 
 
 @cache
-def _step_class(method: str, home: str) -> type[Step]:
+def _step_class(method: str, home: str) -> type[Piece]:
     cls = method_class(method)
     hints = get_type_hints(cls, include_extras=True)
     options: dict[str, Any] = {}
@@ -165,7 +206,7 @@ def _step_class(method: str, home: str) -> type[Step]:
         else:
             options[f.name] = (hints[f.name], Field(default, description=description))
     options["method"] = (Literal.__getitem__(method), ...)  # Literal[method] of a name known only now
-    return create_model(f"{cls.__name__}Step", __base__=Step, __doc__=cls.__doc__, **options)
+    return create_model(f"{cls.__name__}Step", __base__=_BASES[cls.role], __doc__=cls.__doc__, **options)
 
 
 def schema(method: str | None = None) -> dict[str, Any]:
@@ -198,11 +239,11 @@ def _from_dict(said: dict[str, Any]) -> Recipe:
     if said.pop("preset", None) is not None:
         raise BadRecipe(detail=f"there are no presets; name a method instead ({listed(METHODS)})")
     calibration = _calibration(said)
-    top: dict[str, Any] = {key: said.pop(key) for key in ("version", "seed", "made_with") if key in said}
+    top: dict[str, Any] = {key: said.pop(key) for key in _TOP if key in said}
     steps, shared = [said], None
     if "steps" in said:
         steps, shared = said.pop("steps"), said.pop("ignore", None)
-        _known(said, (), "a recipe with steps", ("version", "preset", "seed", "calibration", "ignore", "steps"))
+        _known(said, (), "a recipe with steps", (*_TOP, "calibration", "ignore", "steps"))
         if not isinstance(steps, (list, tuple)) or not steps:
             raise BadRecipe(detail="steps is a list with at least one step")
     top["steps"] = [_step(step, shared, notes, i) for i, step in enumerate(steps)]
@@ -226,9 +267,9 @@ def _calibration(said: dict[str, Any]) -> Calibration:
     return made
 
 
-def _step(said: object, shared_ignore: Any, notes: list[str], index: int) -> Step:
+def _step(said: object, shared_ignore: Any, notes: list[str], index: int) -> Piece:
     where = f"step {index + 1}"
-    if isinstance(said, Step):
+    if isinstance(said, Piece):
         return said
     if isinstance(said, str):
         said = {"method": said}
@@ -242,12 +283,12 @@ def _step(said: object, shared_ignore: Any, notes: list[str], index: int) -> Ste
         raise BadRecipe(detail=f"{where} names no method{hint}")
     cls = step_class(step["method"])
     _known(step, cls.model_fields, f"method {step['method']}")
-    if shared_ignore is not None:
+    if shared_ignore is not None and issubclass(cls, Step):
         both = [*_as_list(shared_ignore), *_as_list(step.get("ignore") or ())]
         step["ignore"] = list(dict.fromkeys(both))
-    made: Step = _validated(cls, step, where)
+    made: Piece = _validated(cls, step, where)
     made = made.filled()
-    for entry in made.overrides:
+    for entry in made.overrides if isinstance(made, Step) else ():
         made.overridden(entry)  # wrong keys and values are found now, not at the layer
     return made
 

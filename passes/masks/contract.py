@@ -20,16 +20,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias, runtime_checkable
 
+from sparsec.passes.masks.pattern import MaskPattern
+
 if TYPE_CHECKING:
     import torch
 
-# What a layer's inputs X [tokens, K] can be reduced to; methods that share a name share one pass over the data.
+# What a layer's inputs X [tokens, K] and the gradients of its weight G [N, K] can be reduced to. Methods that share a
+# name share one pass over the data; ``statistics.py`` has the accumulators of the first group.
 STATISTICS: Mapping[str, str] = {
+    "tokens": "[] int64: tokens seen",
     "sum_x2": "[K] fp32: sum of x^2 over tokens",
+    "sum_x4": "[K] fp32: sum of x^4 over tokens",
     "xxt": "[K, K] fp32: sum of x x^T over tokens",
     "absmax": "[K] fp32: largest |x|",
-    "tokens": "[] int64: tokens seen",
+    "histogram": "[K, bins] int64: counts of x in equal bins over [-r, r), r the power of two above its column's absmax",
+    "entropy": "[K] fp32: entropy of the column's histogram, nats",
+    "sample": "[rows, K] fp32: up to 512 rows of X, evenly spaced over the tokens",
+    "grad2": "[N, K] fp32: sum over samples of g^2, g the gradient of the model's loss in the dense model",
+    "grad_abs": "[N, K] fp32: sum over samples of |g|",
+    "spsa": "[N, K] fp32: sum over samples of a forward-only (SPSA) estimate of g",
 }
+GRADIENTS = ("grad2", "grad_abs", "spsa")  # of the whole dense model, taken before the first weight changes
 SCOPES = ("layer", "global", "row")
 
 Statistics: TypeAlias = "Mapping[str, torch.Tensor]"
@@ -47,6 +58,11 @@ class Choose(Protocol):
         ...
 
 
+def pattern_of(choose: Choose) -> MaskPattern:
+    """What ``choose`` says its pattern is; unstructured where it says nothing. A wrapper must hand ``pattern`` on."""
+    return getattr(choose, "pattern", MaskPattern())
+
+
 @dataclass(frozen=True)
 class Pruned:
     """``keep``: bool [N, K]. ``values``: the new [N, K] weights, or None where the kept ones stay as they are."""
@@ -58,6 +74,7 @@ class Pruned:
 class Method(Protocol):
     """The static part every method has; beside it, it is ``Scores`` or ``Updates``."""
 
+    role: ClassVar[str]  # "mask"
     needs: ClassVar[tuple[str, ...]]
     scope: ClassVar[str]
     norm: ClassVar[str]

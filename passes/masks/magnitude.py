@@ -21,6 +21,7 @@ class Magnitude:
     quota is exact.
     """
 
+    role: ClassVar[str] = "mask"
     needs: ClassVar[tuple[str, ...]] = ()
     scope: ClassVar[str] = "layer"
     norm: ClassVar[str] = "l2"

@@ -27,10 +27,13 @@ _PAIRWISE = 32  # up to this group size, counting who beats whom is faster than 
 
 @dataclass(frozen=True)
 class Selector:
-    """``Choose`` for one layer: the quota holds within the columns it is called with."""
+    """``Choose`` for one layer: the quota holds within the columns it is called with.
+
+    ``sparsity`` may be a tensor [N], one share for each row.
+    """
 
     pattern: MaskPattern
-    sparsity: float
+    sparsity: float | torch.Tensor
     scope: str = "layer"
     norm: str = "l2"
 
@@ -55,11 +58,17 @@ class PoolSelector:
 
 
 def select(
-    score: torch.Tensor, pattern: MaskPattern, sparsity: float, scope: str = "layer", *, norm: str = "l2"
+    score: torch.Tensor,
+    pattern: MaskPattern,
+    sparsity: float | torch.Tensor,
+    scope: str = "layer",
+    *,
+    norm: str = "l2",
 ) -> torch.Tensor:
     """The keep-mask, bool, of one layer's scores [N, K] (any floating dtype, compared as fp32; NaN-free).
 
-    ``sparsity`` in [0, 1) is the share that goes; N:M and V:N:M fix their own and do not read it, nor ``scope``.
+    ``sparsity`` in [0, 1) is the share that goes; N:M and V:N:M fix their own and do not read it, nor ``scope``. A
+    tensor [N] is the share of each row, for unstructured masks.
     ``scope`` is ``layer``, ``row`` (for blocks: each row of blocks) or ``global``, which for one layer is ``layer``.
     ``norm`` says how the scores of a block or column add up: ``l2`` or ``sum``.
     """
@@ -69,6 +78,10 @@ def select(
         return _keep_in_groups(score, n, m)
     if pattern.kind == "vnm":
         return _keep_vnm(score, pattern.params, norm)
+    if isinstance(sparsity, torch.Tensor):
+        if pattern.kind != "unstructured":
+            raise ValueError(f"rows of their own sparsity cannot be {pattern}")
+        return _row_by_row(score, sparsity)
     grid = _grid(score, pattern, norm)
     if scope == "row":
         return _spread(_top_per_row(grid, grid.shape[1] - _quota(grid.shape[1], sparsity)), score.shape, pattern)
@@ -195,6 +208,16 @@ def _top_per_row(score: torch.Tensor, kept: int) -> torch.Tensor:
     keep, ties = score > threshold, score == threshold
     room = kept - keep.sum(1, keepdim=True)
     return keep | (ties & (ties.cumsum(1) <= room))
+
+
+def _row_by_row(score: torch.Tensor, sparsity: torch.Tensor) -> torch.Tensor:
+    """Each row keeps its own number, lower index first among equals."""
+    kept = torch.tensor([score.shape[1] - _quota(score.shape[1], s) for s in sparsity.tolist()], device=score.device)
+    order = score.argsort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(score.shape[1], device=score.device).expand_as(order)
+    )
+    return rank < kept[:, None]
 
 
 def _keep_in_groups(score: torch.Tensor, n: int, m: int) -> torch.Tensor:

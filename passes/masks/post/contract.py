@@ -1,0 +1,26 @@
+"""What a post-pass is: a frozen dataclass that repairs a block after its masks were written.
+
+Its step follows that of the mask method: ``steps: [{method: wanda, pattern: 2:4}, {method: variance}]``. Registered in
+``sparsec.passes.masks.METHODS`` with ``role = "post"``. It may change kept values, and masks where ``moves_masks`` is
+True; the executor checks afterwards that what the masks prune is zero and that the pattern and each layer's number of
+kept weights are what they were.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    from sparsec.passes.masks.block import Block
+
+
+class Post(Protocol):
+    role: ClassVar[str]  # "post"
+    needs: ClassVar[tuple[str, ...]]
+    moves_masks: ClassVar[bool]
+    source: ClassVar[str]
+    cost: ClassVar[str]
+
+    def refine(self, block: Block) -> None:
+        """Write better values into ``block.layers[i].weight`` (and ``keep``), in place."""
+        ...

@@ -1,0 +1,99 @@
+"""A recipe's steps as stages: each one mask method with what goes before and after it. Illegal orders are refused here.
+
+reparam*  allocate?  mask  post*          and  structure  alone
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sparsec.errors import BadRecipe
+from sparsec.passes.masks.pattern import MaskPattern
+from sparsec.recipe import DEFAULT_SPARSITY, Piece, Spread, Step
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One walk over the model. ``structure`` stages have no mask, all others do."""
+
+    mask: Step | None
+    reparams: tuple[Piece, ...] = ()
+    allocate: Spread | None = None
+    posts: tuple[Piece, ...] = ()
+    structure: Spread | None = None
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """All steps in the order in which they act."""
+        before = (*self.reparams, *([self.allocate] if self.allocate else []))
+        middle = [step for step in (self.structure, self.mask) if step]
+        return (*before, *middle, *self.posts)
+
+    @property
+    def needs_data(self) -> bool:
+        return any(piece.method_object().needs or piece.role in ("post", "reparam") for piece in self.pieces) or bool(
+            self.structure
+        )
+
+
+def stages_of(steps: Sequence[Piece]) -> tuple[Stage, ...]:
+    """Raises BadRecipe for an order that means nothing, in a sentence."""
+    found: list[Stage] = []
+    reparams: list[Piece] = []
+    allocate: Spread | None = None
+    for step in steps:
+        waiting = _names(reparams, allocate)
+        if step.role == "post":
+            found[-1:] = [_followed(found, step, waiting)]
+        elif step.role == "structure":
+            if waiting:
+                raise BadRecipe(detail=f"{step.method} removes heads and neurons, so {waiting} has no use before it")
+            assert isinstance(step, Spread)
+            found.append(Stage(None, structure=step))
+        elif step.role == "reparam":
+            if allocate:
+                raise BadRecipe(detail=f"{step.method} changes what {allocate.method} has measured; put it first")
+            reparams.append(step)
+        elif step.role == "allocate":
+            if allocate:
+                raise BadRecipe(detail=f"{allocate.method} and {step.method} both allocate; keep one of them")
+            assert isinstance(step, Spread)
+            allocate = step
+        else:
+            assert isinstance(step, Step)
+            found.append(Stage(_allocated(step, allocate), tuple(reparams), allocate))
+            reparams, allocate = [], None
+    if waiting := _names(reparams, allocate):
+        raise BadRecipe(detail=f"{waiting} must be followed by the step of a mask method")
+    return tuple(found)
+
+
+def _followed(found: list[Stage], step: Piece, waiting: str) -> Stage:
+    if not found or found[-1].mask is None or waiting:
+        raise BadRecipe(detail=f"{step.method} works on masks: put it after the step of a mask method")
+    last = found[-1]
+    return Stage(last.mask, last.reparams, last.allocate, (*last.posts, step))
+
+
+def _names(reparams: Sequence[Piece], allocate: Piece | None) -> str:
+    return " and ".join(piece.method for piece in (*reparams, *([allocate] if allocate else [])))
+
+
+def _allocated(step: Step, allocate: Spread | None) -> Step:
+    """The mask step with the sparsity of its allocator, where only that says one."""
+    if allocate is None:
+        return step
+    pattern = MaskPattern.parse(step.pattern)
+    if pattern.kind == "vnm":
+        raise BadRecipe(detail=f"{allocate.method} gives each layer its own sparsity, and {pattern} has only one")
+    if step.scope == "global":
+        raise BadRecipe(detail=f"{allocate.method} gives each layer its own sparsity; scope global would overrule it")
+    if allocate.sparsity is None or pattern.sparsity is not None:
+        return step
+    if "sparsity" in step.model_fields_set and step.sparsity not in (allocate.sparsity, DEFAULT_SPARSITY):
+        raise BadRecipe(
+            detail=f"{allocate.method} asks for sparsity {allocate.sparsity:g}, {step.method} for {step.sparsity:g}; "
+            "give one of them"
+        )
+    return step.model_copy(update={"sparsity": allocate.sparsity})
