@@ -8,7 +8,24 @@ from typing import Any
 from sparsec.errors import UnknownMethod, did_you_mean, listed
 
 METHODS: dict[str, str] = {
+    "sparsegpt": "sparsec.passes.masks.sparsegpt:SparseGPT",
+    "reconstruct": "sparsec.passes.masks.post.reconstruct:Reconstruct",
+    "variance": "sparsec.passes.masks.post.variance:Variance",
+    "barber": "sparsec.passes.masks.post.barber:Barber",
+    "ebft": "sparsec.passes.masks.post.ebft:Ebft",
+    "equalize": "sparsec.passes.reparam.equalize:Equalize",
+    "permute": "sparsec.passes.reparam.permute:Permute",
     "magnitude": "sparsec.passes.masks.magnitude:Magnitude",
+    "wanda": "sparsec.passes.masks.wanda:Wanda",
+    "wanda-alpha": "sparsec.passes.masks.wanda:WandaAlpha",
+    "ria": "sparsec.passes.masks.ria:RIA",
+    "gblm": "sparsec.passes.masks.gblm:GBLM",
+    "esparse": "sparsec.passes.masks.esparse:ESparse",
+    "minillm": "sparsec.passes.masks.minillm:MiniLLM",
+    "besa": "sparsec.passes.masks.allocate.besa:BESA",
+    "owl": "sparsec.passes.masks.allocate.owl:OWL",
+    "time": "sparsec.passes.masks.allocate.budget:Time",
+    "uniform": "sparsec.passes.masks.allocate.uniform:Uniform",
 }
 
 

@@ -33,7 +33,7 @@ class Equalize:
     clamps would give it 1e-5 or 1e5); (2) scales are rounded to powers of two unless ``exact`` is false, so that
     folding rounds nothing in any dtype; (3) they are folded wherever a scale was seen to pass (norm -> layers, up ->
     down, v -> o, fc1 -> ReLU -> fc2), not only into norms, unless ``norms_only``.
-    Scores that depend on |x| |w| alone (Wanda) do not change by it; magnitude, and RIA, which takes the root of |x|, do.
+    Scores of |x| |w| alone (Wanda) do not change by it; magnitude, and RIA, which takes the root of |x|, do.
     """
 
     role: ClassVar[str] = "reparam"

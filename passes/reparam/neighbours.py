@@ -138,19 +138,24 @@ def _shape(probe: Probe, layer: str) -> torch.Size:
 
 def _readers(probe: Probe) -> dict[str, tuple[str, ...]]:
     """Norm -> the layers that read its very output, in the order of their calls."""
-    called = [name for name in probe.calls if name in probe.layers and name not in probe.left_out]
-    found = {}
-    for norm in (name for name in probe.calls if name in probe.norms):
-        consumers = tuple(name for name in called if _same(probe.calls[name].x, probe.calls[norm].y))
-        if consumers:
-            found[norm] = consumers
+    norms = [name for name in probe.calls if name in probe.norms]
+    found: dict[str, tuple[str, ...]] = {}
+    for layer in probe.calls:
+        if layer not in probe.layers or layer in probe.left_out:
+            continue
+        x = probe.calls[layer].x
+        shared = [norm for norm in norms if _shares(x, probe.calls[norm].y)]
+        for norm in shared or [norm for norm in norms if _equal(x, probe.calls[norm].y)]:  # or a copy was made
+            found[norm] = (*found.get(norm, ()), layer)
     return found
 
 
-def _same(x: torch.Tensor, y: torch.Tensor) -> bool:
-    if x.numel() != y.numel() or x.shape[-1] != y.shape[-1]:
-        return False
-    return x.data_ptr() == y.data_ptr() or torch.equal(x.reshape(-1), y.reshape(-1))
+def _shares(x: torch.Tensor, y: torch.Tensor) -> bool:
+    return x.numel() == y.numel() and x.data_ptr() == y.data_ptr()
+
+
+def _equal(x: torch.Tensor, y: torch.Tensor) -> bool:
+    return x.numel() == y.numel() and x.shape[-1] == y.shape[-1] and torch.equal(x.reshape(-1), y.reshape(-1))
 
 
 def _add_norm(probe: Probe, found: Wiring, norm: str, consumers: tuple[str, ...], random: torch.Generator) -> None:
@@ -244,18 +249,19 @@ def _without(feed: Feed, failed: str) -> Feed:
 
 def _siblings(probe: Probe, name: str, consumer: str) -> bool:
     """Layers that read one and the same tensor do not feed each other."""
-    a, b = probe.calls[name].x, probe.calls[consumer].x
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape
+    return _shares(probe.calls[name].x, probe.calls[consumer].x)
 
 
 def _parts(height: int, width: int) -> Iterator[range]:
-    """Rows of a layer that may feed ``width`` columns: all of them, or one of the layers that were fused into it."""
+    """Rows of a layer that may feed ``width`` columns: all of them, or those of one layer that was fused into it."""
     if width % height == 0:  # one row a column, or one row for each query head that shares it
         yield range(height)
-    elif height % width == 0:  # gate and up, or q, k and v, one below the other
+        return
+    if height % width == 0:  # gate and up, or q, k and v, one below the other
         yield from (range(start, start + width) for start in range(0, height, width))
-    elif height > width and (height - width) % 2 == 0 and width % ((height - width) // 2) == 0:
-        yield range((height + width) // 2, height)  # q, then the fewer k and v
+    fewer, odd = divmod(height - width, 2)
+    if 0 < fewer < width and not odd and width % fewer == 0:  # q, then the fewer rows of k and of v
+        yield range(height - fewer, height)
 
 
 def _fed_by(probe: Probe, consumer: str, name: str, rows: range, random: torch.Generator) -> torch.Tensor | None:

@@ -157,7 +157,7 @@ def _reduced(score: torch.Tensor, pattern: MaskPattern, rows: int, norm: str) ->
     n, m = pattern.params[-2:]
     if pattern.kind == "vnm" and m > VNM_COLUMNS:
         worth = score.square() if norm == "l2" else score
-        score, n = torch.stack([part.sum(0) for part in worth.split(pattern.params[0])]), VNM_COLUMNS
+        score, n = torch.stack([part.sum(0) for part in torch.split(worth, pattern.params[0])]), VNM_COLUMNS
     if len(score) > rows:
         score = score[torch.linspace(0, len(score) - 1, rows).round().long().to(score.device)]
     return score, n, m

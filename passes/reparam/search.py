@@ -107,7 +107,7 @@ def _worth(
     others = held[torch.arange(m) != (places % m)[:, None]].view(-1, m - 1)
     total = torch.zeros(len(features), len(places), dtype=torch.float64, device=score.device)
     rows = max(1, _CELLS // max(1, len(places) * max(len(features), m)))
-    for part in score.split(rows):
+    for part in torch.split(score, rows):
         best = part[:, others].topk(n, -1).values  # [rows, places, n]
         bar = best[..., -1]
         newcomers = part[:, features]
