@@ -179,8 +179,8 @@ class _Twin:
             for i, layer in enumerate(self.layers):
                 stack.callback(layer.register_forward_hook(_recorder(uses, i)).remove)
             errors = self._errors(args, kwargs, output)
+            total = errors.sum()
         self.samples += len(errors)
-        total = errors.sum()
         if total.requires_grad:
             grads = torch.autograd.grad(total, [out for _, _, out in uses], allow_unused=True)
             self._add(uses, grads, len(errors))
@@ -199,7 +199,7 @@ class _Twin:
     ) -> None:
         for i, (layer, square) in enumerate(zip(self.layers, self.squares, strict=True)):
             pairs = [
-                (_tokens(layer, x), _tokens(layer, grad))
+                _tokens(layer, x, grad)
                 for (used, x, _), grad in zip(uses, grads, strict=True)
                 if used == i and grad is not None
             ]
@@ -217,13 +217,16 @@ def _recorder(uses: list[tuple[int, torch.Tensor, torch.Tensor]], i: int) -> Cal
     return record
 
 
-def _tokens(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Inputs or outputs of a layer as [samples, tokens, features]."""
-    if isinstance(layer, nn.Conv2d):
-        high, wide = layer.stride if x.shape[-3] == layer.in_channels else (1, 1)
-        x = x if x.dim() == 4 else x[None]
-        return x[:, :, ::high, ::wide].flatten(2).transpose(1, 2)
-    return x.reshape(len(x) if x.dim() > 2 else 1, -1, x.shape[-1])
+def _tokens(layer: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A layer's inputs and the gradient of its outputs, both as [samples, tokens, features]."""
+    if isinstance(layer, nn.Conv2d):  # of a 1x1 convolution every position it reads is a token
+        x, grad = (t if t.dim() == 4 else t[None] for t in (x, grad))
+        (high, wide), edge = layer.stride, layer.padding
+        x = pad(x, (edge[1], edge[1], edge[0], edge[0])) if isinstance(edge, tuple) else x
+        x = x[:, :, ::high, ::wide]
+        return x.flatten(2).transpose(1, 2), grad.flatten(2).transpose(1, 2)
+    samples = len(x) if x.dim() > 2 else 1
+    return x.reshape(samples, -1, x.shape[-1]), grad.reshape(samples, -1, grad.shape[-1])
 
 
 @contextmanager
