@@ -48,9 +48,9 @@ def gradients(
     if unknown := sorted(set(kinds) - set(GRADIENTS)):
         raise ValueError(f"no such statistics of gradients: {', '.join(unknown)}")
     names = {module.get_parameter("weight"): name for name, module in reversed(list(modules.items()))}
-    totals = {kind: {w: torch.zeros_like(w, dtype=torch.float32) for w in names} for kind in dict.fromkeys(kinds)}
     samples = list(_samples(data))
-    with evaluating(model), torch.inference_mode(False), _only(model, names), _restored(names) as dense:
+    with torch.inference_mode(False), evaluating(model), _only(model, names), _restored(names) as dense:
+        totals = {kind: {w: torch.zeros_like(w, dtype=torch.float32) for w in names} for kind in dict.fromkeys(kinds)}
         estimate = _Spsa(model, dense, probes, epsilon, seed) if "spsa" in totals else None
         for i, sample in enumerate(samples, 1):
             where = f" in sample {i} of {len(samples)}"
@@ -60,10 +60,10 @@ def gradients(
                 estimate.add(sample, totals["spsa"], where)
             if tick is not None:
                 tick(i, len(samples), "gradients")
-    return {
-        name: {kind: _matrix(module, found[module.get_parameter("weight")]) for kind, found in totals.items()}
-        for name, module in modules.items()
-    }
+        return {
+            name: {kind: _matrix(module, found[module.get_parameter("weight")]) for kind, found in totals.items()}
+            for name, module in modules.items()
+        }
 
 
 def _samples(data: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

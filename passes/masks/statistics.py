@@ -138,11 +138,13 @@ class _Histogram:
         self.counts = torch.zeros(k, BINS, dtype=torch.int64, device=device)
 
     def add(self, x: torch.Tensor, peak: torch.Tensor) -> None:
-        self._widen(torch.maximum(self.exponent, torch.frexp(peak).exponent))
+        exponent = torch.frexp(peak).exponent.masked_fill(peak == 0, _LOWEST)  # zeros fit any range
+        self._widen(torch.maximum(self.exponent, exponent))
         per_bin = (BINS // 2).bit_length() - 1 - self.exponent
         scale = ((per_bin + 127) << 23).view(torch.float32)  # 2^per_bin by its bits: pow() may be off by an ulp
-        bins = (x * scale).floor().to(torch.int32) + BINS // 2
-        first = torch.arange(len(peak), dtype=torch.int32, device=x.device) * BINS
+        bins = (x * scale).floor().to(torch.int32)
+        bins.masked_fill_((bins == 0) & (x < 0), -1)  # a product that underflowed to -0.0
+        first = torch.arange(len(peak), dtype=torch.int32, device=x.device) * BINS + BINS // 2
         self.counts += torch.bincount((bins + first).flatten(), minlength=self.counts.numel()).view_as(self.counts)
 
     def _widen(self, exponent: torch.Tensor) -> None:
