@@ -149,7 +149,7 @@ class SpillFailed(SparsecError):
 
 class UnreadableCalibration(RecipeError):
     code = "S209"
-    message = "the calibration data {source} cannot be read: {why}."
+    message = "calibration: {source} cannot be read: {why}."
 
 
 class NoTokenizer(RecipeError):
