@@ -288,8 +288,9 @@ def _step(said: object, shared_ignore: Any, notes: list[str], index: int) -> Pie
         step["ignore"] = list(dict.fromkeys(both))
     made: Piece = _validated(cls, step, where)
     made = made.filled()
-    for entry in made.overrides if isinstance(made, Step) else ():
-        made.overridden(entry)  # wrong keys and values are found now, not at the layer
+    if isinstance(made, Step):
+        for entry in made.overrides:
+            made.overridden(entry)  # wrong keys and values are found now, not at the layer
     return made
 
 

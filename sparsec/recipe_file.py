@@ -62,6 +62,15 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _int)
 _Loader.add_constructor("tag:yaml.org,2002:float", _float)
 
 
+def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    """In double quotes where it has one of Unicode's other line breaks, which PyYAML folds into blanks otherwise."""
+    style = '"' if re.search("[\x85\u2028\u2029]", text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
+
+
 def parse_yaml(text: str, where: str = "the text") -> Any:
     """The value of one YAML document. Raises BadRecipe with the line."""
     try:

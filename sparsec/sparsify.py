@@ -7,10 +7,10 @@ found by ``prepare`` before the first weight changes; then each layer's mask is 
 
 from __future__ import annotations
 
+import os
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,18 +18,24 @@ from torch import nn
 
 from sparsec import __version__
 from sparsec.cache import digest
+from sparsec.calibration import Calibrated, calibrate
 from sparsec.cli.common import progress as progress_bar
-from sparsec.errors import BadRecipe, SparsecWarning, UnprunableLayer
+from sparsec.errors import BadRecipe
+from sparsec.journal import Journal
 from sparsec.passes.masks import METHODS, method_class
-from sparsec.passes.masks.contract import Choose, Pruned, Scores, Statistics, Updates, prune
+from sparsec.passes.masks.contract import Updates, prune
+from sparsec.passes.masks.magnitude import Magnitude
 from sparsec.passes.masks.pattern import MaskPattern
-from sparsec.passes.masks.select import Selector, select_pool
+from sparsec.passes.masks.select import Selector
 from sparsec.prunable import Job, Selection, select_layers, survey
 from sparsec.recipe import Recipe
 from sparsec.sparsify_report import PrunedLayer, Report
+from sparsec.sparsify_run import Runner
+from sparsec.stages import Stage, stages_of
 
 __all__ = ["Prepared", "PrunedLayer", "Report", "execute", "methods", "prepare", "sparsify"]
 
+DEFAULT_MEMORY = 4 << 30  # bytes of calibration activations kept in memory
 _SAMPLED = 512  # values of each tensor that the model's fingerprint reads
 _SCRATCH = 24  # bytes a weight beside the model while its layer is pruned: scores, keys, masks, the new values
 _TIMED = 1 << 20  # weights that a forecast times
@@ -40,9 +46,18 @@ class Prepared:
     """A checked recipe for one model: what would be pruned, and how. Nothing has been written."""
 
     recipe: Recipe
-    steps: tuple[Selection, ...]
+    stages: tuple[tuple[Stage, Selection], ...]
     notes: tuple[str, ...]
     model_sha: str
+    model: nn.Module
+
+    @property
+    def steps(self) -> tuple[Selection, ...]:
+        return tuple(selection for _, selection in self.stages)
+
+    @property
+    def needs_data(self) -> bool:
+        return any(stage.needs_data for stage, _ in self.stages)
 
     @property
     def jobs(self) -> list[tuple[int, Job]]:
@@ -78,43 +93,92 @@ class Prepared:
 
 
 def _forecast_seconds(prepared: Prepared) -> float:
-    """Time a mask of a piece of the largest layer, scaled to all weights; a pool reads its scores four times."""
+    """Time a mask of a piece of the largest layer, scaled to all weights; a pool reads its scores four times. What
+    calibration takes is not in it."""
     job = max((job for _, job in prepared.jobs), key=lambda job: job.layer.weight.numel())
     piece = job.layer.matrix[: max(1, _TIMED // job.layer.shape[1])]
     choose = Selector(MaskPattern.parse(job.step.pattern), float(job.step.sparsity or 0.0))
     for _ in range(2):  # the first call also pays for what torch loads late
         started = time.perf_counter()
-        prune(job.step.method_object(), piece, {}, choose)
+        prune(Magnitude(), piece, {}, choose)
     per_weight = (time.perf_counter() - started) / piece.numel()
     return sum(
         per_weight * job.layer.weight.numel() * (4 if job.step.scope == "global" else 1) for _, job in prepared.jobs
     )
 
 
-def sparsify(model: nn.Module, recipe: object, data: Iterable[Any] | None = None, *, progress: bool = True) -> Report:
+def sparsify(
+    model: nn.Module,
+    recipe: object,
+    data: Any = None,
+    *,
+    tokenizer: Any = None,
+    progress: bool = True,
+    resume: str | os.PathLike[str] | None = None,
+    max_memory: int = DEFAULT_MEMORY,
+) -> Report:
     """Prune ``model`` in place: its weights get exact zeros, nothing else about it changes. Gives a ``Report``.
 
-    ``recipe`` is a method name (``"magnitude"``), a dict (``{"method": "magnitude", "sparsity": 0.7, "pattern":
-    "2:4"}``), a list of those, or a YAML, JSON or TOML file; see ``sparsec.recipe``. ``data`` is an iterable of input
-    tensors, or of keyword dicts for the model's forward, for methods that need calibration. Weights of every floating
-    dtype of 16 bits or more keep their dtype, device and identity; tied weights are pruned once.
+    ``recipe`` is a method name (``"sparsegpt"``), a dict (``{"method": "wanda", "sparsity": 0.7, "pattern": "2:4"}``),
+    a list of steps, or a YAML, JSON or TOML file; see ``sparsec.recipe``. ``data`` is what methods that need
+    calibration see: an iterable of input tensors, or of keyword dicts for the model's forward, or a text or JSONL
+    file, for which ``tokenizer`` is needed. Weights of every floating dtype of 16 bits or more keep their dtype,
+    device and identity; tied weights are pruned once.
 
-    Raises a RecipeError before any weight has changed when the recipe does not fit itself or the model (unknown
-    method, key or layer, impossible pattern, NaN weights). Should anything fail later, a SparsecWarning says at which
-    layer; each layer is then either as it was or finished.
+    ``resume``: a folder where finished blocks are kept, so that the same call goes on after a kill, to the same bits.
+    ``max_memory``: bytes of calibration activations in memory; more goes to disk.
+
+    Raises a RecipeError before any weight has changed when the recipe does not fit itself, the model or the data
+    (unknown method, key or layer, impossible pattern, NaN weights, too little text). Should anything fail later, a
+    SparsecWarning says after which layer; each layer is then either as it was or finished.
     """
-    return execute(prepare(model, recipe), data, progress=progress)
+    return execute(
+        prepare(model, recipe), data, tokenizer=tokenizer, progress=progress, resume=resume, max_memory=max_memory
+    )
 
 
-def execute(prepared: Prepared, data: Iterable[Any] | None = None, *, progress: bool = True) -> Report:
+def execute(
+    prepared: Prepared,
+    data: Any = None,
+    *,
+    tokenizer: Any = None,
+    progress: bool = True,
+    resume: str | os.PathLike[str] | None = None,
+    max_memory: int = DEFAULT_MEMORY,
+) -> Report:
     """Do what was prepared: write the masks into the model that it was prepared for."""
     started = time.perf_counter()
-    notes = list(prepared.notes)
-    if data is not None:
+    recipe, notes = prepared.recipe, list(prepared.notes)
+    samples: list[dict[str, Any]] = []
+    data_sha = ""
+    if prepared.needs_data:
+        calibrated = _calibrated(prepared, data, tokenizer)
+        samples, data_sha = calibrated.samples, calibrated.sha
+        notes += calibrated.notes
+        recipe = recipe.model_copy(update={"made_with": {**recipe.made_with, "data": data_sha}})
+    elif data is not None:
         notes.append("data was not read: no step of this recipe needs calibration")
+    journal = None
+    if resume is not None:
+        about = {"model": prepared.model_sha, "recipe": recipe.sha, "data": data_sha}
+        journal = Journal(Path(resume), digest(*about.values()), about)
     with progress_bar("sparsify", quiet=not progress) as tick:
-        rows = tuple(_rows(prepared, tick))
-    return Report(prepared.recipe, rows, tuple(notes), time.perf_counter() - started, prepared.model_sha)
+        runner = Runner(prepared.model, recipe, prepared.stages, samples, tick, journal, max_memory)
+        rows = tuple(runner.rows())
+    notes += runner.notes
+    return Report(recipe, rows, tuple(dict.fromkeys(notes)), time.perf_counter() - started, prepared.model_sha)
+
+
+def _calibrated(prepared: Prepared, data: Any, tokenizer: Any) -> Calibrated:
+    """The calibration samples of a recipe that needs them. Raises BadRecipe where there are none."""
+    settings = prepared.recipe.calibration
+    said = settings.dataset if data is None else data
+    if said is None:
+        needy = next(p.method for stage, _ in prepared.stages for p in stage.pieces if stage.needs_data)
+        raise BadRecipe(
+            detail=f"{needy} needs calibration data; pass data=..., or name a text file as calibration.dataset"
+        )
+    return calibrate(said, settings, prepared.model, tokenizer)
 
 
 def methods() -> dict[str, str]:
@@ -132,26 +196,30 @@ def prepare(model: nn.Module, recipe: object) -> Prepared:
     model = _unwrapped(model)
     asked = Recipe.load(recipe)
     seen = survey(model)
-    steps = tuple(select_layers(seen, step) for step in asked.steps)
-    for selection in steps:
-        _check_method(selection)
+    stages = []
+    for stage in stages_of(asked.steps):
+        if stage.mask is None:
+            raise BadRecipe(
+                detail=f"{stage.pieces[0].method} removes heads and neurons, which sparsify does not do yet"
+            )
+        selection = select_layers(seen, stage.mask)
+        _check_scope(stage, selection)
+        stages.append((replace(stage, mask=selection.step), selection))
     made_with = {"sparsec": __version__, "torch": torch.__version__}
-    resolved = asked.model_copy(update={"steps": tuple(s.step for s in steps), "made_with": made_with, "notes": ()})
-    notes = dict.fromkeys([*asked.notes, *(note for step in steps for note in step.notes)])
-    return Prepared(resolved, steps, tuple(notes), fingerprint(model))
+    steps = tuple(piece for stage, _ in stages for piece in stage.pieces)
+    resolved = asked.model_copy(update={"steps": steps, "made_with": made_with, "notes": ()})
+    notes = dict.fromkeys([*asked.notes, *(note for _, selection in stages for note in selection.notes)])
+    return Prepared(resolved, tuple(stages), tuple(notes), fingerprint(model), model)
 
 
-def _check_method(selection: Selection) -> None:
-    method = selection.step.method_object()
-    if method.needs:
+def _check_scope(stage: Stage, selection: Selection) -> None:
+    """Scope global compares the scores of all layers at once, which walking block by block never has."""
+    assert stage.mask is not None
+    walks = stage.walks or isinstance(stage.mask.method_object(), Updates)
+    if walks and any(job.step.scope == "global" for job in selection.jobs):
         raise BadRecipe(
-            detail=f"method {selection.step.method} needs statistics of calibration data ({', '.join(method.needs)}), "
-            "and this version runs only methods that need none"
-        )
-    if isinstance(method, Updates) and any(job.step.scope == "global" for job in selection.jobs):
-        raise BadRecipe(
-            detail=f"method {selection.step.method} updates weights layer by layer, so scope global has no meaning; "
-            "use layer or row"
+            detail=f"method {stage.mask.method} goes layer by layer here, so scope global has no meaning; "
+            "use layer or row, and owl to spread the sparsity"
         )
 
 
@@ -178,100 +246,3 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     """The module inside ``torch.compile(module)``, whose names are those that the user knows."""
     inner = getattr(model, "_orig_mod", None)
     return inner if isinstance(inner, nn.Module) else model
-
-
-def _rows(prepared: Prepared, tick: Callable[[int, int, str], None]) -> Iterator[PrunedLayer]:
-    total, done = sum(len(step.jobs) for step in prepared.steps), 0
-    for number, selection in enumerate(prepared.steps, 1):
-        choosers = _choosers(selection.jobs)
-        for job, stats in _walk(selection):
-            tick(done, total, job.layer.name)
-            try:
-                row = _prune(job, stats, choosers[job], number)
-            except BaseException:
-                if done:
-                    warnings.warn(
-                        f"sparsify stopped at {job.layer.name}: {done} of {total} layers are pruned, the others are "
-                        "as they were. Load the model again before another recipe.",
-                        SparsecWarning,
-                        stacklevel=3,
-                    )
-                raise
-            done += 1
-            yield row
-    tick(done, total, "")
-
-
-def _walk(selection: Selection) -> Iterator[tuple[Job, Statistics]]:
-    """The order in which layers are pruned, each with the statistics that its method needs: here, none."""
-    for job in selection.jobs:
-        yield job, {}
-
-
-def _choosers(jobs: list[Job]) -> dict[Job, Choose]:
-    """A ``Choose`` for each job. Jobs of scope global with the same method, pattern and sparsity share a threshold."""
-    choosers: dict[Job, Choose] = {}
-    pools: dict[tuple[Any, MaskPattern, float], list[Job]] = {}
-    for job in jobs:
-        pattern, step = MaskPattern.parse(job.step.pattern), job.step
-        method, sparsity = step.method_object(), float(step.sparsity or 0.0)
-        if step.scope == "global" and pattern.sparsity is None:
-            pools.setdefault((method, pattern, sparsity), []).append(job)
-        else:
-            choosers[job] = Selector(pattern, sparsity, str(step.scope), method.norm)
-    for (method, pattern, sparsity), members in pools.items():
-        selectors = select_pool([_scorer(method, job) for job in members], pattern, sparsity, norm=method.norm)
-        choosers.update(zip(members, selectors, strict=True))
-    return choosers
-
-
-def _scorer(method: Scores, job: Job) -> Callable[[], torch.Tensor]:
-    return lambda: _scored(method, job)
-
-
-def _scored(method: Scores, job: Job) -> torch.Tensor:
-    with torch.no_grad():
-        return method.score(job.layer.matrix, {})
-
-
-def _prune(job: Job, stats: Statistics, choose: Choose, number: int) -> PrunedLayer:
-    """Make one layer's mask, then write it; gives its row of the report."""
-    layer, step = job.layer, job.step
-    inside = layer.weight.is_inference()  # such tensors may only be written in inference mode
-    with torch.inference_mode(inside), torch.no_grad():
-        weight = layer.matrix
-        pruned = prune(step.method_object(), weight, stats, _finite(choose, layer.name))
-        new = _written(weight, pruned)
-        size = torch.linalg.vector_norm(weight, dtype=torch.float64).item()
-        lost = torch.linalg.vector_norm(weight - new, dtype=torch.float64).item()
-        weight.copy_(new)
-        achieved = 1.0 - new.count_nonzero().item() / new.numel()
-    return PrunedLayer(
-        name=layer.name,
-        kind=layer.kind,
-        shape=layer.shape,
-        method=step.method,
-        pattern=step.pattern,
-        scope=str(step.scope),
-        asked=float(step.sparsity or 0.0),
-        achieved=achieved,
-        error=lost / size if size else 0.0,
-        step=number,
-        tied=layer.tied,
-        notes=(*job.notes, *(("every weight of it is zero now",) if achieved == 1.0 else ())),
-    )
-
-
-def _written(weight: torch.Tensor, pruned: Pruned) -> torch.Tensor:
-    """The new weight: kept values, and +0.0 (never -0.0) where the mask prunes."""
-    values = weight if pruned.values is None else pruned.values.to(weight.dtype)
-    return values.masked_fill(~pruned.keep, 0.0)
-
-
-def _finite(choose: Choose, name: str) -> Choose:
-    def checked(score: torch.Tensor, start: int = 0) -> torch.Tensor:
-        if bool(score.isnan().any()):
-            raise UnprunableLayer(name=name, why="its scores are not numbers", help="Check the calibration data.")
-        return choose(score, start)
-
-    return checked

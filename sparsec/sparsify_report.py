@@ -18,7 +18,9 @@ class PrunedLayer:
 
     ``asked`` is the recipe's sparsity for it, ``achieved`` the share of exact zeros it now has, both 0 to 1; with
     scope ``global`` a layer's own share is what the common threshold gives. ``error`` is ||W - W'|| / ||W||
-    (Frobenius), W as it was before the step. ``tied``: other modules with the same weight, pruned by the same write.
+    (Frobenius), W as it was before the step. ``output_error`` is ||X(W - W')|| / ||XW|| over a sample of the
+    calibration inputs X, 0 where there were none. ``tied``: other modules with the same weight, pruned by the same
+    write.
     """
 
     name: str
@@ -30,6 +32,7 @@ class PrunedLayer:
     asked: float
     achieved: float
     error: float
+    output_error: float = 0.0
     step: int = 1
     tied: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -37,6 +40,15 @@ class PrunedLayer:
     @property
     def weights(self) -> int:
         return self.shape[0] * self.shape[1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types; ``from_dict`` gives the same row back."""
+        return asdict(self) | {"shape": list(self.shape), "tied": list(self.tied), "notes": list(self.notes)}
+
+    @classmethod
+    def from_dict(cls, said: Mapping[str, Any]) -> PrunedLayer:
+        n, k = said["shape"]
+        return cls(**{**said, "shape": (n, k), "tied": tuple(said["tied"]), "notes": tuple(said["notes"])})
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,7 @@ class Report:
             "model_sha": self.model_sha,
             "achieved": self.achieved,
             "seconds": self.seconds,
-            "layers": [asdict(layer) | {"shape": list(layer.shape)} for layer in self.layers],
+            "layers": [layer.to_dict() for layer in self.layers],
             "notes": list(self.notes),
         }
 
@@ -71,11 +83,12 @@ class Report:
         size = sum(layer.weights for layer in {layer.name: layer for layer in self.layers}.values())
         methods = " + ".join(step.method for step in self.recipe.steps)
         head = f"sparsify {methods}: {count} layers, {_count(size)} weights, {self.achieved:.1%} zero"
-        rows = [_row(group) for group in _folded(self.layers)]
+        seen = any(layer.output_error for layer in self.layers)
+        rows = [_row(group, seen) for group in _folded(self.layers)]
         lines = [
             f"{head}, {self.seconds:.1f} s",
             "",
-            *table(("layer", "shape", "pattern", "asked", "zero", "error"), rows),
+            *table(("layer", "shape", "pattern", "asked", "zero", "error", *(["output"] if seen else [])), rows),
         ]
         notes = [*self.notes, *_layer_notes(self.layers)]
         return "\n".join([*lines, *(["", *(f"note: {note}" for note in notes)] if notes else [])])
@@ -136,7 +149,7 @@ def _alike(a: PrunedLayer, b: PrunedLayer) -> bool:
     return abs(a.achieved - b.achieved) <= _CLOSE
 
 
-def _row(group: Sequence[PrunedLayer]) -> tuple[str, ...]:
+def _row(group: Sequence[PrunedLayer], seen: bool) -> tuple[str, ...]:
     first = group[0]
     scope = "" if first.scope == "layer" else f", {first.scope}"
     return (
@@ -146,6 +159,7 @@ def _row(group: Sequence[PrunedLayer]) -> tuple[str, ...]:
         f"{first.asked:.1%}",
         _span([layer.achieved for layer in group], ".1%"),
         _span([layer.error for layer in group], ".3f"),
+        *([_span([layer.output_error for layer in group], ".3f")] if seen else []),
     )
 
 

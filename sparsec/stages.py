@@ -32,9 +32,12 @@ class Stage:
 
     @property
     def needs_data(self) -> bool:
-        return any(piece.method_object().needs or piece.role in ("post", "reparam") for piece in self.pieces) or bool(
-            self.structure
-        )
+        return self.structure is not None or any(piece.method_object().needs for piece in self.pieces)
+
+    @property
+    def walks(self) -> bool:
+        """Whether it goes block by block, not layer by layer."""
+        return self.needs_data or len(self.pieces) > 1
 
 
 def stages_of(steps: Sequence[Piece]) -> tuple[Stage, ...]:

@@ -14,6 +14,16 @@ sparsec methods
 sparsec methods magnitude --schema"""
 
 
+# What a step may be, in the order in which steps stand in a recipe.
+ROLES = {
+    "reparam": "rewrites that change no output, before masks",
+    "allocate": "allocators: how much goes from which layer; the step before a mask method",
+    "mask": "mask methods: which weights go",
+    "post": "repairs after a mask method",
+    "structure": "removal of whole heads and neurons",
+}
+
+
 def command(
     name: Annotated[str | None, typer.Argument(help="One method: what it does and its options.")] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of its step, or of recipes.")] = False,
@@ -48,7 +58,8 @@ def _about(name: str, cls: type[Any]) -> dict[str, Any]:
         "line": doc.splitlines()[0].removesuffix("."),
         "about": "\n".join(line.strip() for line in doc.splitlines()),
         "needs": list(cls.needs),
-        "scope": cls.scope,
+        "role": cls.role,
+        "scope": getattr(cls, "scope", ""),
         "cost": cls.cost,
         "source": cls.source,
         "options": {f.name: properties[f.name] for f in dataclasses.fields(cls)},
@@ -62,13 +73,18 @@ def _needs(told: dict[str, Any]) -> str:
 def _table(told: list[dict[str, Any]]) -> str:
     from sparsec.sparsify_report import table
 
-    rows = [(x["name"], _needs(x), x["cost"], x["source"], x["line"]) for x in told]
     footer = "use one: sparsec sparsify MODEL --method NAME --sparsity 0.5 -o OUT     its options: sparsec methods NAME"
-    return "\n".join([*table(("method", "needs", "cost", "source", "what it does"), rows), "", footer])
+    parts = []
+    for role, title in ROLES.items():
+        rows = [(x["name"], _needs(x), x["cost"], x["source"], x["line"]) for x in told if x["role"] == role]
+        if rows:
+            parts += [f"{title}:", *table(("method", "needs", "cost", "source", "what it does"), rows), ""]
+    return "\n".join([*parts, footer])
 
 
 def _page(told: dict[str, Any]) -> str:
-    facts = f"needs: {_needs(told)}   cost: {told['cost']}   scope: {told['scope']}   source: {told['source']}"
+    scope = f"   scope: {told['scope']}" if told["scope"] else ""
+    facts = f"needs: {_needs(told)}   cost: {told['cost']}{scope}   source: {told['source']}"
     options = [
         f"  --set {key}={option.get('default')}   {option.get('description', '')}".rstrip()
         for key, option in told["options"].items()

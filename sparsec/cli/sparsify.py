@@ -36,6 +36,12 @@ def command(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
     calibration: Annotated[str | None, typer.Option(help="As YAML: '{samples: 128, seqlen: 2048}'.")] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Calibration text: .txt or .jsonl. Methods with data need it.")
+    ] = None,
+    max_memory: Annotated[
+        float, typer.Option(help="GiB of calibration activations in memory; more goes to disk.")
+    ] = 4.0,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A method's own option. Repeat.")
     ] = None,
@@ -52,6 +58,8 @@ def command(
     Every key of a recipe is a flag here, and flags win over the file. What is written loads with from_pretrained and
     without sparsec; recipe.yaml beside it gives the same masks again.
     """
+    if max_memory < 0:
+        raise typer.BadParameter("it is a number of GiB, 0 or more.", param_hint="--max-memory")
     if output is None and not dry_run:
         raise typer.BadParameter("name the folder to write, or pass --dry-run.", param_hint="--output")
     flags = {
@@ -63,7 +71,7 @@ def command(
         "ignore": _entries(ignore),
         "overrides": _yaml("--overrides", overrides),
         "seed": seed,
-        "calibration": _yaml("--calibration", calibration),
+        "calibration": _with_data(_yaml("--calibration", calibration), data),
         **_settings(set_),
     }
     said = merged(recipe, {key: value for key, value in flags.items() if value is not None})
@@ -73,10 +81,19 @@ def command(
     if dry_run:
         _dry_run(model, asked, save_recipe, overwrite, as_json)
     elif output is not None:
-        _run(model, asked, output, save_recipe, overwrite, as_json)
+        _run(model, asked, output, save_recipe, overwrite, as_json, int(max_memory * 2**30))
 
 
-def _run(model: str, asked: Any, output: Path, save_recipe: Path | None, overwrite: bool, as_json: bool) -> None:
+def _with_data(calibration: Any, data: Path | None) -> Any:
+    return calibration if data is None else {**(calibration or {}), "dataset": str(data)}
+
+
+def _run(
+    model: str, asked: Any, output: Path, save_recipe: Path | None, overwrite: bool, as_json: bool, max_memory: int
+) -> None:
+    """Prune and save. What a killed run had finished lies beside ``output`` and is taken from there."""
+    import shutil
+
     from sparsec.io import check_output, save
     from sparsec.models import load_model
     from sparsec.sparsify import execute, prepare
@@ -85,8 +102,11 @@ def _run(model: str, asked: Any, output: Path, save_recipe: Path | None, overwri
     prepared = prepare(loaded.model, asked)
     check_output(output, prepared.recipe.sha, prepared.model_sha, overwrite)
     _write_recipe(prepared, save_recipe, overwrite)
-    report = execute(prepared)
+    journal = Path(f"{os.path.abspath(output)}.journal") if prepared.needs_data else None
+    report = execute(prepared, tokenizer=loaded.tokenizer, resume=journal, max_memory=max_memory)
     save(loaded.model, output, report, loaded.tokenizer, overwrite=overwrite)
+    if journal:
+        shutil.rmtree(journal, ignore_errors=True)
     if as_json:
         emit_json({**report.to_dict(), "output": str(output)})
         return

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from sparsec.errors import BadPattern, UnknownMethod
 from sparsec.passes.masks import METHODS, method_class
+from sparsec.passes.masks.allocate.contract import Learns, Measures
 from sparsec.passes.masks.contract import (
     SCOPES,
     STATISTICS,
@@ -233,12 +234,18 @@ def test_every_registered_method_keeps_the_contract(name: str) -> None:
     assert eval(repr(method), {cls.__name__: cls}) == method
     assert hash(method) == hash(cls())
     assert set(cls.needs) <= set(STATISTICS)
-    assert cls.scope in SCOPES
-    assert cls.norm in ("l2", "sum")
     assert cls.source
     assert cls.cost
     assert (cls.__doc__ or "").splitlines()[0].endswith(".")
-    assert isinstance(method, (Scores, Updates))
+    calls = {"post": ("refine",), "reparam": ("apply",), "structure": ("apply",)}
+    if cls.role == "mask":
+        assert cls.scope in SCOPES
+        assert cls.norm in ("l2", "sum")
+        assert isinstance(method, (Scores, Updates))
+    elif cls.role == "allocate":
+        assert isinstance(method, (Measures, Learns))
+    else:
+        assert all(callable(getattr(method, call)) for call in calls[cls.role])
 
 
 def test_an_unknown_method_names_the_nearest() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -212,8 +211,8 @@ def test_a_full_disk_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def training() -> Iterator[nn.Module]:
-    yield made("llama")[0].train()
+def training() -> nn.Module:
+    return made("llama")[0].train()
 
 
 def test_a_model_in_training_is_put_back_as_it_was(training: nn.Module) -> None:

@@ -24,6 +24,7 @@ from sparsec.recipe_file import parse_yaml, read, to_yaml
 class Damped:
     """Stands in for a method with options of its own."""
 
+    role: ClassVar[str] = "mask"
     needs: ClassVar[tuple[str, ...]] = ()
     scope: ClassVar[str] = "row"
     norm: ClassVar[str] = "sum"

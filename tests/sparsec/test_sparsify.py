@@ -456,6 +456,7 @@ def test_the_report_is_json_and_a_table_that_folds_twins() -> None:
 class Fails:
     """Scores the first layers and then breaks, as a full memory would."""
 
+    role: ClassVar[str] = "mask"
     needs: ClassVar[tuple[str, ...]] = ()
     scope: ClassVar[str] = "layer"
     norm: ClassVar[str] = "l2"
@@ -540,8 +541,8 @@ def test_scores_that_are_not_numbers_are_one_sentence() -> None:
     assert changed(model, dense) == set()
 
 
-def test_a_method_that_needs_data_is_refused_with_its_needs() -> None:
-    with pytest.raises(BadRecipe, match=r"needs statistics of calibration data \(sum_x2\)"):
+def test_a_method_that_needs_data_is_refused_without_any() -> None:
+    with pytest.raises(BadRecipe, match=r"needy needs calibration data; pass data=\.\.\."):
         sparsify(stack(), "needy", progress=False)
 
 

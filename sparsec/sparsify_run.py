@@ -1,0 +1,395 @@
+"""What ``sparsify`` does once everything is checked: masks made and written, stage by stage; a row a layer comes out.
+
+Stages whose steps need no data go layer by layer. The others go block by block (``blockwise``): statistics of the
+block's inputs, masks, post-passes, then what the next block gets. A layer is either as it was or finished, and a block
+that a journal holds is taken from there.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsec.blockwise import BlockRun, Data, Found, Walk, evaluating, find_blocks
+from sparsec.errors import SparsecWarning, UnprunableLayer
+from sparsec.journal import Journal
+from sparsec.passes.masks.allocate.contract import Dense, Learns, Measured, Measures
+from sparsec.passes.masks.block import LayerState
+from sparsec.passes.masks.contract import GRADIENTS, Choose, Pruned, Scores, Statistics, prune
+from sparsec.passes.masks.magnitude import Magnitude
+from sparsec.passes.masks.pattern import MaskPattern
+from sparsec.passes.masks.select import Selector, select_pool
+from sparsec.prunable import Job, Selection
+from sparsec.recipe import Recipe
+from sparsec.sparsify_report import PrunedLayer
+from sparsec.spill import Spilled
+from sparsec.stages import Stage
+
+Tick = Callable[[int, int, str], None]
+Sparsities = Mapping[str, "float | torch.Tensor"]
+
+
+@dataclass
+class Runner:
+    """One run of a prepared recipe over one model."""
+
+    model: nn.Module
+    recipe: Recipe
+    stages: Sequence[tuple[Stage, Selection]]
+    data: Data
+    tick: Tick
+    journal: Journal | None = None
+    memory: int = 4 << 30
+    seconds: Callable[[str, float], float] | None = None
+    notes: list[str] = field(default_factory=list)
+    _done: int = 0
+    _at: str = ""
+    _stored: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(len(selection.jobs) for _, selection in self.stages)
+
+    def rows(self) -> Iterator[PrunedLayer]:
+        try:
+            for number, (stage, selection) in enumerate(self.stages, 1):
+                rows = self._blockwise if stage.walks else self._plain
+                for row in rows(stage, selection, number):
+                    self._done += 1
+                    yield row
+            self.at("")
+        except GeneratorExit:
+            raise
+        except BaseException:
+            if self._done:
+                warnings.warn(
+                    f"sparsify stopped at {self._at}: {self._done} of {self.total} layers are pruned, the others are "
+                    "as they were. Load the model again before another recipe.",
+                    SparsecWarning,
+                    stacklevel=3,
+                )
+            raise
+
+    def at(self, name: str) -> None:
+        """Say what is worked on now."""
+        self._at = name
+        self.tick(self._done, self.total, name)
+
+    # ------------------------------------------------------------------------------------------------ layer by layer
+
+    def _plain(self, stage: Stage, selection: Selection, number: int) -> Iterator[PrunedLayer]:
+        choosers = choosers_of(selection.jobs)
+        for job in selection.jobs:
+            self.at(job.layer.name)
+            yield prune_job(job, {}, choosers[job], number)
+
+    # ------------------------------------------------------------------------------------------------ block by block
+
+    def _blockwise(self, stage: Stage, selection: Selection, number: int) -> Iterator[PrunedLayer]:
+        jobs = {job.layer.name: job for job in selection.jobs}
+        with evaluating(self.model):
+            found = find_blocks(self.model, list(jobs), self.recipe.blocks)
+            gradients = self._gradients(stage, jobs)
+            spread = self._allocated(stage, jobs, found)
+            work = _Work(self, stage, number, gradients, spread)
+            walk = Walk(
+                self.model,
+                found,
+                self.data,
+                propagate_error=self.recipe.propagate_error,
+                keep_dense=bool(stage.posts) or _learner(stage) is not None,
+                memory=self.memory,
+                seed=self.recipe.seed,
+            )
+            self.notes += [note for note in (found.note, *walk.notes) if note]
+            inside: set[str] = set()
+            for run in walk:
+                mine = {n: job for n, job in jobs.items() if n == run.name or n.startswith(f"{run.name}.")}
+                inside |= set(mine)
+                yield from work.block(run, mine)
+            rest = {n: job for n, job in jobs.items() if n not in inside}
+            if rest:
+                yield from work.block(self._whole(), rest)
+
+    def _whole(self) -> BlockRun:
+        """The whole model as one block: for layers outside the list of blocks, and for models without one."""
+        return WholeRun("", self.model, self.recipe.seed, [((), dict(sample)) for sample in self.data])
+
+    def _gradients(self, stage: Stage, jobs: Mapping[str, Job]) -> Mapping[str, Mapping[str, torch.Tensor]]:
+        wanted = [n for piece in stage.pieces for n in piece.method_object().needs if n in GRADIENTS]
+        if not wanted:
+            return {}
+        from sparsec.gradients import gradients
+
+        modules = {name: self.model.get_submodule(name) for name in jobs}
+        found: Mapping[str, Mapping[str, torch.Tensor]] = gradients(self.model, self.data, modules, tuple(wanted))
+        return found
+
+    def _allocated(self, stage: Stage, jobs: Mapping[str, Job], found: Found) -> Sparsities:
+        """Layer -> sparsity from an allocator that measures the dense model; {} where none does."""
+        method = stage.allocate.method_object() if stage.allocate else None
+        if not isinstance(method, Measures):
+            return {}
+        measured = []
+        walk = Walk(self.model, found, self.data, memory=self.memory)
+        names = set(jobs)
+        for run in walk:
+            mine = [n for n in jobs if n.startswith(f"{run.name}.") or n == run.name]
+            names -= set(mine)
+            measured.append(self._measure(method, run, mine))
+        if names:
+            measured.append(self._measure(method, self._whole(), [n for n in jobs if n in names]))
+        assert stage.mask is not None
+        assert stage.mask.sparsity is not None
+        allocation = method.allocate([m for m in measured if m.layers], stage.mask.sparsity)
+        self.notes += allocation.notes
+        return dict(allocation.sparsity)
+
+    def _measure(self, method: Any, run: BlockRun, names: Sequence[str]) -> Measured:
+        layers = [job for _, s in self.stages for job in s.jobs if job.layer.name in set(names)]
+        by_name = {job.layer.name: job.layer for job in layers}
+        stats = run.collect({n: self.model.get_submodule(n) for n in names}, method.needs) if names else {}
+        dense = [Dense(n, by_name[n].matrix.float(), stats[n]) for n in names]
+        sizes = tuple((n, by_name[n].weight.numel()) for n in names)
+        return Measured(run.name, sizes, method.measure(dense) if dense else {}, self.seconds)
+
+
+@dataclass
+class WholeRun(BlockRun):
+    """The model itself as a block: its inputs are the samples, it has no outputs for a next block."""
+
+    def __init__(self, name: str, module: nn.Module, seed: int, calls: list[Any]) -> None:
+        super().__init__(name, module, seed, calls, Spilled(0))
+
+    def outputs(self) -> Iterator[torch.Tensor]:
+        with torch.no_grad():
+            for _, sample in self.calls:
+                self.module(**sample)
+                yield torch.empty(0)
+
+
+@dataclass
+class _Work:
+    """The blocks of one stage."""
+
+    runner: Runner
+    stage: Stage
+    number: int
+    gradients: Mapping[str, Mapping[str, torch.Tensor]]
+    spread: Sparsities
+
+    def block(self, run: BlockRun, jobs: Mapping[str, Job]) -> Iterator[PrunedLayer]:
+        if not jobs:
+            return
+        self.runner.at(run.name or "the model")
+        index = self.runner._stored
+        self.runner._stored += 1
+        journal = self.runner.journal
+        if journal and (held := journal.load(index)):
+            tensors, rows = held
+            with torch.no_grad():
+                for name, tensor in self._written(run, jobs).items():
+                    tensor.copy_(tensors[name])
+            yield from (PrunedLayer.from_dict(row) for row in rows)
+            return
+        before = {name: tensor.clone() for name, tensor in self._written(run, jobs).items()}
+        try:
+            done = self._compress(run, jobs)
+        except BaseException:
+            with torch.no_grad():
+                for name, tensor in self._written(run, jobs).items():
+                    tensor.copy_(before[name])
+            raise
+        if journal:
+            tensors = {name: tensor.contiguous() for name, tensor in self._written(run, jobs).items()}
+            journal.save(index, run.name or "model", tensors, [row.to_dict() for row in done])
+        yield from done
+
+    def _written(self, run: BlockRun, jobs: Mapping[str, Job]) -> dict[str, torch.Tensor]:
+        """What this stage may have changed in the block: its weights; what a reparametrisation folds is anywhere."""
+        if self.stage.reparams:
+            return {f"{run.name}.{name}": tensor.detach() for name, tensor in run.module.state_dict().items()}
+        return {name: job.layer.matrix for name, job in jobs.items()}
+
+    def _compress(self, run: BlockRun, jobs: Mapping[str, Job]) -> list[PrunedLayer]:
+        modules = {name: self.runner.model.get_submodule(name) for name in jobs}
+        notes = self._reparam(run, jobs, modules)
+        spread = {**self.spread, **self._learned(run, jobs, modules)}
+        groups = run.groups(modules) if self.runner.recipe.true_sequential else [list(jobs)]
+        states: list[LayerState] = []
+        samples: dict[str, torch.Tensor] = {}
+        for names in groups:
+            stats = run.collect({n: modules[n] for n in names}, self._needs)
+            for name in names:
+                samples[name] = stats[name].pop("sample")
+                states.append(self._pruned(jobs[name], {**stats[name], **self.gradients.get(name, {})}, spread))
+        run.layers = states
+        for post in self.stage.posts:
+            before = [(int(state.keep.sum()), state) for state in states if state.keep is not None]
+            post.method_object().refine(run)
+            _check(post.method, before)
+        rows = [_row(jobs[s.name], s, samples[s.name], self.number, notes) for s in states]
+        run.layers = []
+        return rows
+
+    @property
+    def _needs(self) -> tuple[str, ...]:
+        assert self.stage.mask is not None
+        pieces = (self.stage.mask, *self.stage.posts)
+        said = [n for piece in pieces for n in piece.method_object().needs if n not in GRADIENTS]
+        return tuple(dict.fromkeys(("tokens", *said, "sample")))
+
+    def _reparam(self, run: BlockRun, jobs: Mapping[str, Job], modules: Mapping[str, nn.Module]) -> list[str]:
+        notes = []
+        for step in self.stage.reparams:
+            method = step.method_object()
+            stats = run.collect(modules, tuple(method.needs))
+            run.layers = [_state(jobs[n], stats[n], 0.0) for n in jobs]
+            folded = method.apply(run)
+            notes += [*folded.notes]
+            run.layers = []
+        return notes
+
+    def _learned(self, run: BlockRun, jobs: Mapping[str, Job], modules: Mapping[str, nn.Module]) -> Sparsities:
+        learner = _learner(self.stage)
+        if learner is None or not run.name:
+            return {}
+        assert self.stage.allocate is not None
+        assert self.stage.mask is not None
+        stats = run.collect(modules, tuple(self.stage.allocate.method_object().needs))
+        run.layers = [_state(jobs[n], stats[n], float(jobs[n].step.sparsity or 0.0)) for n in jobs]
+        found = learner.learn(run, float(self.stage.mask.sparsity or 0.0))
+        run.layers = []
+        return found
+
+    def _pruned(self, job: Job, stats: dict[str, torch.Tensor], spread: Sparsities) -> LayerState:
+        """Choose one layer's mask, write its weight."""
+        state = _state(job, stats, spread.get(job.layer.name, float(job.step.sparsity or 0.0)))
+        method: Any = state.method
+        if method.needs and not int(stats["tokens"]):
+            method = Magnitude()  # an expert that no token reached: nothing is known of its inputs
+        pruned = prune(method, state.dense, stats, _finite(state.choose, job.layer.name))
+        state.keep = pruned.keep
+        _write(job, _written(state.dense, pruned))
+        return state
+
+
+def _learner(stage: Stage) -> Learns | None:
+    method = stage.allocate.method_object() if stage.allocate else None
+    return method if isinstance(method, Learns) else None
+
+
+def _state(job: Job, stats: Statistics, sparsity: float | torch.Tensor) -> LayerState:
+    method = job.step.method_object()
+    pattern = MaskPattern.parse(job.step.pattern)
+    share = float(sparsity.mean()) if isinstance(sparsity, torch.Tensor) else sparsity
+    choose = Selector(pattern, sparsity, str(job.step.scope), method.norm)
+    dense = job.layer.matrix.float().clone()
+    return LayerState(job.layer.name, job.layer.matrix, dense, stats, choose, method, share)
+
+
+def _check(name: str, before: Sequence[tuple[int, LayerState]]) -> None:
+    """A post-pass must leave as many weights as it found, and zeros where its masks prune."""
+    for kept, state in before:
+        assert state.keep is not None
+        if int(state.keep.sum()) != kept or bool(state.weight[~state.keep].count_nonzero()):
+            raise RuntimeError(f"{name} changed how many weights of {state.name} are kept")
+
+
+def _row(job: Job, state: LayerState, sample: torch.Tensor, number: int, notes: Sequence[str]) -> PrunedLayer:
+    new = state.weight.float()
+    size, lost = torch.linalg.vector_norm(state.dense), torch.linalg.vector_norm(state.dense - new)
+    out = torch.linalg.vector_norm(sample @ state.dense.t()).item() if len(sample) else 0.0
+    moved = torch.linalg.vector_norm(sample @ (state.dense - new).t()).item() if len(sample) else 0.0
+    unseen = (
+        ("no token reached it: pruned by magnitude",) if state.method.needs and not int(state.stats["tokens"]) else ()
+    )
+    return PrunedLayer(
+        **{**_about(job, number), "asked": state.sparsity},
+        achieved=1.0 - new.count_nonzero().item() / new.numel(),
+        error=(lost / size).item() if size else 0.0,
+        output_error=moved / out if out else 0.0,
+        notes=(*job.notes, *unseen, *notes),
+    )
+
+
+def _about(job: Job, number: int) -> dict[str, Any]:
+    layer, step = job.layer, job.step
+    return {
+        "name": layer.name,
+        "kind": layer.kind,
+        "shape": layer.shape,
+        "method": step.method,
+        "pattern": step.pattern,
+        "scope": str(step.scope),
+        "asked": float(step.sparsity or 0.0),
+        "step": number,
+        "tied": layer.tied,
+    }
+
+
+def choosers_of(jobs: Sequence[Job]) -> dict[Job, Choose]:
+    """A ``Choose`` for each job. Jobs of scope global with the same method, pattern and sparsity share a threshold."""
+    choosers: dict[Job, Choose] = {}
+    pools: dict[tuple[Any, MaskPattern, float], list[Job]] = {}
+    for job in jobs:
+        pattern, step = MaskPattern.parse(job.step.pattern), job.step
+        method, sparsity = step.method_object(), float(step.sparsity or 0.0)
+        if step.scope == "global" and pattern.sparsity is None:
+            pools.setdefault((method, pattern, sparsity), []).append(job)
+        else:
+            choosers[job] = Selector(pattern, sparsity, str(step.scope), method.norm)
+    for (method, pattern, sparsity), members in pools.items():
+        selectors = select_pool([_scorer(method, job) for job in members], pattern, sparsity, norm=method.norm)
+        choosers.update(zip(members, selectors, strict=True))
+    return choosers
+
+
+def _scorer(method: Scores, job: Job) -> Callable[[], torch.Tensor]:
+    def score() -> torch.Tensor:
+        with torch.no_grad():
+            return method.score(job.layer.matrix, {})
+
+    return score
+
+
+def prune_job(job: Job, stats: Statistics, choose: Choose, number: int) -> PrunedLayer:
+    """Make one layer's mask, then write it; gives its row of the report."""
+    layer = job.layer
+    with torch.inference_mode(layer.weight.is_inference()), torch.no_grad():
+        weight = layer.matrix
+        pruned = prune(job.step.method_object(), weight, stats, _finite(choose, layer.name))
+        new = _written(weight, pruned)
+        size = torch.linalg.vector_norm(weight, dtype=torch.float64).item()
+        lost = torch.linalg.vector_norm(weight - new, dtype=torch.float64).item()
+        weight.copy_(new)
+        achieved = 1.0 - new.count_nonzero().item() / new.numel()
+    empty = ("every weight of it is zero now",) if achieved == 1.0 else ()
+    error = lost / size if size else 0.0
+    return PrunedLayer(**_about(job, number), achieved=achieved, error=error, notes=(*job.notes, *empty))
+
+
+def _write(job: Job, new: torch.Tensor) -> None:
+    """In place; inference tensors may only be written in inference mode."""
+    with torch.inference_mode(job.layer.weight.is_inference()), torch.no_grad():
+        job.layer.matrix.copy_(new)
+
+
+def _written(weight: torch.Tensor, pruned: Pruned) -> torch.Tensor:
+    """The new weight: kept values, and +0.0 (never -0.0) where the mask prunes."""
+    values = weight if pruned.values is None else pruned.values.to(weight.dtype)
+    return values.masked_fill(~pruned.keep, 0.0)
+
+
+def _finite(choose: Choose, name: str) -> Choose:
+    def checked(score: torch.Tensor, start: int = 0) -> torch.Tensor:
+        if bool(score.isnan().any()):
+            raise UnprunableLayer(name=name, why="its scores are not numbers", help="Check the calibration data.")
+        return choose(score, start)
+
+    return checked

@@ -1,0 +1,60 @@
+"""Steps become stages: what may stand before and after a mask method, and what each illegal order is told."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparsec.errors import BadRecipe
+from sparsec.recipe import Recipe
+from sparsec.stages import Stage, stages_of
+
+
+def stages(*steps: object) -> tuple[Stage, ...]:
+    return stages_of(Recipe.load(list(steps)).steps)
+
+
+def test_a_mask_method_takes_the_allocator_before_it_and_the_posts_after_it() -> None:
+    first, second = stages(
+        {"method": "owl", "sparsity": 0.7}, "wanda", "variance", "reconstruct", {"method": "magnitude", "sparsity": 0.9}
+    )
+    assert [piece.method for piece in first.pieces] == ["owl", "wanda", "variance", "reconstruct"]
+    assert first.mask is not None
+    assert first.mask.sparsity == 0.7
+    assert [piece.method for piece in second.pieces] == ["magnitude"]
+
+
+def test_only_what_reads_inputs_needs_data() -> None:
+    assert not stages("magnitude")[0].needs_data
+    assert stages("wanda")[0].needs_data
+    assert stages("magnitude", "reconstruct")[0].needs_data
+    assert not stages("magnitude", "variance")[0].needs_data
+    assert stages("magnitude", "variance")[0].walks
+    assert stages("equalize", "magnitude")[0].needs_data
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        (["variance", "wanda"], "variance works on masks: put it after"),
+        (["owl"], "owl must be followed by the step of a mask method"),
+        (["owl", "besa", "wanda"], "owl and besa both allocate"),
+        (["owl", "equalize", "wanda"], "equalize changes what owl has measured; put it first"),
+        (["wanda", "owl", "variance"], "variance works on masks"),
+        (["owl", {"method": "wanda", "pattern": "64:2:8"}], "owl gives each layer its own sparsity, and 64:2:8"),
+        (["owl", {"method": "magnitude", "scope": "global"}], "scope global would overrule it"),
+        (
+            [{"method": "owl", "sparsity": 0.7}, {"method": "wanda", "sparsity": 0.6}],
+            r"owl asks for sparsity 0\.7, wanda for 0\.6",
+        ),
+        (["owl", "bonsai"], "bonsai removes heads and neurons, so owl has no use before it"),
+    ],
+)
+def test_an_order_that_means_nothing_is_refused_in_a_sentence(steps: list[object], said: str) -> None:
+    with pytest.raises(BadRecipe, match=said):
+        stages(*steps)
+
+
+def test_a_resolved_recipe_makes_the_same_stages() -> None:
+    made = stages({"method": "owl", "sparsity": 0.7}, {"method": "wanda", "ignore": ["lm_head"]})
+    again = stages_of(Recipe.load({"steps": [p.model_dump(mode="json") for p in made[0].pieces]}).steps)
+    assert again == made
