@@ -9,6 +9,7 @@ from sparsec.errors import UnknownMethod, did_you_mean, listed
 
 METHODS: dict[str, str] = {
     "sparsegpt": "sparsec.passes.masks.sparsegpt:SparseGPT",
+    "proximal": "sparsec.passes.masks.proximal:Proximal",
     "reconstruct": "sparsec.passes.masks.post.reconstruct:Reconstruct",
     "variance": "sparsec.passes.masks.post.variance:Variance",
     "barber": "sparsec.passes.masks.post.barber:Barber",
@@ -26,6 +27,9 @@ METHODS: dict[str, str] = {
     "owl": "sparsec.passes.masks.allocate.owl:OWL",
     "time": "sparsec.passes.masks.allocate.budget:Time",
     "uniform": "sparsec.passes.masks.allocate.uniform:Uniform",
+    "bonsai": "sparsec.passes.masks.structure.bonsai:Bonsai",
+    "loraprune": "sparsec.passes.masks.structure.loraprune:LoraPrune",
+    "slicegpt": "sparsec.passes.masks.structure.slicegpt:SliceGPT",
 }
 
 

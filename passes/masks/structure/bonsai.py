@@ -64,9 +64,7 @@ class Bonsai:
         notes = [f"{objective.kind} on the calibration data: {objective.dense_value:.4g} before, {after:.4g} after"]
         if objective.kind != self.utility:
             notes.append("the data has no labels and the model predicts no tokens: utility is match")
-        return Structured(
-            units.rows(keep), before, parameters(model), share, self.as_zeros, unsaved, tuple(notes)
-        )  # fmt: skip
+        return Structured(units.rows(keep), before, parameters(model), share, self.as_zeros, unsaved, tuple(notes))
 
     def _search(
         self, model: nn.Module, units: Units, objective: Objective, sparsity: float, seed: int, tick: Tick
@@ -79,7 +77,7 @@ class Bonsai:
             goal = sparsity * number / rounds
             prior = activity(model, units, keep, objective.data)
             pools = [Pool.of(f, keep[f.key], prior[f.key], (goal - done) / (1.0 - done)) for f in units.families]
-            kept = torch.cat([pool.draw(pairs, generator) for pool in pools], 1)
+            kept = _draw(pools, pairs, generator)
             utility = torch.empty(2 * pairs, dtype=torch.float64)
             for i, row in enumerate(kept):
                 tick((number - 1) * 2 * pairs + i, rounds * 2 * pairs, f"round {number}")
@@ -88,6 +86,8 @@ class Bonsai:
             _rank(worth, keep, pools, prior, fit(kept.double() * 2 - 1, utility), float(number - rounds))
             last = number == rounds
             keep = choose(units, worth, goal, uniform=self.uniform, multiple=self.multiple if last else 1)
+            below = number - rounds + 1 - 1e-9  # of everything that the next rounds rank
+            worth = {key: value.where(keep[key], value.clamp(max=below)) for key, value in worth.items()}
             done = goal
         return keep
 
@@ -102,24 +102,28 @@ class Pool:
 
     @classmethod
     def of(cls, family: Family, keep: torch.Tensor, prior: torch.Tensor, share: float) -> Pool:
-        """The 2 * ``share`` of the remaining units with the lowest prior, at least two; none where one is left."""
+        """The 2 * ``share`` of the remaining units with the lowest prior, rounded up; none where one is left."""
         left = keep.nonzero().flatten()
-        size = 0 if len(left) < 2 else min(len(left), max(2, math.ceil(2 * share * len(left))))
+        size = 0 if len(left) < 2 else min(len(left), math.ceil(2 * share * len(left)))
         index = left[prior[left].argsort(stable=True)[:size]].sort().values
         # tempered: units that always fall on the same side of the draw could not be told apart by the fit
         weight = (prior[index] / prior[index].mean().clamp_min(1e-30)).clamp(0.5, 2.0)
         return cls(family, index, weight)
 
-    def draw(self, pairs: int, generator: torch.Generator) -> torch.Tensor:
-        """Masks, bool [2 * pairs, candidates]: each keeps a weighted half, and the next one the other half."""
-        size = len(self.index)
-        rows = torch.zeros(2 * pairs, size, dtype=torch.bool)
-        keys = torch.rand(pairs, size, generator=generator, dtype=torch.float64).log() / self.weight  # Efraimidis
-        order = keys.argsort(1, descending=True)
-        for i in range(pairs):
-            rows[2 * i, order[i, : (size + i % 2) // 2]] = True
-        rows[1::2] = ~rows[::2]
-        return rows
+
+def _draw(pools: list[Pool], pairs: int, generator: torch.Generator) -> torch.Tensor:
+    """Masks, bool [2 * pairs, all candidates]: each keeps a weighted half, and the next one the other half.
+
+    Halves of all candidates together: of a family with two, a half each time would make one the other's mirror.
+    """
+    weight = torch.cat([pool.weight for pool in pools])
+    rows = torch.zeros(2 * pairs, len(weight), dtype=torch.bool)
+    keys = torch.rand(pairs, len(weight), generator=generator, dtype=torch.float64).log() / weight  # Efraimidis
+    order = keys.argsort(1, descending=True)
+    for i in range(pairs):
+        rows[2 * i, order[i, : (len(weight) + i % 2) // 2]] = True
+    rows[1::2] = ~rows[::2]
+    return rows
 
 
 def _without(keep: Keep, pools: list[Pool], row: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -201,8 +205,10 @@ def _ridge(x: torch.Tensor, y: torch.Tensor, penalty: float) -> torch.Tensor:
     gram = x @ x.t()
     strength = penalty * float(gram.diagonal().mean()) or 1.0
     if len(x) <= x.shape[1]:
-        return x.t() @ torch.linalg.solve(gram + strength * torch.eye(len(x), dtype=x.dtype), y)
-    return torch.linalg.solve(x.t() @ x + strength * torch.eye(x.shape[1], dtype=x.dtype), x.t() @ y)
+        dual: torch.Tensor = torch.linalg.solve(gram + strength * torch.eye(len(x), dtype=x.dtype), y)
+        return x.t() @ dual
+    primal: torch.Tensor = torch.linalg.solve(x.t() @ x + strength * torch.eye(x.shape[1], dtype=x.dtype), x.t() @ y)
+    return primal
 
 
 def _kendall(a: torch.Tensor, b: torch.Tensor) -> float:

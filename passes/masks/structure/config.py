@@ -40,7 +40,8 @@ def tell_config(model: nn.Module, said: Mapping[str, int | float | bool], neuron
     inner = config.get_text_config()
     if neurons is not None:
         values |= {name: neurons for name in _FFN if hasattr(inner, name)}
-    values = {name: value for name, value in values.items() if hasattr(inner, name)}
+    # Some attentions (Qwen2's) read a head_dim that their config does not declare
+    values = {name: value for name, value in values.items() if hasattr(inner, name) or name == "head_dim"}
     trial = copy.deepcopy(config)
     why = f"{type(config).__name__} cannot say this shape: {instead}"
     try:

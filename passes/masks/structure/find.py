@@ -133,10 +133,9 @@ def _one_linear(
     else:
         key, value = width, width + groups * size
         parts = [Part(source, "out", each), Part(source, "out", size, key), Part(source, "out", size, value)]
-    return _family(
-        name, "head", groups, [*parts, Part(_join(name, names[1]), "in", each)], [linears[0]] * len(parts) + linears[1:],
-        heads // groups,
-    )  # fmt: skip
+    parts.append(Part(_join(name, names[1]), "in", each))
+    holders = [linears[0]] * (len(parts) - 1) + [linears[1]]
+    return _family(name, "head", groups, parts, holders, heads // groups)
 
 
 def _ffn(name: str, module: nn.Module) -> Family | str | None:

@@ -17,7 +17,7 @@ from sparsec.errors import BadRecipe, UnfitModel
 from sparsec.passes.masks.structure.choose import choose
 from sparsec.passes.masks.structure.contract import Data, Structured, Tick, parameters, silent
 from sparsec.passes.masks.structure.objective import Objective, has_loss, still
-from sparsec.passes.masks.structure.units import Family, Units, feature_sums, is_conv1d, masked, matrix, remove
+from sparsec.passes.masks.structure.units import Family, Units, feature_sums, masked, matrix, remove
 
 
 @dataclass(frozen=True)

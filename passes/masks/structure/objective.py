@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from sparsec.errors import NoCalibrationData, UnfitCalibration
+from sparsec.errors import UnfitCalibration
 from sparsec.passes.masks.structure.contract import Data
 
 UTILITIES = ("loss", "match")
@@ -59,12 +59,12 @@ class Objective:
     """One number for a model on batch i: ``loss``, or ``match``, the share of the dense output's energy that is lost.
 
     ``match`` remembers the outputs of the model as it is now; ``loss`` becomes ``match`` where there is no loss, and
-    ``kind`` says so. Raises NoCalibrationData, or UnfitCalibration where the numbers are not finite.
+    ``kind`` says so. Raises UnfitCalibration where there is no data or the numbers are not finite.
     """
 
     def __init__(self, model: nn.Module, data: Data, kind: str = "loss") -> None:
         if not data:
-            raise NoCalibrationData(what="a structured method")
+            raise UnfitCalibration(detail="there is none")
         self.data = data
         self.kind = kind if kind == "match" or has_loss(model, data[0]) else "match"
         self._dense: list[torch.Tensor] = []
