@@ -24,6 +24,7 @@ SparsecError
  │    ├── NonFinite                 S217
  │    ├── NoLoss                    S218
  │    └── BadOutliers               S219
+ ├── SpillFailed                    S207  activations that do not fit on disk
  ├── PackError                      S3xx  a weight that does not hold what a format promises
  │    ├── PatternMismatch           S301
  │    └── RoundTripMismatch         S302
