@@ -67,7 +67,7 @@ def least_squares(dense: torch.Tensor, hessian: torch.Tensor, keep: torch.Tensor
     values = torch.zeros_like(wanted)
     counts = keep.sum(1)
     rows = max(1, _CHUNK // (8 * max(1, int(counts.max())) ** 2))
-    for chunk in counts.argsort(stable=True).split(rows):
+    for chunk in torch.split(counts.argsort(stable=True), rows):
         most = int(counts[chunk].max())
         places = keep[chunk].to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
         spare = torch.arange(most, device=keep.device) >= counts[chunk, None]
