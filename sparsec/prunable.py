@@ -277,7 +277,7 @@ def _pattern_notes(step: Step, n: int, k: int) -> list[str]:
     if rest:
         keeps = min(pattern.params[-2], rest)
         notes.append(f"{k} in-features are not a multiple of {pattern.group}: the last {rest} keep at most {keeps}")
-    if pattern.sparsity is not None and step.scope != "layer":
+    if pattern.sparsity is not None and step.scope not in ("layer", step.method_object().scope):
         notes.append(f"scope {step.scope} changes nothing for {pattern}: every group keeps its own")
     if pattern.kind == "block" and (n % pattern.params[0] or k % pattern.params[1]):
         notes.append(f"{n}x{k} is not a multiple of {pattern}: the blocks at the edge are smaller")

@@ -24,7 +24,9 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 
 from sparsec.cache import digest
 from sparsec.errors import BadRecipe, SparsecError, UnknownRecipeKey, did_you_mean, listed
+from sparsec.llmcompressor import is_llmcompressor, translate
 from sparsec.passes.masks import METHODS, method_class
+from sparsec.passes.masks.outliers import Outliers
 from sparsec.passes.masks.pattern import MaskPattern
 from sparsec.recipe_file import SUFFIXES, read, to_yaml
 
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 SKIP = "skip"
 DEFAULT_SPARSITY = 0.5
 _TOP = ("version", "seed", "made_with", "blocks", "propagate_error", "true_sequential")
-_OVERRIDABLE = ("sparsity", "pattern", "scope")  # besides the method's own options
+_OVERRIDABLE = ("sparsity", "pattern", "scope", "outliers")  # besides the method's own options
 
 
 class _Model(BaseModel):
@@ -85,6 +87,9 @@ class Step(Piece):
     scope: Literal["layer", "global", "row"] | None = Field(
         None, description="where weights compete: each layer, all layers of the step, or each row; null: the method's"
     )
+    outliers: str | None = Field(
+        default=None, description="kept beside the quota: k:M of each M in-features of a row, or a share such as 0.005"
+    )
     targets: tuple[str, ...] | None = Field(default=None, description="layers to take; null: every prunable layer")
     ignore: tuple[str, ...] | None = Field(default=None, description="layers to leave; null: the output head; []: none")
     overrides: dict[str, dict[str, Any] | None] = Field(
@@ -95,6 +100,12 @@ class Step(Piece):
     @classmethod
     def _pattern(cls, value: object) -> str:
         return str(MaskPattern.parse(value))
+
+    @field_validator("outliers", mode="before")
+    @classmethod
+    def _outliers(cls, value: object) -> str | None:
+        found = Outliers.parse(value)
+        return None if found is None else str(found)
 
     @field_validator("targets", "ignore", mode="before")
     @classmethod
@@ -124,6 +135,8 @@ class Step(Piece):
     def filled(self) -> Self:
         """With ``sparsity`` and ``scope`` as they will be used. Raises BadRecipe where pattern and sparsity differ."""
         fixed = MaskPattern.parse(self.pattern).sparsity
+        if aside := Outliers.parse(self.outliers):
+            aside.check(MaskPattern.parse(self.pattern))
         if fixed is not None and self.sparsity is not None and abs(fixed - self.sparsity) > 1e-6:
             raise BadRecipe(
                 detail=f"pattern {self.pattern} means sparsity {fixed:g}, but sparsity is {self.sparsity:g}; "
@@ -236,6 +249,9 @@ def _named(said: str | os.PathLike[str]) -> Any:
 def _from_dict(said: dict[str, Any]) -> Recipe:
     """A recipe of one step is a recipe of several with one in it; keys of both kinds may be mixed there."""
     notes: list[str] = []
+    if is_llmcompressor(said):
+        said, read_as = translate(said)
+        notes += read_as
     if said.pop("preset", None) is not None:
         raise BadRecipe(detail=f"there are no presets; name a method instead ({listed(METHODS)})")
     calibration = _calibration(said)

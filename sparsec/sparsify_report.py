@@ -151,7 +151,7 @@ def _alike(a: PrunedLayer, b: PrunedLayer) -> bool:
 
 def _row(group: Sequence[PrunedLayer], seen: bool) -> tuple[str, ...]:
     first = group[0]
-    scope = "" if first.scope == "layer" else f", {first.scope}"
+    scope = "" if first.scope == "layer" or ":" in first.pattern else f", {first.scope}"
     return (
         merge_names([layer.name for layer in group]) or "(the model)",
         f"{first.shape[0]}x{first.shape[1]}",

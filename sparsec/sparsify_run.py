@@ -19,9 +19,11 @@ from sparsec.blockwise import BlockRun, Data, Found, Walk, evaluating, find_bloc
 from sparsec.errors import SparsecWarning, UnprunableLayer
 from sparsec.journal import Journal
 from sparsec.passes.masks.allocate.contract import Dense, Learns, Measured, Measures
+from sparsec.passes.masks.allocate.spread import keep_of_m
 from sparsec.passes.masks.block import LayerState
 from sparsec.passes.masks.contract import GRADIENTS, Choose, Pruned, Scores, Statistics, prune
 from sparsec.passes.masks.magnitude import Magnitude
+from sparsec.passes.masks.outliers import Outliers, with_outliers
 from sparsec.passes.masks.pattern import MaskPattern
 from sparsec.passes.masks.select import Selector, select_pool
 from sparsec.prunable import Job, Selection
@@ -148,7 +150,13 @@ class Runner:
         assert stage.mask.sparsity is not None
         allocation = method.allocate([m for m in measured if m.layers], stage.mask.sparsity)
         self.notes += allocation.notes
-        return dict(allocation.sparsity)
+        pattern = MaskPattern.parse(stage.mask.pattern)
+        if pattern.kind != "nm":
+            return dict(allocation.sparsity)
+        m = pattern.params[1]
+        weights = {name: job.layer.weight.numel() for name, job in jobs.items()}
+        kept = keep_of_m(allocation.sparsity, weights, m)
+        return {name: 1.0 - n / m for name, n in kept.items()}
 
     def _measure(self, method: Any, run: BlockRun, names: Sequence[str]) -> Measured:
         layers = [job for _, s in self.stages for job in s.jobs if job.layer.name in set(names)]
@@ -249,9 +257,11 @@ class _Work:
         for step in self.stage.reparams:
             method = step.method_object()
             stats = run.collect(modules, tuple(method.needs))
-            run.layers = [_state(jobs[n], stats[n], 0.0) for n in jobs]
+            run.layers = [_state(jobs[n], stats[n], float(jobs[n].step.sparsity or 0.0)) for n in jobs]
             folded = method.apply(run)
             notes += [*folded.notes]
+            if folded.gathers:
+                notes.append(f"{step.method} left {folded.gathers} layers alone: their inputs cannot be folded into")
             run.layers = []
         return notes
 
@@ -285,12 +295,15 @@ def _learner(stage: Stage) -> Learns | None:
 
 
 def _state(job: Job, stats: Statistics, sparsity: float | torch.Tensor) -> LayerState:
-    method = job.step.method_object()
-    pattern = MaskPattern.parse(job.step.pattern)
     share = float(sparsity.mean()) if isinstance(sparsity, torch.Tensor) else sparsity
-    choose = Selector(pattern, sparsity, str(job.step.scope), method.norm)
+    pattern = MaskPattern.parse(job.step.pattern)
+    if pattern.kind == "nm" and pattern.sparsity != share:  # an allocator's: see ``keep_of_m``
+        m = pattern.params[1]
+        kept = round(m * (1.0 - share))
+        pattern = MaskPattern("nm", (kept, m)) if kept < m else MaskPattern()
     dense = job.layer.matrix.float().clone()
-    return LayerState(job.layer.name, job.layer.matrix, dense, stats, choose, method, share)
+    choose = chooser(job, sparsity, pattern)
+    return LayerState(job.layer.name, job.layer.matrix, dense, stats, choose, job.step.method_object(), share)
 
 
 def _check(name: str, before: Sequence[tuple[int, LayerState]]) -> None:
@@ -333,6 +346,14 @@ def _about(job: Job, number: int) -> dict[str, Any]:
     }
 
 
+def chooser(job: Job, sparsity: float | torch.Tensor, pattern: MaskPattern | None = None) -> Choose:
+    """One layer's pattern, quota and scope, and its outliers aside. ``pattern``: where it is not the step's."""
+    step = job.step
+    norm = step.method_object().norm
+    select = Selector(pattern or MaskPattern.parse(step.pattern), sparsity, str(step.scope), norm)
+    return with_outliers(select, Outliers.parse(step.outliers))
+
+
 def choosers_of(jobs: Sequence[Job]) -> dict[Job, Choose]:
     """A ``Choose`` for each job. Jobs of scope global with the same method, pattern and sparsity share a threshold."""
     choosers: dict[Job, Choose] = {}
@@ -343,7 +364,7 @@ def choosers_of(jobs: Sequence[Job]) -> dict[Job, Choose]:
         if step.scope == "global" and pattern.sparsity is None:
             pools.setdefault((method, pattern, sparsity), []).append(job)
         else:
-            choosers[job] = Selector(pattern, sparsity, str(step.scope), method.norm)
+            choosers[job] = chooser(job, sparsity)
     for (method, pattern, sparsity), members in pools.items():
         selectors = select_pool([_scorer(method, job) for job in members], pattern, sparsity, norm=method.norm)
         choosers.update(zip(members, selectors, strict=True))
