@@ -62,6 +62,7 @@ class Bonsai:
         share = units.removed(keep) / max(1, units.parameters)
         unsaved = remove(model, units, keep, as_zeros=self.as_zeros)
         notes = [f"{objective.kind} on the calibration data: {objective.dense_value:.4g} before, {after:.4g} after"]
+        notes += units.missed(keep, sparsity)
         if objective.kind != self.utility:
             notes.append("the data has no labels and the model predicts no tokens: utility is match")
         return Structured(units.rows(keep), before, parameters(model), share, self.as_zeros, unsaved, tuple(notes))

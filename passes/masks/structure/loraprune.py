@@ -82,7 +82,10 @@ class LoraPrune:
             units.removed(keep) / max(1, units.parameters),
             self.as_zeros,
             unsaved,
-            (f"loss on the calibration data: {objective.dense_value:.4g} before, {after:.4g} after",),
+            (
+                f"loss on the calibration data: {objective.dense_value:.4g} before, {after:.4g} after",
+                *units.missed(keep, sparsity),
+            ),
         )
 
     def _share(self, units: Units, sparsity: float) -> tuple[float, frozenset[str]]:

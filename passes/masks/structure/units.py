@@ -86,6 +86,13 @@ class Units:
         """Parameters that ``keep`` takes away."""
         return sum(int((~keep[family.key]).sum()) * family.cost for family in self.families)
 
+    def missed(self, keep: Keep, sparsity: float) -> list[str]:
+        """A note where ``keep`` is more than 2 % of the parameters off the target: units are whole."""
+        share = self.removed(keep) / max(1, self.parameters)
+        if abs(share - sparsity) <= 0.02:
+            return []
+        return [f"{share:.1%} went, {sparsity:.1%} was asked: heads go whole, neurons are rounded to multiple"]
+
     def rows(self, keep: Keep) -> tuple[Row, ...]:
         """The report: a row for each family."""
         rows = []
