@@ -49,7 +49,7 @@ class Permute:
     block: Annotated[int, Field(ge=2)] = field(
         default=256, metadata={"doc": "features that e-sparse swaps among each other"}
     )
-    rows: Annotated[int, Field(ge=1)] = field(default=1024, metadata={"doc": "rows of scores that the search reads"})
+    rows: Annotated[int, Field(ge=1)] = field(default=512, metadata={"doc": "rows of scores that the search reads"})
     residual: bool = field(default=False, metadata={"doc": "also permute where a gather would stay (not yet possible)"})
 
     def __post_init__(self) -> None:

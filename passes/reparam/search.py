@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-_CELLS = 1 << 24  # numbers held at once while gains are summed
-
 
 def kept(score: torch.Tensor, order: torch.Tensor, n: int, m: int) -> float:
     """The sum of what whole groups keep under ``order``, fp64."""
@@ -100,20 +98,18 @@ def _worth(
     """[features, places] fp64: what the place's group would keep with that feature there.
 
     ``groups`` [G, m] holds features; ``places`` count along them row by row. Without the feature at the place, a row
-    keeps its n largest others; a newcomer v adds max(v - the n-th of them, 0).
+    keeps its n largest others; a newcomer v adds max(v - b, 0), b the n-th of them. As max(z, 0) = (|z| + z) / 2, the
+    sum of that over rows is an l1 distance and two sums.
     """
     m = groups.shape[1]
-    held = groups.to(score.device)[places // m]
-    others = held[torch.arange(m) != (places % m)[:, None]].view(-1, m - 1)
-    total = torch.zeros(len(features), len(places), dtype=torch.float64, device=score.device)
-    rows = max(1, _CELLS // max(1, len(places) * max(len(features), m)))
-    for part in torch.split(score, rows):
-        best = part[:, others].topk(n, -1).values  # [rows, places, n]
-        bar = best[..., -1]
-        newcomers = part[:, features]
-        total += (newcomers[:, :, None] - bar[:, None, :]).clamp_min_(0).sum(0)
-        total += best.sum((0, 2))[None, :]
-    return total
+    group, leaving = places.to(score.device) // m, score[:, groups.reshape(-1)[places]]
+    best = score[:, groups].topk(n + 1, -1).values[:, group]  # [R, places, n + 1]
+    held = leaving >= best[..., n - 1]  # the one that leaves was kept, so the next takes its room
+    bar = torch.where(held, best[..., n], best[..., n - 1]).double()
+    rest = torch.where(held, best.sum(-1) - leaving, best[..., :n].sum(-1)).double().sum(0)
+    newcomers = score[:, features].double()
+    gained = torch.cdist(newcomers.t(), bar.t(), p=1.0) + newcomers.sum(0)[:, None] - bar.sum(0)[None, :]
+    return gained / 2 + rest
 
 
 def assign(worth: torch.Tensor) -> torch.Tensor:
