@@ -25,6 +25,7 @@ SparsecError
  │    ├── NoLoss                    S218
  │    └── BadOutliers               S219
  ├── SpillFailed                    S207  activations that do not fit on disk
+ ├── SingularHessian                S213  inputs whose X X^T cannot be inverted
  ├── PackError                      S3xx  a weight that does not hold what a format promises
  │    ├── PatternMismatch           S301
  │    └── RoundTripMismatch         S302
