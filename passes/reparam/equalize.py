@@ -16,7 +16,7 @@ from sparsec.passes.reparam.contract import Folded
 from sparsec.passes.reparam.fold import Edit, matrix
 from sparsec.passes.reparam.neighbours import Wiring, wiring
 from sparsec.passes.reparam.probe import Probe
-from sparsec.passes.reparam.states import local_states, write_all
+from sparsec.passes.reparam.states import briefly, local_states, write_all
 
 _LEAST = 1e-5  # both clamps of SmoothQuant's code
 
@@ -57,7 +57,7 @@ class Equalize:
         left = [state.name for state in block.layers if state.name not in folded]
         notes = list(found.notes)
         if left:
-            notes.append(f"nothing takes a scale for {', '.join(left)}, which keep theirs")
+            notes.append(f"{block.name}: nothing takes a scale for {briefly(block, left)}")
         if not write_all(probe, states, edits):
             return Folded(notes=(*notes, f"{block.name}: scales changed the block's outputs, so none was written"))
         return Folded(folded, notes=tuple(notes))

@@ -19,7 +19,7 @@ from sparsec.passes.reparam.fold import Edit
 from sparsec.passes.reparam.neighbours import Feed, Wiring, wiring
 from sparsec.passes.reparam.probe import Probe
 from sparsec.passes.reparam.search import deal, reassign, swap
-from sparsec.passes.reparam.states import local_states, write_all
+from sparsec.passes.reparam.states import briefly, local_states, write_all
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Permute:
         left = [state.name for state in block.layers if state.name in grouped and state.name not in foldable]
         notes = list(found.notes)
         if left:
-            notes.append(f"orders of {', '.join(left)} would need a gather before them and are left alone")
+            notes.append(f"{block.name}: orders of {briefly(block, left)} would need a gather and are left alone")
         if not write_all(probe, states, edits):
             notes.append(f"{block.name}: the orders changed the block's outputs, so none was written")
             return Folded(gathers=len(left), kept=tuple((n, b, b) for n, b, _ in kept), notes=tuple(notes))

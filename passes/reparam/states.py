@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from sparsec.passes.masks.block import LayerState
+from sparsec.passes.masks.block import Block, LayerState
 from sparsec.passes.reparam.fold import Edit, matrix, settle, written
 from sparsec.passes.reparam.probe import Probe
 
@@ -28,3 +28,8 @@ def write_all(probe: Probe, states: Mapping[str, LayerState], edits: Sequence[Ed
         keep()
     settle(states, edits)
     return True
+
+
+def briefly(block: Block, names: Sequence[str]) -> str:
+    """Layers as a sentence about the block calls them: without the block's own name."""
+    return ", ".join(name.removeprefix(f"{block.name}.") for name in names)
