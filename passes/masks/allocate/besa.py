@@ -41,7 +41,7 @@ class BESA:
 
     per: Literal["row", "layer"] = field(default="row", metadata={"doc": "one sparsity a row, or one a layer"})
     epochs: Annotated[int, Field(ge=1)] = field(default=1, metadata={"doc": "passes over the calibration data"})
-    lr: Annotated[float, Field(gt=0)] = field(default=0.05, metadata={"doc": "Adam's step size for the logits"})
+    lr: Annotated[float, Field(gt=0)] = field(default=0.01, metadata={"doc": "Adam's step size for the logits"})
     penalty: Annotated[float, Field(ge=0)] = field(
         default=5.0, metadata={"doc": "weight of the block's relative miss of the sparsity, squared"}
     )
