@@ -29,7 +29,7 @@ class OWL:
     The paper takes blocks of equal size; here both means are weighted by the number of weights. Where a sparsity
     leaves [0.01, 0.99] it is clipped and the others move, so that the mean still holds; the reference code clips and
     lets the mean go. The scaling stretches any A over the whole range, noise too: where max A < flat * min A all get
-    S. (Of three small models, OWL helped two with ratios of 3.4 and 4.5 and hurt one of 1.4; ``flat: 1`` always spreads.)
+    S. (It helped two small models with ratios of 3.4 and 4.5 and hurt one of 1.4; ``flat: 1`` always spreads.)
     """
 
     lam: Annotated[float, Field(ge=0, le=0.5)] = field(
