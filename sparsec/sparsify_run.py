@@ -16,18 +16,16 @@ import torch
 from torch import nn
 
 from sparsec.blockwise import BlockRun, Data, Found, Walk, evaluating, find_blocks
-from sparsec.errors import SparsecWarning, UnprunableLayer
+from sparsec.errors import SparsecWarning
 from sparsec.journal import Journal
 from sparsec.passes.masks.allocate.contract import Dense, Learns, Measured, Measures
 from sparsec.passes.masks.allocate.spread import keep_of_m
 from sparsec.passes.masks.block import LayerState
-from sparsec.passes.masks.contract import GRADIENTS, Choose, Pruned, Scores, Statistics, prune
-from sparsec.passes.masks.magnitude import Magnitude
-from sparsec.passes.masks.outliers import Outliers, with_outliers
+from sparsec.passes.masks.contract import GRADIENTS
 from sparsec.passes.masks.pattern import MaskPattern
-from sparsec.passes.masks.select import Selector, select_pool
 from sparsec.prunable import Job, Selection
 from sparsec.recipe import Recipe
+from sparsec.sparsify_layer import choosers_of, prune_job, prune_state, row_of, state_of
 from sparsec.sparsify_report import PrunedLayer
 from sparsec.spill import Spilled
 from sparsec.stages import Stage
@@ -235,13 +233,15 @@ class _Work:
             stats = run.collect({n: modules[n] for n in names}, self._needs)
             for name in names:
                 samples[name] = stats[name].pop("sample")
-                states.append(self._pruned(jobs[name], {**stats[name], **self.gradients.get(name, {})}, spread))
+                share = spread.get(name, float(jobs[name].step.sparsity or 0.0))
+                states.append(state_of(jobs[name], {**stats[name], **self.gradients.get(name, {})}, share))
+                prune_state(jobs[name], states[-1])
         run.layers = states
         for post in self.stage.posts:
             before = [(int(state.keep.sum()), state) for state in states if state.keep is not None]
             post.method_object().refine(run)
             _check(post.method, before)
-        rows = [_row(jobs[s.name], s, samples[s.name], self.number, notes) for s in states]
+        rows = [row_of(jobs[s.name], s, samples[s.name], self.number, notes) for s in states]
         run.layers = []
         return rows
 
@@ -257,7 +257,7 @@ class _Work:
         for step in self.stage.reparams:
             method = step.method_object()
             stats = run.collect(modules, tuple(method.needs))
-            run.layers = [_state(jobs[n], stats[n], float(jobs[n].step.sparsity or 0.0)) for n in jobs]
+            run.layers = [state_of(jobs[n], stats[n], float(jobs[n].step.sparsity or 0.0)) for n in jobs]
             folded = method.apply(run)
             notes += [*folded.notes]
             if folded.gathers:
@@ -272,38 +272,15 @@ class _Work:
         assert self.stage.allocate is not None
         assert self.stage.mask is not None
         stats = run.collect(modules, tuple(self.stage.allocate.method_object().needs))
-        run.layers = [_state(jobs[n], stats[n], float(jobs[n].step.sparsity or 0.0)) for n in jobs]
+        run.layers = [state_of(jobs[n], stats[n], float(jobs[n].step.sparsity or 0.0)) for n in jobs]
         found = learner.learn(run, float(self.stage.mask.sparsity or 0.0))
         run.layers = []
         return found
-
-    def _pruned(self, job: Job, stats: dict[str, torch.Tensor], spread: Sparsities) -> LayerState:
-        """Choose one layer's mask, write its weight."""
-        state = _state(job, stats, spread.get(job.layer.name, float(job.step.sparsity or 0.0)))
-        method: Any = state.method
-        if method.needs and not int(stats["tokens"]):
-            method = Magnitude()  # an expert that no token reached: nothing is known of its inputs
-        pruned = prune(method, state.dense, stats, _finite(state.choose, job.layer.name))
-        state.keep = pruned.keep
-        _write(job, _written(state.dense, pruned))
-        return state
 
 
 def _learner(stage: Stage) -> Learns | None:
     method = stage.allocate.method_object() if stage.allocate else None
     return method if isinstance(method, Learns) else None
-
-
-def _state(job: Job, stats: Statistics, sparsity: float | torch.Tensor) -> LayerState:
-    share = float(sparsity.mean()) if isinstance(sparsity, torch.Tensor) else sparsity
-    pattern = MaskPattern.parse(job.step.pattern)
-    if pattern.kind == "nm" and pattern.sparsity != share:  # an allocator's: see ``keep_of_m``
-        m = pattern.params[1]
-        kept = round(m * (1.0 - share))
-        pattern = MaskPattern("nm", (kept, m)) if kept < m else MaskPattern()
-    dense = job.layer.matrix.float().clone()
-    choose = chooser(job, sparsity, pattern)
-    return LayerState(job.layer.name, job.layer.matrix, dense, stats, choose, job.step.method_object(), share)
 
 
 def _check(name: str, before: Sequence[tuple[int, LayerState]]) -> None:
@@ -312,105 +289,3 @@ def _check(name: str, before: Sequence[tuple[int, LayerState]]) -> None:
         assert state.keep is not None
         if int(state.keep.sum()) != kept or bool(state.weight[~state.keep].count_nonzero()):
             raise RuntimeError(f"{name} changed how many weights of {state.name} are kept")
-
-
-def _row(job: Job, state: LayerState, sample: torch.Tensor, number: int, notes: Sequence[str]) -> PrunedLayer:
-    new = state.weight.float()
-    size, lost = torch.linalg.vector_norm(state.dense), torch.linalg.vector_norm(state.dense - new)
-    out = torch.linalg.vector_norm(sample @ state.dense.t()).item() if len(sample) else 0.0
-    moved = torch.linalg.vector_norm(sample @ (state.dense - new).t()).item() if len(sample) else 0.0
-    unseen = (
-        ("no token reached it: pruned by magnitude",) if state.method.needs and not int(state.stats["tokens"]) else ()
-    )
-    return PrunedLayer(
-        **{**_about(job, number), "asked": state.sparsity},
-        achieved=1.0 - new.count_nonzero().item() / new.numel(),
-        error=(lost / size).item() if size else 0.0,
-        output_error=moved / out if out else 0.0,
-        notes=(*job.notes, *unseen, *notes),
-    )
-
-
-def _about(job: Job, number: int) -> dict[str, Any]:
-    layer, step = job.layer, job.step
-    return {
-        "name": layer.name,
-        "kind": layer.kind,
-        "shape": layer.shape,
-        "method": step.method,
-        "pattern": step.pattern,
-        "scope": str(step.scope),
-        "asked": float(step.sparsity or 0.0),
-        "step": number,
-        "tied": layer.tied,
-    }
-
-
-def chooser(job: Job, sparsity: float | torch.Tensor, pattern: MaskPattern | None = None) -> Choose:
-    """One layer's pattern, quota and scope, and its outliers aside. ``pattern``: where it is not the step's."""
-    step = job.step
-    norm = step.method_object().norm
-    select = Selector(pattern or MaskPattern.parse(step.pattern), sparsity, str(step.scope), norm)
-    return with_outliers(select, Outliers.parse(step.outliers))
-
-
-def choosers_of(jobs: Sequence[Job]) -> dict[Job, Choose]:
-    """A ``Choose`` for each job. Jobs of scope global with the same method, pattern and sparsity share a threshold."""
-    choosers: dict[Job, Choose] = {}
-    pools: dict[tuple[Any, MaskPattern, float], list[Job]] = {}
-    for job in jobs:
-        pattern, step = MaskPattern.parse(job.step.pattern), job.step
-        method, sparsity = step.method_object(), float(step.sparsity or 0.0)
-        if step.scope == "global" and pattern.sparsity is None:
-            pools.setdefault((method, pattern, sparsity), []).append(job)
-        else:
-            choosers[job] = chooser(job, sparsity)
-    for (method, pattern, sparsity), members in pools.items():
-        selectors = select_pool([_scorer(method, job) for job in members], pattern, sparsity, norm=method.norm)
-        choosers.update(zip(members, selectors, strict=True))
-    return choosers
-
-
-def _scorer(method: Scores, job: Job) -> Callable[[], torch.Tensor]:
-    def score() -> torch.Tensor:
-        with torch.no_grad():
-            return method.score(job.layer.matrix, {})
-
-    return score
-
-
-def prune_job(job: Job, stats: Statistics, choose: Choose, number: int) -> PrunedLayer:
-    """Make one layer's mask, then write it; gives its row of the report."""
-    layer = job.layer
-    with torch.inference_mode(layer.weight.is_inference()), torch.no_grad():
-        weight = layer.matrix
-        pruned = prune(job.step.method_object(), weight, stats, _finite(choose, layer.name))
-        new = _written(weight, pruned)
-        size = torch.linalg.vector_norm(weight, dtype=torch.float64).item()
-        lost = torch.linalg.vector_norm(weight - new, dtype=torch.float64).item()
-        weight.copy_(new)
-        achieved = 1.0 - new.count_nonzero().item() / new.numel()
-    empty = ("every weight of it is zero now",) if achieved == 1.0 else ()
-    error = lost / size if size else 0.0
-    return PrunedLayer(**_about(job, number), achieved=achieved, error=error, notes=(*job.notes, *empty))
-
-
-def _write(job: Job, new: torch.Tensor) -> None:
-    """In place; inference tensors may only be written in inference mode."""
-    with torch.inference_mode(job.layer.weight.is_inference()), torch.no_grad():
-        job.layer.matrix.copy_(new)
-
-
-def _written(weight: torch.Tensor, pruned: Pruned) -> torch.Tensor:
-    """The new weight: kept values, and +0.0 (never -0.0) where the mask prunes."""
-    values = weight if pruned.values is None else pruned.values.to(weight.dtype)
-    return values.masked_fill(~pruned.keep, 0.0)
-
-
-def _finite(choose: Choose, name: str) -> Choose:
-    def checked(score: torch.Tensor, start: int = 0) -> torch.Tensor:
-        if bool(score.isnan().any()):
-            raise UnprunableLayer(name=name, why="its scores are not numbers", help="Check the calibration data.")
-        return choose(score, start)
-
-    return checked

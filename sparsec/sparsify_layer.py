@@ -1,0 +1,151 @@
+"""One layer of ``sparsify``: a job and its statistics in, its mask chosen and written, a row of the report out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sparsec.errors import UnprunableLayer
+from sparsec.passes.masks.block import LayerState
+from sparsec.passes.masks.contract import Choose, Pruned, Scores, Statistics, pattern_of, prune
+from sparsec.passes.masks.magnitude import Magnitude
+from sparsec.passes.masks.outliers import Outliers, with_outliers
+from sparsec.passes.masks.pattern import MaskPattern
+from sparsec.passes.masks.select import Selector, select_pool
+from sparsec.prunable import Job
+from sparsec.sparsify_report import PrunedLayer
+
+
+def state_of(job: Job, stats: Statistics, sparsity: float | torch.Tensor) -> LayerState:
+    share = float(sparsity.mean()) if isinstance(sparsity, torch.Tensor) else sparsity
+    pattern = MaskPattern.parse(job.step.pattern)
+    if pattern.kind == "nm" and pattern.sparsity != share:  # an allocator's: see ``keep_of_m``
+        m = pattern.params[1]
+        kept = round(m * (1.0 - share))
+        pattern = MaskPattern("nm", (kept, m)) if kept < m else MaskPattern()
+    dense = job.layer.matrix.float().clone()
+    choose = chooser(job, sparsity, pattern)
+    return LayerState(job.layer.name, job.layer.matrix, dense, stats, choose, job.step.method_object(), share)
+
+
+def prune_state(job: Job, state: LayerState) -> None:
+    """Choose one layer's mask and write its weight; ``state.keep`` is the mask."""
+    method: Any = state.method
+    if method.needs and not int(state.stats["tokens"]):
+        method = Magnitude()  # an expert that no token reached: nothing is known of its inputs
+    pruned = prune(method, state.dense, state.stats, Finite(state.choose, job.layer.name))
+    state.keep = pruned.keep
+    write(job, written(state.dense, pruned))
+
+
+def row_of(job: Job, state: LayerState, sample: torch.Tensor, number: int, notes: Sequence[str]) -> PrunedLayer:
+    new = state.weight.float()
+    size, lost = torch.linalg.vector_norm(state.dense), torch.linalg.vector_norm(state.dense - new)
+    out = torch.linalg.vector_norm(sample @ state.dense.t()).item() if len(sample) else 0.0
+    moved = torch.linalg.vector_norm(sample @ (state.dense - new).t()).item() if len(sample) else 0.0
+    unseen = (
+        ("no token reached it: pruned by magnitude",) if state.method.needs and not int(state.stats["tokens"]) else ()
+    )
+    return PrunedLayer(
+        **{**_about(job, number), "asked": state.sparsity},
+        achieved=1.0 - new.count_nonzero().item() / new.numel(),
+        error=(lost / size).item() if size else 0.0,
+        output_error=moved / out if out else 0.0,
+        notes=(*job.notes, *unseen, *notes),
+    )
+
+
+def _about(job: Job, number: int) -> dict[str, Any]:
+    layer, step = job.layer, job.step
+    return {
+        "name": layer.name,
+        "kind": layer.kind,
+        "shape": layer.shape,
+        "method": step.method,
+        "pattern": step.pattern,
+        "scope": str(step.scope),
+        "asked": float(step.sparsity or 0.0),
+        "step": number,
+        "tied": layer.tied,
+    }
+
+
+def chooser(job: Job, sparsity: float | torch.Tensor, pattern: MaskPattern | None = None) -> Choose:
+    """One layer's pattern, quota and scope, and its outliers aside. ``pattern``: where it is not the step's."""
+    step = job.step
+    norm = step.method_object().norm
+    select = Selector(pattern or MaskPattern.parse(step.pattern), sparsity, str(step.scope), norm)
+    return with_outliers(select, Outliers.parse(step.outliers))
+
+
+def choosers_of(jobs: Sequence[Job]) -> dict[Job, Choose]:
+    """A ``Choose`` for each job. Jobs of scope global with the same method, pattern and sparsity share a threshold."""
+    choosers: dict[Job, Choose] = {}
+    pools: dict[tuple[Any, MaskPattern, float], list[Job]] = {}
+    for job in jobs:
+        pattern, step = MaskPattern.parse(job.step.pattern), job.step
+        method, sparsity = step.method_object(), float(step.sparsity or 0.0)
+        if step.scope == "global" and pattern.sparsity is None:
+            pools.setdefault((method, pattern, sparsity), []).append(job)
+        else:
+            choosers[job] = chooser(job, sparsity)
+    for (method, pattern, sparsity), members in pools.items():
+        selectors = select_pool([_scorer(method, job) for job in members], pattern, sparsity, norm=method.norm)
+        choosers.update(zip(members, selectors, strict=True))
+    return choosers
+
+
+def _scorer(method: Scores, job: Job) -> Callable[[], torch.Tensor]:
+    def score() -> torch.Tensor:
+        with torch.no_grad():
+            return method.score(job.layer.matrix, {})
+
+    return score
+
+
+def prune_job(job: Job, stats: Statistics, choose: Choose, number: int) -> PrunedLayer:
+    """Make one layer's mask, then write it; gives its row of the report."""
+    layer = job.layer
+    with torch.inference_mode(layer.weight.is_inference()), torch.no_grad():
+        weight = layer.matrix
+        pruned = prune(job.step.method_object(), weight, stats, Finite(choose, layer.name))
+        new = written(weight, pruned)
+        size = torch.linalg.vector_norm(weight, dtype=torch.float64).item()
+        lost = torch.linalg.vector_norm(weight - new, dtype=torch.float64).item()
+        weight.copy_(new)
+        achieved = 1.0 - new.count_nonzero().item() / new.numel()
+    empty = ("every weight of it is zero now",) if achieved == 1.0 else ()
+    error = lost / size if size else 0.0
+    return PrunedLayer(**_about(job, number), achieved=achieved, error=error, notes=(*job.notes, *empty))
+
+
+def write(job: Job, new: torch.Tensor) -> None:
+    """In place; inference tensors may only be written in inference mode."""
+    with torch.inference_mode(job.layer.weight.is_inference()), torch.no_grad():
+        job.layer.matrix.copy_(new)
+
+
+def written(weight: torch.Tensor, pruned: Pruned) -> torch.Tensor:
+    """The new weight: kept values, and +0.0 (never -0.0) where the mask prunes."""
+    values = weight if pruned.values is None else pruned.values.to(weight.dtype)
+    return values.masked_fill(~pruned.keep, 0.0)
+
+
+@dataclass(frozen=True)
+class Finite:
+    """``Choose`` that refuses scores which are not numbers."""
+
+    choose: Choose
+    name: str
+
+    @property
+    def pattern(self) -> MaskPattern:
+        return pattern_of(self.choose)
+
+    def __call__(self, score: torch.Tensor, start: int = 0) -> torch.Tensor:
+        if bool(score.isnan().any()):
+            raise UnprunableLayer(name=self.name, why="its scores are not numbers", help="Check the calibration data.")
+        return self.choose(score, start)
