@@ -257,7 +257,7 @@ def _from_dict(said: dict[str, Any]) -> Recipe:
     calibration = _calibration(said)
     top: dict[str, Any] = {key: said.pop(key) for key in _TOP if key in said}
     steps, shared = [said], None
-    if "steps" in said:
+    if has_steps(said):
         steps, shared = said.pop("steps"), said.pop("ignore", None)
         _known(said, (), "a recipe with steps", (*_TOP, "calibration", "ignore", "steps"))
         if not isinstance(steps, (list, tuple)) or not steps:
@@ -265,6 +265,11 @@ def _from_dict(said: dict[str, Any]) -> Recipe:
     top["steps"] = [_step(step, shared, notes, i) for i, step in enumerate(steps)]
     made: Recipe = _validated(Recipe, {**top, "calibration": calibration, "notes": tuple(notes)}, "the recipe")
     return made
+
+
+def has_steps(said: Mapping[str, Any]) -> bool:
+    """Whether a dict is a recipe of steps; beside ``method``, ``steps`` may be an option of that method: a number."""
+    return "steps" in said and ("method" not in said or isinstance(said["steps"], (list, tuple)))
 
 
 def _calibration(said: dict[str, Any]) -> Calibration:

@@ -142,6 +142,7 @@ def _write_recipe(prepared: Prepared, path: Path | None, overwrite: bool) -> Non
 def merged(recipe: Path | None, flags: dict[str, Any]) -> dict[str, Any]:
     """What the file says, with the flags in their places. Raises BadRecipe where a flag could mean several steps."""
     from sparsec.errors import BadRecipe
+    from sparsec.recipe import has_steps
     from sparsec.recipe_file import read
 
     said = {} if recipe is None else read(recipe)
@@ -152,7 +153,7 @@ def merged(recipe: Path | None, flags: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(said, dict):
         raise BadRecipe(detail=f"{str(recipe)!r} holds {said!r}, not a recipe")
     step = said
-    if "steps" in said:
+    if has_steps(said):
         of_step = [key for key in flags if key not in _RECIPE_FLAGS]
         steps = said["steps"]
         if of_step and (not isinstance(steps, list) or len(steps) != 1):
