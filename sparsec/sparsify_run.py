@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsec.blockwise import BlockRun, Data, Found, Walk, evaluating, find_blocks
+from sparsec.blockwise import BlockRun, Data, Found, Walk, evaluating, find_blocks, first_tensor
 from sparsec.errors import SparsecWarning
 from sparsec.journal import Journal
 from sparsec.passes.masks.allocate.contract import Dense, Learns, Measured, Measures
 from sparsec.passes.masks.allocate.spread import keep_of_m
-from sparsec.passes.masks.block import LayerState
+from sparsec.passes.masks.block import Batch, LayerState
 from sparsec.passes.masks.contract import GRADIENTS
 from sparsec.passes.masks.pattern import MaskPattern
 from sparsec.prunable import Job, Selection
@@ -114,11 +114,13 @@ class Runner:
                 yield from work.block(run, mine)
             rest = {n: job for n, job in jobs.items() if n not in inside}
             if rest:
-                yield from work.block(self._whole(), rest)
+                yield from work.block(self._whole(stage), rest)
 
-    def _whole(self) -> BlockRun:
-        """The whole model as one block: for layers outside the list of blocks, and for models without one."""
-        return WholeRun("", self.model, self.recipe.seed, [((), dict(sample)) for sample in self.data])
+    def _whole(self, stage: Stage) -> BlockRun:
+        run = WholeRun(self.model, self.data, self.memory, self.recipe.seed)
+        if stage.posts:
+            run.dense = Spilled(self.memory, run.outputs())
+        return run
 
     def _gradients(self, stage: Stage, jobs: Mapping[str, Job]) -> Mapping[str, Mapping[str, torch.Tensor]]:
         wanted = [n for piece in stage.pieces for n in piece.method_object().needs if n in GRADIENTS]
@@ -143,7 +145,7 @@ class Runner:
             names -= set(mine)
             measured.append(self._measure(method, run, mine))
         if names:
-            measured.append(self._measure(method, self._whole(), [n for n in jobs if n in names]))
+            measured.append(self._measure(method, self._whole(stage), [n for n in jobs if n in names]))
         assert stage.mask is not None
         assert stage.mask.sparsity is not None
         allocation = method.allocate([m for m in measured if m.layers], stage.mask.sparsity)
@@ -165,18 +167,16 @@ class Runner:
         return Measured(run.name, sizes, method.measure(dense) if dense else {}, self.seconds)
 
 
-@dataclass
 class WholeRun(BlockRun):
-    """The model itself as a block: its inputs are the samples, it has no outputs for a next block."""
+    """The model itself as a block: for layers outside the list of blocks, and for models without one."""
 
-    def __init__(self, name: str, module: nn.Module, seed: int, calls: list[Any]) -> None:
-        super().__init__(name, module, seed, calls, Spilled(0))
+    def __init__(self, model: nn.Module, data: Data, memory: int, seed: int) -> None:
+        self._first = next(iter(data[0])) if data else ""
+        calls: list[Any] = [((), {k: v for k, v in sample.items() if k != self._first}) for sample in data]
+        super().__init__("", model, seed, calls, Spilled(memory, (sample[self._first] for sample in data)))
 
-    def outputs(self) -> Iterator[torch.Tensor]:
-        with torch.no_grad():
-            for _, sample in self.calls:
-                self.module(**sample)
-                yield torch.empty(0)
+    def run(self, batch: Batch) -> torch.Tensor:
+        return first_tensor(self.module(**{self._first: batch.hidden, **(batch.kwargs or {})}))
 
 
 @dataclass

@@ -97,6 +97,14 @@ def test_layers_outside_the_blocks_are_pruned_with_the_inputs_they_see() -> None
     assert report.layers[-1] is head
 
 
+@pytest.mark.parametrize("repair", ["reconstruct", "ebft", "barber"])
+def test_layers_outside_the_blocks_are_repaired_too(repair: str) -> None:
+    model = llama()
+    report = sparsify(model, {"steps": [{"method": "wanda", "targets": ["lm_head"], "ignore": []}, repair]}, tokens(8))
+    assert [layer.name for layer in report.layers] == ["lm_head"]
+    assert report.achieved == pytest.approx(0.5, abs=0.01)
+
+
 class Experts(nn.Module):
     """Two experts, of which one never gets a token."""
 
