@@ -250,8 +250,9 @@ def _from_dict(said: dict[str, Any]) -> Recipe:
     """A recipe of one step is a recipe of several with one in it; keys of both kinds may be mixed there."""
     notes: list[str] = []
     if is_llmcompressor(said):
+        ours = {key: said.pop(key) for key in ("seed", "calibration") if key in said}  # of the command line
         said, read_as = translate(said)
-        notes += read_as
+        said, notes = with_flags(said, ours), [*notes, *read_as]
     if said.pop("preset", None) is not None:
         raise BadRecipe(detail=f"there are no presets; name a method instead ({listed(METHODS)})")
     calibration = _calibration(said)
@@ -265,6 +266,13 @@ def _from_dict(said: dict[str, Any]) -> Recipe:
     top["steps"] = [_step(step, shared, notes, i) for i, step in enumerate(steps)]
     made: Recipe = _validated(Recipe, {**top, "calibration": calibration, "notes": tuple(notes)}, "the recipe")
     return made
+
+
+def with_flags(said: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """``said`` with ``flags`` in it; of calibration only the settings that the flag names are replaced."""
+    new, file = flags.get("calibration"), said.get("calibration")
+    both = {"calibration": {**file, **new}} if isinstance(new, Mapping) and isinstance(file, Mapping) else {}
+    return {**said, **flags, **both}
 
 
 def has_steps(said: Mapping[str, Any]) -> bool:

@@ -142,7 +142,8 @@ def _write_recipe(prepared: Prepared, path: Path | None, overwrite: bool) -> Non
 def merged(recipe: Path | None, flags: dict[str, Any]) -> dict[str, Any]:
     """What the file says, with the flags in their places. Raises BadRecipe where a flag could mean several steps."""
     from sparsec.errors import BadRecipe
-    from sparsec.recipe import has_steps
+    from sparsec.llmcompressor import is_llmcompressor
+    from sparsec.recipe import has_steps, with_flags
     from sparsec.recipe_file import read
 
     said = {} if recipe is None else read(recipe)
@@ -152,21 +153,21 @@ def merged(recipe: Path | None, flags: dict[str, Any]) -> dict[str, Any]:
         said = {"steps": said}
     if not isinstance(said, dict):
         raise BadRecipe(detail=f"{str(recipe)!r} holds {said!r}, not a recipe")
-    step = said
-    if has_steps(said):
-        of_step = [key for key in flags if key not in _RECIPE_FLAGS]
-        steps = said["steps"]
-        if of_step and (not isinstance(steps, list) or len(steps) != 1):
-            raise BadRecipe(detail=f"--{of_step[0]} could mean any step of {str(recipe)!r}; change the file instead")
-        if of_step:
-            step = said["steps"][0] = {"method": steps[0]} if isinstance(steps[0], str) else dict(steps[0])
-    for key, value in flags.items():
-        (said if key in _RECIPE_FLAGS else step)[key] = value
+    of_step = {key: value for key, value in flags.items() if key not in _RECIPE_FLAGS}
+    said = with_flags(said, {key: value for key, value in flags.items() if key in _RECIPE_FLAGS})
+    theirs, step = is_llmcompressor(said), said
+    if of_step and (theirs or has_steps(said)):
+        steps = None if theirs else said["steps"]
+        if not isinstance(steps, list) or len(steps) != 1:
+            flag = next(iter(of_step))
+            raise BadRecipe(detail=f"--{flag} could mean any step of {str(recipe)!r}; change the file instead")
+        step = said["steps"][0] = {"method": steps[0]} if isinstance(steps[0], str) else dict(steps[0])
+    step.update(of_step)
     if "pattern" in flags:
         step.pop("mask_structure", None)
         if "sparsity" not in flags and ":" in flags["pattern"]:
             step.pop("sparsity", None)  # the file's was for the file's pattern
-    if "steps" not in said and "method" not in said:
+    if not theirs and "steps" not in said and "method" not in said:
         raise BadRecipe(detail="no method was named; pass --method magnitude, or --recipe FILE")
     return said
 
