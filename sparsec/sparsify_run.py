@@ -45,7 +45,6 @@ class Runner:
     tick: Tick
     journal: Journal | None = None
     memory: int = 4 << 30
-    seconds: Callable[[str, float], float] | None = None
     notes: list[str] = field(default_factory=list)
     _done: int = 0
     _at: str = ""
@@ -164,7 +163,12 @@ class Runner:
         stats = run.collect({n: self.model.get_submodule(n) for n in names}, method.needs) if names else {}
         dense = [Dense(n, by_name[n].matrix.float(), stats[n]) for n in names]
         sizes = tuple((n, by_name[n].weight.numel()) for n in names)
-        return Measured(run.name, sizes, method.measure(dense) if dense else {}, self.seconds)
+        times = None
+        if method.keeps == "time":
+            from sparsec.expected_time import seconds_of
+
+            times = seconds_of({n: by_name[n].matrix for n in names}, method.target, method.rows)
+        return Measured(run.name, sizes, method.measure(dense) if dense else {}, times)
 
 
 class WholeRun(BlockRun):

@@ -90,6 +90,10 @@ def _allocated(step: Step, allocate: Spread | None) -> Step:
     pattern = MaskPattern.parse(step.pattern)
     if pattern.kind == "vnm":
         raise BadRecipe(detail=f"{allocate.method} gives each layer its own sparsity, and {pattern} has only one")
+    if pattern.kind == "nm" and getattr(allocate.method_object(), "keeps", "mean") == "time":
+        raise BadRecipe(
+            detail=f"{allocate.method} sets shares that N of {pattern} can only come near; use unstructured"
+        )
     if step.scope == "global":
         raise BadRecipe(detail=f"{allocate.method} gives each layer its own sparsity; scope global would overrule it")
     if allocate.sparsity is None or pattern.sparsity is not None:

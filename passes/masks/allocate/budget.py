@@ -57,6 +57,12 @@ class Curve:
         lost = self.lost[right - 1] * (1.0 - part) + self.lost[right] * part
         return Point(sparsity, self.seconds(self.name, sparsity), lost)
 
+    def loosened(self, point: Point, sparsities: Sequence[float]) -> Point:
+        """The least loss that takes no longer than ``point``: a layer that zeros do not make faster stays dense."""
+        limit = point.seconds * (1.0 + _ROUNDING)
+        no_slower = (at for s in sparsities if (at := self.at(s)).seconds <= limit)
+        return min([point, *no_slower], key=lambda p: (p.lost, p.sparsity))
+
     def hull(self, sparsities: Sequence[float]) -> list[Point]:
         """The corners of the lower convex hull of loss over time, from the least loss to the least time."""
         corners: list[Point] = []
@@ -111,6 +117,10 @@ class Time:
         default=0.9, metadata={"doc": "no layer gets sparser, unless a higher sparsity is asked"}
     )
     judge: Judge = field(default="wanda", metadata={"doc": "the importance that is kept: wanda or magnitude scores"})
+    target: str = field(default="auto", metadata={"doc": "whose time: see sparsec targets"})
+    rows: Annotated[int, Field(ge=1)] = field(
+        default=1, metadata={"doc": "rows of x a call: 1 for decoding, else batch times tokens"}
+    )
 
     role: ClassVar[str] = "allocate"
     needs: ClassVar[tuple[str, ...]] = ("sum_x2",)
@@ -154,8 +164,9 @@ class Time:
                 detail=f"speedup {self.speedup:g} is out of reach: {dense / fastest:.3g} is expected where every layer "
                 f"has sparsity {most:g}; ask for less, or raise most"
             )
-        if not self.speedup and _lost(uniform) < _lost(chosen):
-            chosen = uniform
+        if not self.speedup:
+            loosened = [curve.loosened(point, sparsities) for curve, point in zip(curves, uniform, strict=True)]
+            chosen = min(chosen, loosened, key=_lost)
         shares = {curve.name: point.sparsity for curve, point in zip(curves, chosen, strict=True)}
         return Allocation(shares, (self._note(curves, chosen, uniform, dense),))
 

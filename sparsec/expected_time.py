@@ -1,0 +1,70 @@
+"""How long a layer takes at a sparsity it does not have yet: a weight, a share of zeros in, seconds of the plan out.
+
+What the ``time`` allocator and a search ask: the same facts, rates and decision as the backend's, for an imagined
+weight whose zeros lie anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from sparsec import targets
+from sparsec.cache import cache_dir
+from sparsec.measure import rates
+from sparsec.options import Policy
+from sparsec.passes.decide import cheapest
+from sparsec.passes.decide.candidates import dense_way, ways_for
+from sparsec.passes.graph import DTYPES
+from sparsec.passes.profile.weights import profile
+from sparsec.targets.base import Rates
+
+_PATTERNS = ("panel", "bitmap", "index")
+_STEP = 2  # percent
+
+
+def seconds_of(
+    layers: Mapping[str, torch.Tensor], target: str = "auto", rows: int = 1, cache_folder: str = ""
+) -> Callable[[str, float], float]:
+    """``seconds(name, sparsity)`` of one call of a layer with ``rows`` rows of x on ``target``.
+
+    ``layers``: name -> weight [N, K]. Never rises with sparsity, and at 0 it is what the dense weight takes. Weights of
+    a dtype without kernels cost the same at any sparsity.
+    """
+    machine, folder = targets.resolve(target), cache_dir(cache_folder)
+    known = {name: (*weight.shape, DTYPES.get(weight.dtype, "")) for name, weight in layers.items()}
+
+    @cache
+    def measured(dtype: str) -> Rates:
+        return rates(machine, torch.get_num_threads(), Path(folder), (dtype,), _PATTERNS)
+
+    @cache
+    def expected(n: int, k: int, dtype: str, zeros: int) -> float:
+        return _decided(n, k, dtype, zeros, measured(dtype), rows)
+
+    def seconds(name: str, sparsity: float) -> float:
+        n, k, dtype = known[name]
+        if not dtype:
+            return 1.0
+        if sparsity <= 0.0:
+            return expected(n, k, dtype, 0)
+        # Margins make a staircase of it, whose steps must not go up.
+        return min(expected(n, k, dtype, percent) for percent in range(0, int(100 * sparsity) + 1, _STEP))
+
+    return seconds
+
+
+def _decided(n: int, k: int, dtype: str, percent: int, known: Rates, rows: int) -> float:
+    """As ``decide`` would choose, but without its words, which take longer than the choice."""
+    fact = replace(profile(torch.ones(1, 1)), n=n, k=k, nnz=n * k - n * k * percent // 100, nm=(), blocks=())
+    dense, ways = dense_way(fact, dtype, known), ways_for(fact, dtype, known, Policy())
+    if dense is None:
+        return 1.0
+    ranges = cheapest(dense, ways, Policy().min_speedup) if ways else ()
+    ran = next((r for r in ranges if r.holds(rows)), None)
+    chosen = next((w for w in ways if ran and (w.format, w.kernel) == (ran.format, ran.kernel)), dense)
+    return chosen.cost.at(rows)
