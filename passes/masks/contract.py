@@ -33,7 +33,7 @@ STATISTICS: Mapping[str, str] = {
     "sum_x4": "[K] fp32: sum of x^4 over tokens",
     "xxt": "[K, K] fp32: sum of x x^T over tokens",
     "absmax": "[K] fp32: largest |x|",
-    "histogram": "[K, bins] int64: counts of x in equal bins over [-r, r), r the power of two above its column's absmax",
+    "histogram": "[K, bins] int64: counts of x in equal bins over [-r, r), r the power of two above the absmax",
     "entropy": "[K] fp32: entropy of the column's histogram, nats",
     "sample": "[rows, K] fp32: up to 512 rows of X, evenly spaced over the tokens",
     "grad2": "[N, K] fp32: sum over samples of g^2, g the gradient of the model's loss in the dense model",

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from sparsec.passes.masks.structure.objective import still
 from sparsec.passes.masks.structure.units import Family, Part, Units, cut, is_conv1d, matrix, zero
@@ -212,7 +211,7 @@ def _differs(module: nn.Module, family: Family, args: tuple[Any, ...], kwargs: d
     local = replace(family, name="", parts=parts)
     keep = torch.arange(family.count) % 2 == 0
     zeroed, smaller = copy.deepcopy(module).float().eval(), copy.deepcopy(module).float().eval()
-    args, kwargs = tree_map(_as_float, (args, kwargs))
+    args, kwargs = _mapped(args, _as_float), _mapped(kwargs, _as_float)
     try:
         with torch.no_grad():
             zero(zeroed, Units((local,), {}), {local.key: keep})
@@ -231,8 +230,16 @@ def _as_float(value: Any) -> Any:
 def _outputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
     """What flows on: attention weights, which some modules give beside it, have a head for each head that is left."""
     output = module(*args, **kwargs)
-    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-    return leaves[:1]
+    while not isinstance(output, torch.Tensor):
+        output = next(iter(output.values() if isinstance(output, Mapping) else output))
+    return [output]
+
+
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """``change`` of everything inside tuples, lists and dicts."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_mapped(v, change) for v in value)
+    return {k: _mapped(v, change) for k, v in value.items()} if type(value) is dict else change(value)
 
 
 def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
