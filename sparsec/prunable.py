@@ -15,7 +15,7 @@ from torch import nn
 from sparsec.errors import BadRecipe, UnmatchedTarget, UnprunableLayer
 from sparsec.matcher import BARE, match, matching, nearest, winner
 from sparsec.passes.masks.pattern import MaskPattern
-from sparsec.recipe import Step
+from sparsec.recipe import Piece, Step
 
 KINDS = {"linear": "Linear", "hf_conv1d": "Conv1D", "conv1x1": "Conv2d"}  # kind -> the class name of its target entry
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -68,7 +68,7 @@ class Job:
 class Selection:
     """What a step does: its jobs in module order, the step with its targets and ignores filled in, notes."""
 
-    step: Step
+    step: Piece
     jobs: list[Job] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 

@@ -23,22 +23,18 @@ from sparsec.cli.common import progress as progress_bar
 from sparsec.errors import BadRecipe
 from sparsec.journal import Journal
 from sparsec.passes.masks import METHODS, method_class
-from sparsec.passes.masks.contract import Updates, prune
-from sparsec.passes.masks.magnitude import Magnitude
-from sparsec.passes.masks.pattern import MaskPattern
-from sparsec.passes.masks.select import Selector
+from sparsec.passes.masks.contract import Updates
 from sparsec.prunable import Job, Selection, select_layers, survey
-from sparsec.recipe import Recipe
+from sparsec.recipe import Recipe, Step
 from sparsec.sparsify_report import PrunedLayer, Report
 from sparsec.sparsify_run import Runner
+from sparsec.sparsify_structure import restructure
 from sparsec.stages import Stage, stages_of
 
 __all__ = ["Prepared", "PrunedLayer", "Report", "execute", "methods", "prepare", "sparsify"]
 
 DEFAULT_MEMORY = 4 << 30  # bytes of calibration activations kept in memory
 _SAMPLED = 512  # values of each tensor that the model's fingerprint reads
-_SCRATCH = 24  # bytes a weight beside the model while its layer is pruned: scores, keys, masks, the new values
-_TIMED = 1 << 20  # weights that a forecast times
 
 
 @dataclass(frozen=True)
@@ -64,47 +60,11 @@ class Prepared:
         """Every (number of the step, job), in the order in which they run."""
         return [(number, job) for number, step in enumerate(self.steps, 1) for job in step.jobs]
 
-    def to_dict(self) -> dict[str, Any]:
-        """The forecast, as JSON types. ``scratch_bytes`` and ``seconds`` are estimates, the latter timed on a piece."""
-        layers = [
-            {
-                "name": job.layer.name,
-                "shape": list(job.layer.shape),
-                "step": number,
-                "method": job.step.method,
-                "pattern": job.step.pattern,
-                "scope": job.step.scope,
-                "sparsity": job.step.sparsity,
-                "notes": list(job.notes),
-            }
-            for number, job in self.jobs
-        ]
-        largest = max(job.layer.weight.numel() for _, job in self.jobs)
-        return {
-            "recipe": self.recipe.to_dict(),
-            "recipe_sha": self.recipe.sha,
-            "model_sha": self.model_sha,
-            "layers": layers,
-            "weights": sum(job.layer.weight.numel() for _, job in self.jobs),
-            "scratch_bytes": _SCRATCH * largest,
-            "seconds": _forecast_seconds(self),
-            "notes": list(self.notes),
-        }
+    def to_dict(self, tokens: int | None = None, max_memory: int = DEFAULT_MEMORY) -> dict[str, Any]:
+        """The forecast, as JSON types; see ``sparsec.forecast``. ``tokens``: of the calibration data, where known."""
+        from sparsec.forecast import forecast
 
-
-def _forecast_seconds(prepared: Prepared) -> float:
-    """Time a mask of a piece of the largest layer, scaled to all weights; a pool reads its scores four times. What
-    calibration takes is not in it."""
-    job = max((job for _, job in prepared.jobs), key=lambda job: job.layer.weight.numel())
-    piece = job.layer.matrix[: max(1, _TIMED // job.layer.shape[1])]
-    choose = Selector(MaskPattern.parse(job.step.pattern), float(job.step.sparsity or 0.0))
-    for _ in range(2):  # the first call also pays for what torch loads late
-        started = time.perf_counter()
-        prune(Magnitude(), piece, {}, choose)
-    per_weight = (time.perf_counter() - started) / piece.numel()
-    return sum(
-        per_weight * job.layer.weight.numel() * (4 if job.step.scope == "global" else 1) for _, job in prepared.jobs
-    )
+        return forecast(self, tokens, max_memory)
 
 
 def sparsify(
@@ -162,11 +122,15 @@ def execute(
     if resume is not None:
         about = {"model": prepared.model_sha, "recipe": recipe.sha, "data": data_sha}
         journal = Journal(Path(resume), digest(*about.values()), about)
+    structured = None
     with progress_bar("sparsify", quiet=not progress) as tick:
+        if (step := prepared.stages[0][0].structure) is not None:
+            structured = restructure(prepared.model, step, samples, recipe.seed, tick)
         runner = Runner(prepared.model, recipe, prepared.stages, samples, tick, journal, max_memory)
         rows = tuple(runner.rows())
     notes += runner.notes
-    return Report(recipe, rows, tuple(dict.fromkeys(notes)), time.perf_counter() - started, prepared.model_sha)
+    seconds = time.perf_counter() - started
+    return Report(recipe, rows, tuple(dict.fromkeys(notes)), seconds, prepared.model_sha, structured)
 
 
 def _calibrated(prepared: Prepared, data: Any, tokenizer: Any) -> Calibrated:
@@ -197,19 +161,32 @@ def prepare(model: nn.Module, recipe: object) -> Prepared:
     asked = Recipe.load(recipe)
     seen = survey(model)
     stages = []
-    for stage in stages_of(asked.steps):
+    planned = stages_of(asked.steps)
+    for stage in planned:
         if stage.mask is None:
-            raise BadRecipe(
-                detail=f"{stage.pieces[0].method} removes heads and neurons, which sparsify does not do yet"
-            )
+            stages.append((stage, _alone(stage, len(planned))))
+            continue
         selection = select_layers(seen, stage.mask)
         _check_scope(stage, selection)
-        stages.append((replace(stage, mask=selection.step), selection))
+        mask = selection.step
+        assert isinstance(mask, Step)
+        stages.append((replace(stage, mask=mask), selection))
     made_with = {"sparsec": __version__, "torch": torch.__version__}
     steps = tuple(piece for stage, _ in stages for piece in stage.pieces)
     resolved = asked.model_copy(update={"steps": steps, "made_with": made_with, "notes": ()})
     notes = dict.fromkeys([*asked.notes, *(note for _, selection in stages for note in selection.notes)])
     return Prepared(resolved, tuple(stages), tuple(notes), fingerprint(model), model)
+
+
+def _alone(stage: Stage, stages: int) -> Selection:
+    """The empty selection of a structured step. Raises BadRecipe where masks are asked for in the same recipe."""
+    step = stage.structure
+    assert step is not None
+    if stages > 1:
+        raise BadRecipe(
+            detail=f"{step.method} changes the shapes of layers, so it stands alone; prune its result by another recipe"
+        )
+    return Selection(step)
 
 
 def _check_scope(stage: Stage, selection: Selection) -> None:

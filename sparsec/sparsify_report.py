@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sparsec.passes.masks.structure.contract import Structured
 from sparsec.recipe import Recipe
 from sparsec.report_fold import merge_names, template
 
@@ -60,10 +61,13 @@ class Report:
     notes: tuple[str, ...]
     seconds: float
     model_sha: str
+    structured: Structured | None = None  # heads, neurons and channels that were removed
 
     @property
     def achieved(self) -> float:
         """Share of exact zeros over all layers, each counted once, as the last step left it."""
+        if self.structured is not None:
+            return self.structured.sparsity
         last = {layer.name: layer for layer in self.layers}.values()
         return sum(x.achieved * x.weights for x in last) / max(sum(x.weights for x in last), 1)
 
@@ -76,13 +80,17 @@ class Report:
             "seconds": self.seconds,
             "layers": [layer.to_dict() for layer in self.layers],
             "notes": list(self.notes),
+            **({"structured": self.structured.to_dict()} if self.structured else {}),
         }
 
     def __str__(self) -> str:
+        if self.structured is not None:
+            head = f"sparsify {self.recipe.steps[0].method}: {self.achieved:.1%} removed, {self.seconds:.1f} s"
+            return "\n".join([head, "", *self.structured.lines(), *(f"note: {note}" for note in self.notes)])
         count = len({layer.name for layer in self.layers})
         size = sum(layer.weights for layer in {layer.name: layer for layer in self.layers}.values())
         methods = " + ".join(step.method for step in self.recipe.steps)
-        head = f"sparsify {methods}: {count} layers, {_count(size)} weights, {self.achieved:.1%} zero"
+        head = f"sparsify {methods}: {count} layers, {short_count(size)} weights, {self.achieved:.1%} zero"
         seen = any(layer.output_error for layer in self.layers)
         rows = [_row(group, seen) for group in _folded(self.layers)]
         lines = [
@@ -99,31 +107,6 @@ def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     rows = [(_short(row[0]), *row[1:]) for row in rows]
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
-
-
-def forecast_table(forecast: Mapping[str, Any]) -> list[str]:
-    """The lines of a dry run, from ``Prepared.to_dict()``."""
-    groups: dict[object, list[dict[str, Any]]] = {}
-    for layer in forecast["layers"]:
-        settings = (layer["step"], layer["method"], layer["pattern"], layer["scope"], layer["sparsity"])
-        groups.setdefault((template(layer["name"]), tuple(layer["shape"]), *settings), []).append(layer)
-    rows = []
-    for group in groups.values():
-        first = group[0]
-        rows.append(
-            (
-                merge_names([layer["name"] for layer in group]) or "(the model)",
-                "x".join(map(str, first["shape"])),
-                f"{first['step']} {first['method']}",
-                first["pattern"] if first["scope"] == "layer" else f"{first['pattern']}, {first['scope']}",
-                f"{first['sparsity']:.1%}",
-            )
-        )
-    size = f"{len(forecast['layers'])} layers, {_count(forecast['weights'])} weights"
-    needs = f"about {forecast['scratch_bytes'] / 2**20:.0f} MB beside the model, about {forecast['seconds']:.1f} s"
-    notes = [f"note: {note}" for note in forecast["notes"]]
-    head = ("layer", "shape", "step", "pattern", "sparsity")
-    return [f"dry run: {size}; {needs}", "", *table(head, rows), *notes, "", "nothing was changed"]
 
 
 def _short(name: str, most: int = 56) -> str:
@@ -184,7 +167,8 @@ def _names(names: list[str]) -> str:
     return ", ".join(merged[:3]) + (f" and {len(merged) - 3} more kinds" if len(merged) > 3 else "")
 
 
-def _count(weights: int) -> str:
+def short_count(weights: int) -> str:
+    """``86.0 k``, ``6.74 B``."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if weights >= size:
             return f"{weights / size:.3g} {unit}"

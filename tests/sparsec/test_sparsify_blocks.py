@@ -258,3 +258,24 @@ def test_a_model_in_bf16_keeps_its_dtype_and_its_statistics_are_fp32() -> None:
     report = sparsify(model, "sparsegpt", tokens(), progress=False)
     assert report.achieved == pytest.approx(0.5, abs=0.004)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_a_structured_step_leaves_a_smaller_model_that_runs_and_is_told() -> None:
+    model = llama()
+    before = sum(p.numel() for p in model.parameters())
+    report = sparsify(model, {"method": "bonsai", "sparsity": 0.25, "rounds": 1, "samples": 8}, tokens(), progress=False)
+    after = sum(p.numel() for p in model.parameters())
+    assert report.structured is not None
+    assert (report.structured.parameters_before, report.structured.parameters_after) == (before, after)
+    assert after < before
+    assert report.achieved == pytest.approx(0.25, abs=0.05)
+    text = str(report)
+    assert "neurons left" in text
+    assert f"{before} before, {after} after" in text
+    assert report.to_dict()["structured"]["parameters_after"] == after
+    with torch.no_grad():
+        assert model(tokens()[0]).logits.isfinite().all()
+    with pytest.raises(BadRecipe, match="stands alone"):
+        sparsify(llama(), ["bonsai", "wanda"], tokens(), progress=False)
+    with pytest.raises(BadRecipe, match="finds no heads or neurons"):
+        sparsify(nn.Sequential(nn.Linear(8, 8)), "bonsai", [torch.randn(64, 8)], progress=False)

@@ -26,7 +26,7 @@ Data: TypeAlias = Sequence[Mapping[str, Any]]  # one dict of keyword arguments o
 class Tick(Protocol):
     """Progress: ``done`` of ``total`` steps, and what is being done."""
 
-    def __call__(self, done: int, total: int, what: str) -> None: ...
+    def __call__(self, done: int, total: int, what: str, /) -> None: ...
 
 
 def silent(done: int, total: int, what: str) -> None:
@@ -65,6 +65,16 @@ class Structured:
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
         return asdict(self)
+
+    def lines(self) -> list[str]:
+        """A line for each attention, FFN or stream that got smaller, the sum, and notes."""
+        kinds = {"head": "heads", "neuron": "neurons", "width": "channels"}
+        rows = [f"{row.name}: {row.after} of {row.before} {kinds[row.kind]} left" for row in self.rows]
+        before, after = self.parameters_before, self.parameters_after
+        zeroed = "; what was removed is there as zeros" if self.as_zeros else ""
+        share = f"{1 - after / max(before, 1):.1%}"
+        notes = [f"note: {note}" for note in (*self.notes, *([self.unsaved] if self.unsaved else []))]
+        return [*rows, f"parameters: {before} before, {after} after, {share} gone{zeroed}", *notes]
 
 
 class Structural(Protocol):
