@@ -101,7 +101,7 @@ class Runner:
                 found,
                 self.data,
                 propagate_error=self.recipe.propagate_error,
-                keep_dense=bool(stage.posts) or _learner(stage) is not None,
+                keep_dense=_compares(stage) or _learner(stage) is not None,
                 memory=self.memory,
                 seed=self.recipe.seed,
             )
@@ -117,7 +117,7 @@ class Runner:
 
     def _whole(self, stage: Stage) -> BlockRun:
         run = WholeRun(self.model, self.data, self.memory, self.recipe.seed)
-        if stage.posts:
+        if _compares(stage):
             run.dense = Spilled(self.memory, run.outputs())
         return run
 
@@ -280,6 +280,10 @@ class _Work:
         found = learner.learn(run, float(self.stage.mask.sparsity or 0.0))
         run.layers = []
         return found
+
+
+def _compares(stage: Stage) -> bool:
+    return any(post.method_object().compares for post in stage.posts)
 
 
 def _learner(stage: Stage) -> Learns | None:

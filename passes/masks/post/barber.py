@@ -40,6 +40,7 @@ class Barber:
     role: ClassVar[str] = "post"
     needs: ClassVar[tuple[str, ...]] = ("tokens",)
     moves_masks: ClassVar[bool] = True
+    compares: ClassVar[bool] = False
     source: ClassVar[str] = "Su et al., 2024"
     cost: ClassVar[str] = "minutes; a backward pass of each block"
 

@@ -18,6 +18,7 @@ class Post(Protocol):
     role: ClassVar[str]  # "post"
     needs: ClassVar[tuple[str, ...]]
     moves_masks: ClassVar[bool]
+    compares: ClassVar[bool]  # whether it asks for ``block.targets()``, which costs a forward and their memory
     source: ClassVar[str]
     cost: ClassVar[str]
 

@@ -38,6 +38,7 @@ class Ebft:
     role: ClassVar[str] = "post"
     needs: ClassVar[tuple[str, ...]] = ("tokens",)
     moves_masks: ClassVar[bool] = False
+    compares: ClassVar[bool] = True
     source: ClassVar[str] = "Guo et al., 2024"
     cost: ClassVar[str] = "minutes to hours; training, block by block"
 

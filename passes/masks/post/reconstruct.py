@@ -32,6 +32,7 @@ class Reconstruct:
     role: ClassVar[str] = "post"
     needs: ClassVar[tuple[str, ...]] = ("xxt",)
     moves_masks: ClassVar[bool] = False
+    compares: ClassVar[bool] = False
     source: ClassVar[str] = "Frantar & Alistarh, 2023, mask given"
     cost: ClassVar[str] = "as SparseGPT; exact: N (kept columns)^3 / 3 a layer"
 

@@ -30,6 +30,7 @@ class Variance:
     role: ClassVar[str] = "post"
     needs: ClassVar[tuple[str, ...]] = ()
     moves_masks: ClassVar[bool] = False
+    compares: ClassVar[bool] = False
     source: ClassVar[str] = "Maximov et al., 2025"
     cost: ClassVar[str] = "seconds"
 
