@@ -250,7 +250,7 @@ def _from_dict(said: dict[str, Any]) -> Recipe:
     """A recipe of one step is a recipe of several with one in it; keys of both kinds may be mixed there."""
     notes: list[str] = []
     if is_llmcompressor(said):
-        ours = {key: said.pop(key) for key in ("seed", "calibration") if key in said}  # of the command line
+        ours: dict[str, Any] = {key: said.pop(key) for key in ("seed", "calibration") if key in said}  # flags
         said, read_as = translate(said)
         said, notes = with_flags(said, ours), [*notes, *read_as]
     if said.pop("preset", None) is not None:

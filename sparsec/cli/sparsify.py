@@ -79,7 +79,7 @@ def command(
 
     asked = Recipe.load(said)  # before the model is loaded: the recipe's own mistakes show at once
     if dry_run:
-        _dry_run(model, asked, save_recipe, overwrite, as_json)
+        _dry_run(model, asked, save_recipe, overwrite, as_json, int(max_memory * 2**30))
     elif output is not None:
         _run(model, asked, output, save_recipe, overwrite, as_json, int(max_memory * 2**30))
 
@@ -115,17 +115,23 @@ def _run(
     out.print(f"\nsaved: {output}\nnext:  sparsec explain {output}", markup=False, soft_wrap=True)
 
 
-def _dry_run(model: str, asked: Any, save_recipe: Path | None, overwrite: bool, as_json: bool) -> None:
+def _dry_run(model: str, asked: Any, save_recipe: Path | None, overwrite: bool, as_json: bool, max_memory: int) -> None:
+    from sparsec.calibration import calibrate
+    from sparsec.forecast import forecast, forecast_table
     from sparsec.models import load_model
     from sparsec.sparsify import prepare
-    from sparsec.sparsify_report import forecast_table
 
-    prepared = prepare(load_model(model).model, asked)
+    loaded = load_model(model)
+    prepared = prepare(loaded.model, asked)
+    tokens, source = None, asked.calibration.dataset
+    if prepared.needs_data and source and (Path(source).suffix or Path(source).exists()):  # a dataset is not fetched
+        tokens = calibrate(source, asked.calibration, loaded.model, loaded.tokenizer).tokens
     _write_recipe(prepared, save_recipe, overwrite)
+    told = forecast(prepared, tokens, max_memory)
     if as_json:
-        emit_json(prepared.to_dict())
+        emit_json(told)
         return
-    console().print("\n".join(forecast_table(prepared.to_dict())), markup=False, soft_wrap=True)
+    console().print("\n".join(forecast_table(told)), markup=False, soft_wrap=True)
 
 
 def _write_recipe(prepared: Prepared, path: Path | None, overwrite: bool) -> None:

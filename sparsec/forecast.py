@@ -1,0 +1,304 @@
+"""What a prepared recipe would do, before it is done: module -> step -> pattern, memory and time.
+
+In: what ``sparsify.prepare`` gives. Out: JSON types, and the lines that ``--dry-run`` prints. Nothing is written and
+the model is not run: memory is counted from shapes, time from multiplications at the rate of one small product here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from sparsec.blockwise import find_blocks
+from sparsec.models import LoadedModel
+from sparsec.passes.masks.allocate.contract import Learns, Measures
+from sparsec.passes.masks.contract import GRADIENTS, Updates, prune
+from sparsec.passes.masks.magnitude import Magnitude
+from sparsec.passes.masks.pattern import MaskPattern
+from sparsec.passes.masks.select import Selector
+from sparsec.prunable import Job, Selection
+from sparsec.recipe import Piece, Spread
+from sparsec.report_fold import merge_names, template
+from sparsec.sparsify_report import short_count, table
+from sparsec.stages import Stage
+
+if TYPE_CHECKING:
+    from sparsec.sparsify import Prepared
+
+_SCRATCH = 24  # bytes a weight beside the model while its layer is pruned: scores, keys, masks, the new values
+_TIMED = 1 << 20  # weights of the largest layer that are timed
+_ROWS = 256  # tokens that are timed
+_REST = 2.0  # attention, norms and copies take as long again: 1.8 to 2.6 measured with six recipes on a small model
+_BACKWARD = 3  # a forward with a backward costs so many forwards
+_WIDE = {"xxt": 4, "histogram": 8 * 256, "entropy": 8 * 256, "sample": 4 * 512}  # bytes an in-feature (xxt: a pair)
+_DOES = {"reparam": "rewritten, same outputs", "allocate": "given their shares", "post": "repaired",
+         "structure": "heads and neurons out"}  # fmt: skip
+
+_KEEPS = {"": "", "mean": "mean ", "time": "time of "}  # what an allocator makes of the sparsity
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds on this machine: of a multiply-add in a matrix product, and of choosing about one weight."""
+
+    product: float
+    choice: float
+
+
+def forecast(prepared: Prepared, tokens: int | None = None, memory: int = 4 << 30) -> dict[str, Any]:
+    """The forecast as JSON types. ``tokens``: of the calibration data; None: as many as the recipe asks for at most.
+
+    ``scratch_bytes`` is beside the model, ``spilled_bytes`` goes to disk, ``calibration_seconds`` are in ``seconds``.
+    """
+    guessed = tokens is None and prepared.needs_data
+    count = _asked_tokens(prepared) if tokens is None else tokens
+    count = count if prepared.needs_data else 0
+    jobs = prepared.jobs
+    weights = sum(job.layer.weight.numel() for _, job in jobs)
+    rates = _rates(jobs)
+    choosing = sum(rates.choice * j.layer.weight.numel() * (4 if j.step.scope == "global" else 1) for _, j in jobs)
+    again = 3 if prepared.recipe.true_sequential else 0  # a pass for each group of layers that read the same
+    passes = _REST * sum(rates.product * _products(stage, chosen, count, again) for stage, chosen in prepared.stages)
+    held, spilled = _activations(prepared, count, memory)
+    steps = list(_steps(prepared))
+    return {
+        "recipe": prepared.recipe.to_dict(),
+        "recipe_sha": prepared.recipe.sha,
+        "model_sha": prepared.model_sha,
+        "steps": steps,
+        "layers": [layer for step in steps for layer in step.pop("layers")],
+        "weights": weights,
+        "scratch_bytes": held + max((_stage_bytes(stage, chosen) for stage, chosen in prepared.stages), default=0),
+        "spilled_bytes": spilled,
+        "seconds": choosing + passes,
+        "calibration_seconds": passes,
+        "calibration_tokens": count,
+        "calibration_guessed": guessed,
+        "notes": list(prepared.notes),
+    }
+
+
+def _asked_tokens(prepared: Prepared) -> int:
+    said = prepared.recipe.calibration
+    context = LoadedModel(prepared.model, None, "", "", "").context
+    return said.samples * min(said.seqlen, context or said.seqlen)
+
+
+# ------------------------------------------------------------------------------------------------ module, step, pattern
+
+
+def _steps(prepared: Prepared) -> Iterator[dict[str, Any]]:
+    """Every step of the recipe in its order; only those of mask methods have layers."""
+    number = 0
+    for stage, chosen in prepared.stages:
+        jobs = _jobs(chosen)
+        modules = _modules(prepared, [job.layer.name for job in jobs])
+        for piece in stage.pieces:
+            number += 1
+            method = piece.method_object()
+            yield {
+                "step": number,
+                "method": piece.method,
+                "role": piece.role,
+                "needs": list(method.needs),
+                "cost": method.cost,
+                "sparsity": piece.sparsity if isinstance(piece, Spread) else None,
+                "keeps": getattr(method, "keeps", ""),
+                "modules": modules,
+                "layers": [_layer(job, number, stage) for job in jobs] if piece is stage.mask else [],
+            }
+
+
+def _layer(job: Job, number: int, stage: Stage) -> dict[str, Any]:
+    return {
+        "name": job.layer.name,
+        "shape": list(job.layer.shape),
+        "step": number,
+        "method": job.step.method,
+        "pattern": job.step.pattern,
+        "scope": job.step.scope,
+        "outliers": job.step.outliers,
+        "sparsity": job.step.sparsity,
+        "allocated": stage.allocate.method_object().keeps if stage.allocate else "",
+        "notes": list(job.notes),
+    }
+
+
+def _jobs(chosen: Selection | None) -> Sequence[Job]:
+    return chosen.jobs if chosen is not None else ()
+
+
+def _modules(prepared: Prepared, layers: Sequence[str]) -> list[str]:
+    """The blocks that hold ``layers``, and the layers outside of them; [""] is the model as one."""
+    if not layers:
+        return [""]
+    blocks = find_blocks(prepared.model, layers, prepared.recipe.blocks).blocks
+    inside = {layer: name for layer in layers for name, _ in blocks if layer == name or layer.startswith(f"{name}.")}
+    found = dict.fromkeys(inside.get(layer, layer) for layer in layers)
+    return list(found) if inside else [""]
+
+
+# ----------------------------------------------------------------------------------------------------------------- time
+
+
+def _rates(jobs: Sequence[tuple[int, Job]]) -> Rates:
+    """Timed on a piece of the largest layer; the first call of each also pays for what torch loads late."""
+    if not jobs:
+        return Rates(0.0, 0.0)
+    job = max((job for _, job in jobs), key=lambda job: job.layer.weight.numel())
+    piece = job.layer.matrix[: max(1, _TIMED // job.layer.shape[1])]
+    rows = torch.ones(_ROWS, piece.shape[1], dtype=piece.dtype, device=piece.device)
+    choose = Selector(MaskPattern.parse(job.step.pattern), float(job.step.sparsity or 0.0))
+    product = choice = 0.0
+    with torch.no_grad():
+        for _ in range(2):
+            started = time.perf_counter()
+            nn.functional.linear(rows, piece)
+            between = time.perf_counter()
+            prune(Magnitude(), piece, {}, choose)
+            product, choice = between - started, time.perf_counter() - between
+    return Rates(product / (piece.numel() * _ROWS), choice / piece.numel())
+
+
+def _products(stage: Stage, chosen: Selection | None, tokens: int, again: int) -> float:
+    """Multiply-adds of one stage: passes over the data, statistics of pairs, factorisations."""
+    jobs = _jobs(chosen)
+    if not stage.walks or not jobs:
+        return 0.0
+    forward = tokens * sum(job.layer.weight.numel() for job in jobs)
+    total = forward * sum(_forwards(piece) for piece in stage.pieces)
+    total += forward * (
+        3 + again + (bool(stage.posts) or _learns(stage))
+    )  # capture, statistics, outputs; the dense outputs
+    for piece in stage.pieces:
+        method = piece.method_object()
+        for job in jobs:
+            n, k = job.layer.shape
+            total += tokens * k * k * ("xxt" in method.needs)
+            total += (k**3 + n * k**2) * (isinstance(method, Updates) or "xxt" in method.needs)
+    return float(total)
+
+
+def _forwards(piece: Piece) -> float:
+    """Passes over the data that a step adds, in forwards."""
+    method = piece.method_object()
+    gradients = [need for need in method.needs if need in GRADIENTS]
+    if gradients:
+        return 2.0 if gradients == ["spsa"] else _BACKWARD
+    if piece.role == "post":
+        return _BACKWARD * getattr(method, "epochs", 1) if "tokens" in method.needs else 0
+    if isinstance(method, Learns):
+        return 1 + _BACKWARD * getattr(method, "epochs", 1)
+    return {"reparam": 2, "allocate": 3 * isinstance(method, Measures)}.get(piece.role, 0)
+
+
+def _learns(stage: Stage) -> bool:
+    return stage.allocate is not None and isinstance(stage.allocate.method_object(), Learns)
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+def _stage_bytes(stage: Stage, chosen: Selection | None) -> int:
+    """Beside model and activations: one layer at work, and with data its block in fp32 with statistics."""
+    jobs = _jobs(chosen)
+    largest = max((job.layer.weight.numel() for job in jobs), default=0)
+    if not stage.walks:
+        return _SCRATCH * largest
+    needs = {need for piece in stage.pieces for need in piece.method_object().needs} | {"sample"}
+    blocks: dict[str, int] = {}
+    for job in jobs:
+        n, k = job.layer.shape
+        size = (4 + job.layer.weight.element_size() + 1) * n * k  # the dense copy, what an error puts back, the mask
+        size += sum(_WIDE.get(need, 4) * (k * k if need == "xxt" else k) for need in needs if need not in GRADIENTS)
+        home = _block_of(job.layer.name)
+        blocks[home] = blocks.get(home, 0) + size
+    gradients = sum(4 * job.layer.weight.numel() for job in jobs) * len(needs & set(GRADIENTS))
+    return _SCRATCH * largest + max(blocks.values(), default=0) + gradients
+
+
+def _block_of(name: str) -> str:
+    """``model.layers.3`` of ``model.layers.3.mlp.up_proj``: up to the first number."""
+    parts = name.split(".")
+    return ".".join(parts[: next((i + 1 for i, part in enumerate(parts) if part.isdigit()), len(parts))])
+
+
+def _activations(prepared: Prepared, tokens: int, memory: int) -> tuple[int, int]:
+    """Bytes (in memory, on disk) of a block's inputs and outputs, and its dense outputs where they are kept."""
+    walks = [(stage, chosen) for stage, chosen in prepared.stages if stage.walks and _jobs(chosen)]
+    if not tokens or not walks:
+        return 0, 0
+    config = getattr(prepared.model, "config", None)
+    job = walks[0][1].jobs[0]
+    width = getattr(config, "hidden_size", None) or job.layer.shape[1]
+    lists = 3 if any(stage.posts or _learns(stage) for stage, _ in walks) else 2
+    each = tokens * width * job.layer.weight.element_size()
+    return lists * min(each, memory), lists * max(each - memory, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------- lines
+
+
+def forecast_table(said: Mapping[str, Any]) -> list[str]:
+    """The lines of a dry run, from ``forecast``."""
+    rows = [row for step in said["steps"] for row in _rows(step, said["layers"])]
+    size = f"{len({layer['name'] for layer in said['layers']})} layers, {short_count(said['weights'])} weights"
+    disk = f" and {_megabytes(said['spilled_bytes'])} on disk" if said["spilled_bytes"] else ""
+    needs = f"about {_megabytes(said['scratch_bytes'])} beside the model{disk}, about {_duration(said['seconds'])}"
+    notes = [f"note: {note}" for note in (*_calibration(said), *said["notes"])]
+    head = ("layer", "shape", "step", "pattern", "sparsity")
+    return [f"dry run: {size}; {needs}", "", *table(head, rows), "", *notes, "nothing was changed"]
+
+
+def _rows(step: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
+    title = f"{step['step']} {step['method']}"
+    if step["role"] != "mask":
+        names = [name for name in step["modules"] if name]
+        share = "" if step["sparsity"] is None else f"{_KEEPS[step['keeps']]}{step['sparsity']:.1%}"
+        blocks = f"{len(names)} module{'s' * (len(names) > 1)}" if names else ""
+        yield ", ".join(_merged(names)) or "(the model)", blocks, title, _DOES[step["role"]], share
+        return
+    groups: dict[object, list[Mapping[str, Any]]] = {}
+    for layer in layers:
+        if layer["step"] == step["step"]:
+            same = [layer[key] for key in ("pattern", "scope", "outliers", "sparsity")]
+            groups.setdefault((template(layer["name"]), tuple(layer["shape"]), *same), []).append(layer)
+    for group in groups.values():
+        first = group[0]
+        fixed = first["scope"] == "layer" or MaskPattern.parse(first["pattern"]).sparsity is not None
+        pattern = first["pattern"] if fixed else f"{first['pattern']}, {first['scope']}"
+        pattern += f", {first['outliers']} aside" if first["outliers"] else ""
+        name = merge_names([layer["name"] for layer in group]) or "(the model)"
+        share = f"{_KEEPS[first['allocated']]}{first['sparsity']:.1%}"
+        yield name, "x".join(map(str, first["shape"])), title, pattern, share
+
+
+def _merged(names: Sequence[str]) -> list[str]:
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(template(name), []).append(name)
+    return [merge_names(group) for group in kinds.values()]
+
+
+def _calibration(said: Mapping[str, Any]) -> Iterator[str]:
+    tokens = said["calibration_tokens"]
+    if not tokens:
+        return
+    estimated = f"about {_duration(said['calibration_seconds'])} of these are passes over {tokens} calibration tokens"
+    guessed = ", as many as the recipe asks for at most; --data counts them" if said["calibration_guessed"] else ""
+    yield f"{estimated}{guessed}; estimated from one small product"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 2**20:.0f} MB" if size < 10 << 30 else f"{size / 2**30:.0f} GB"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes" if seconds < 7200 else (
+        f"{seconds / 3600:.1f} hours"
+    )  # fmt: skip
