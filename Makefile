@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench readme clean
+.PHONY: help install demo test check bench accuracy readme clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ check: $(STAMP) ## ruff, mypy strict, layout tests
 
 bench: $(STAMP) ## all engines side by side, into bench_report/; make bench ARGS=--quick for a short one
 	$(BIN)/python -m benchmarks $(ARGS)
+
+accuracy: $(STAMP) ## what every method costs in accuracy, into benchmarks/accuracy.md; SPARSEC_EVAL=DIR says on what
+	$(BIN)/python -m benchmarks.accuracy $(ARGS)
 
 readme: $(STAMP) ## write the numbers of bench_report/ and demo_report/ into README.md
 	$(BIN)/python -m benchmarks.readme $(ARGS)
