@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -253,21 +253,3 @@ class Walk:
                     assert run.dense is not None
                     inputs = run.dense
             self._calls[i] = []
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and without a key-value cache; afterwards as it was."""
-    training = [module for module in model.modules() if module.training]
-    config: Any = getattr(model, "config", None)
-    cached = getattr(config, "use_cache", None)
-    model.eval()
-    if cached:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        if cached:
-            config.use_cache = cached
-        for module in training:
-            module.training = True

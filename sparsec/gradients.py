@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sparsec.blockwise import evaluating
 from sparsec.errors import NoLoss, NonFinite, listed
 from sparsec.passes.masks import METHODS, method_class
 from sparsec.passes.masks.contract import GRADIENTS
+from sparsec.passes.masks.evaluating import evaluating
 
 _HALF_SCALE = 1024.0  # keeps small float16 gradients from vanishing; a power of two, so that it changes no bit
 _IGNORED = -100  # the label that cross_entropy leaves out

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsec.blockwise import BlockRun, Data, Found, Walk, evaluating, find_blocks, first_tensor
+from sparsec.blockwise import BlockRun, Data, Found, Walk, find_blocks, first_tensor
 from sparsec.errors import SparsecWarning
 from sparsec.journal import Journal
 from sparsec.passes.masks.allocate.contract import Dense, Learns, Measured, Measures
 from sparsec.passes.masks.allocate.spread import keep_of_m
 from sparsec.passes.masks.block import Batch, LayerState
 from sparsec.passes.masks.contract import GRADIENTS
+from sparsec.passes.masks.evaluating import evaluating
 from sparsec.passes.masks.pattern import MaskPattern
 from sparsec.prunable import Job, Selection
 from sparsec.recipe import Recipe

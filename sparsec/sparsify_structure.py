@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from sparsec.blockwise import Data, evaluating
+from sparsec.blockwise import Data
 from sparsec.errors import BadRecipe
+from sparsec.passes.masks.evaluating import evaluating
 from sparsec.passes.masks.structure.contract import Structural, Structured, Tick
 from sparsec.passes.masks.structure.find import find_units
 from sparsec.recipe import DEFAULT_SPARSITY, Spread

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from sparsec import spill
-from sparsec.blockwise import Walk, collect, evaluating, find_blocks, first_tensor
+from sparsec.blockwise import Walk, collect, find_blocks, first_tensor
 from sparsec.errors import BadRecipe, SpillFailed
+from sparsec.passes.masks.evaluating import evaluating
 from sparsec.spill import Spilled
 
 transformers = pytest.importorskip("transformers")

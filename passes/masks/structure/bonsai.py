@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from sparsec.passes.masks.evaluating import evaluating
 from sparsec.passes.masks.structure.choose import choose
 from sparsec.passes.masks.structure.contract import Data, Structured, Tick, parameters, silent
-from sparsec.passes.masks.structure.objective import Objective, still
+from sparsec.passes.masks.structure.objective import Objective
 from sparsec.passes.masks.structure.units import Family, Keep, Units, feature_sums, masked, matrix, remove
 
 _FOLDS = 5
@@ -55,7 +56,7 @@ class Bonsai:
         """Search and remove, in place."""
         objective = Objective(model, forward_data[: self.batches], self.utility)
         before = parameters(model)
-        with still(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             keep = self._search(model, units, objective, sparsity, seed, tick)
             with masked(model, units, keep):
                 after = objective.mean(model)

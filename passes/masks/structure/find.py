@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsec.passes.masks.structure.objective import still
+from sparsec.passes.masks.evaluating import evaluating
 from sparsec.passes.masks.structure.units import Family, Part, Units, cut, is_conv1d, matrix, zero
 
 # query, key, value, reader, as seen from the attention module
@@ -188,7 +188,7 @@ def _join(name: str, part: str) -> str:
 def _prove(model: nn.Module, families: list[Family], batch: Mapping[str, Any]) -> Iterator[tuple[Family, str]]:
     """Each family with "", or with why it is not what its names promise."""
     seen: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-    with ExitStack() as stack, still(model), torch.no_grad():
+    with ExitStack() as stack, evaluating(model), torch.no_grad():
         for name in {family.name for family in families}:
 
             def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from sparsec.errors import UnfitCalibration, UnfitModel
+from sparsec.passes.masks.evaluating import evaluating
 from sparsec.passes.masks.structure.contract import Data
-from sparsec.passes.masks.structure.objective import still
 
 _READERS = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
 _WRITERS = {"self_attn": "o_proj", "mlp": "down_proj"}
@@ -131,7 +131,7 @@ def record(model: nn.Module, decoder: Decoder, data: Data, method: str) -> Calls
     if not data:
         raise UnfitCalibration(detail="there is none")
     calls = Calls()
-    with still(model):
+    with evaluating(model):
         for number, batch in enumerate(data):
             entered: list[torch.Tensor] = []
             kwargs: list[dict[str, Any]] = []

@@ -14,9 +14,10 @@ from torch import nn
 from torch.nn.functional import linear
 
 from sparsec.errors import BadRecipe, UnfitModel
+from sparsec.passes.masks.evaluating import evaluating
 from sparsec.passes.masks.structure.choose import choose
 from sparsec.passes.masks.structure.contract import Data, Structured, Tick, parameters, silent
-from sparsec.passes.masks.structure.objective import Objective, has_loss, still
+from sparsec.passes.masks.structure.objective import Objective, has_loss
 from sparsec.passes.masks.structure.units import Family, Units, feature_sums, masked, matrix, remove
 
 
@@ -72,7 +73,7 @@ class LoraPrune:
         if self.merge:
             for adapter in adapters.values():
                 adapter.merge()
-        with still(model), masked(model, units, keep):
+        with evaluating(model), masked(model, units, keep):
             after = objective.mean(model)
         unsaved = remove(model, units, keep, as_zeros=self.as_zeros)
         return Structured(
@@ -114,7 +115,7 @@ class LoraPrune:
         keep = units.all()
         worth = {family.key: torch.zeros(family.count, dtype=torch.float64) for family in units.families}
         optimizer = torch.optim.AdamW([p for a in adapters.values() for p in (a.a, a.b)], lr=self.lr)
-        with still(model), _frozen(model), _attached(model, adapters), torch.enable_grad():
+        with evaluating(model), _frozen(model), _attached(model, adapters), torch.enable_grad():
             for first in range(0, self.steps, self.every):
                 with masked(model, units, keep):
                     for step in range(first, min(first + self.every, self.steps)):

@@ -5,8 +5,7 @@ In: a model and batches. Out: one number for each batch, lower is better, differ
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,27 +13,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from sparsec.errors import UnfitCalibration
+from sparsec.passes.masks.evaluating import evaluating
 from sparsec.passes.masks.structure.contract import Data
 
 UTILITIES = ("loss", "match")
-
-
-@contextmanager
-def still(model: nn.Module) -> Iterator[None]:
-    """Without dropout and without a key-value cache; afterwards as it was."""
-    training = [module for module in model.modules() if module.training]
-    config: Any = getattr(model, "config", None)
-    cached = getattr(config, "use_cache", None)
-    model.eval()
-    if cached:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        if cached:
-            config.use_cache = cached
-        for module in training:
-            module.training = True
 
 
 def has_loss(model: nn.Module, batch: Mapping[str, Any]) -> bool:
@@ -68,7 +50,7 @@ class Objective:
         self.data = data
         self.kind = kind if kind == "match" or has_loss(model, data[0]) else "match"
         self._dense: list[torch.Tensor] = []
-        with still(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             if self.kind == "match":
                 self._dense = [_shown(model, batch) for batch in data]
                 values = [float(dense.abs().sum()) for dense in self._dense]
