@@ -37,7 +37,7 @@ _REST = 2.0  # attention, norms and copies take as long again: 1.8 to 2.6 measur
 _BACKWARD = 3  # a forward with a backward costs so many forwards
 _WIDE = {"xxt": 4, "histogram": 8 * 256, "entropy": 8 * 256, "sample": 4 * 512}  # bytes an in-feature (xxt: a pair)
 _DOES = {"reparam": "rewritten, same outputs", "allocate": "given their shares", "post": "repaired",
-         "structure": "heads and neurons out"}  # fmt: skip
+         "structure": "made smaller"}  # fmt: skip
 
 _KEEPS = {"": "", "mean": "mean ", "time": "time of "}  # what an allocator makes of the sparsity
 
@@ -59,13 +59,15 @@ def forecast(prepared: Prepared, tokens: int | None = None, memory: int = 4 << 3
     count = _asked_tokens(prepared) if tokens is None else tokens
     count = count if prepared.needs_data else 0
     jobs = prepared.jobs
-    weights = sum(job.layer.weight.numel() for _, job in jobs)
+    weights = sum(job.layer.weight.numel() for _, job in jobs) or sum(p.numel() for p in prepared.model.parameters())
     rates = _rates(jobs)
     choosing = sum(rates.choice * j.layer.weight.numel() * (4 if j.step.scope == "global" else 1) for _, j in jobs)
     again = 3 if prepared.recipe.true_sequential else 0  # a pass for each group of layers that read the same
     passes = _REST * sum(rates.product * _products(stage, chosen, count, again) for stage, chosen in prepared.stages)
     held, spilled = _activations(prepared, count, memory)
     steps = list(_steps(prepared))
+    told = [f"{stage.structure.method}: time and memory are not forecast ({stage.structure.method_object().cost})"
+            for stage, _ in prepared.stages if stage.structure]  # fmt: skip
     return {
         "recipe": prepared.recipe.to_dict(),
         "recipe_sha": prepared.recipe.sha,
@@ -79,7 +81,7 @@ def forecast(prepared: Prepared, tokens: int | None = None, memory: int = 4 << 3
         "calibration_seconds": passes,
         "calibration_tokens": count,
         "calibration_guessed": guessed,
-        "notes": list(prepared.notes),
+        "notes": [*told, *prepared.notes],
     }
 
 
@@ -96,7 +98,7 @@ def _steps(prepared: Prepared) -> Iterator[dict[str, Any]]:
     """Every step of the recipe in its order; only those of mask methods have layers."""
     number = 0
     for stage, chosen in prepared.stages:
-        jobs = _jobs(chosen)
+        jobs = chosen.jobs
         modules = _modules(prepared, [job.layer.name for job in jobs])
         for piece in stage.pieces:
             number += 1
@@ -127,10 +129,6 @@ def _layer(job: Job, number: int, stage: Stage) -> dict[str, Any]:
         "allocated": stage.allocate.method_object().keeps if stage.allocate else "",
         "notes": list(job.notes),
     }
-
-
-def _jobs(chosen: Selection | None) -> Sequence[Job]:
-    return chosen.jobs if chosen is not None else ()
 
 
 def _modules(prepared: Prepared, layers: Sequence[str]) -> list[str]:
@@ -165,16 +163,14 @@ def _rates(jobs: Sequence[tuple[int, Job]]) -> Rates:
     return Rates(product / (piece.numel() * _ROWS), choice / piece.numel())
 
 
-def _products(stage: Stage, chosen: Selection | None, tokens: int, again: int) -> float:
+def _products(stage: Stage, chosen: Selection, tokens: int, again: int) -> float:
     """Multiply-adds of one stage: passes over the data, statistics of pairs, factorisations."""
-    jobs = _jobs(chosen)
+    jobs = chosen.jobs
     if not stage.walks or not jobs:
         return 0.0
     forward = tokens * sum(job.layer.weight.numel() for job in jobs)
     total = forward * sum(_forwards(piece) for piece in stage.pieces)
-    total += forward * (
-        3 + again + (bool(stage.posts) or _learns(stage))
-    )  # capture, statistics, outputs; the dense outputs
+    total += forward * (3 + again + _compares(stage))  # capture, statistics, outputs; the dense outputs
     for piece in stage.pieces:
         method = piece.method_object()
         for job in jobs:
@@ -197,16 +193,18 @@ def _forwards(piece: Piece) -> float:
     return {"reparam": 2, "allocate": 3 * isinstance(method, Measures)}.get(piece.role, 0)
 
 
-def _learns(stage: Stage) -> bool:
-    return stage.allocate is not None and isinstance(stage.allocate.method_object(), Learns)
+def _compares(stage: Stage) -> bool:
+    """Whether the outputs of dense blocks are kept, for steps that compare with them."""
+    learns = stage.allocate is not None and isinstance(stage.allocate.method_object(), Learns)
+    return learns or any(post.method_object().compares for post in stage.posts)
 
 
 # --------------------------------------------------------------------------------------------------------------- memory
 
 
-def _stage_bytes(stage: Stage, chosen: Selection | None) -> int:
+def _stage_bytes(stage: Stage, chosen: Selection) -> int:
     """Beside model and activations: one layer at work, and with data its block in fp32 with statistics."""
-    jobs = _jobs(chosen)
+    jobs = chosen.jobs
     largest = max((job.layer.weight.numel() for job in jobs), default=0)
     if not stage.walks:
         return _SCRATCH * largest
@@ -230,13 +228,13 @@ def _block_of(name: str) -> str:
 
 def _activations(prepared: Prepared, tokens: int, memory: int) -> tuple[int, int]:
     """Bytes (in memory, on disk) of a block's inputs and outputs, and its dense outputs where they are kept."""
-    walks = [(stage, chosen) for stage, chosen in prepared.stages if stage.walks and _jobs(chosen)]
+    walks = [(stage, chosen) for stage, chosen in prepared.stages if stage.walks and chosen.jobs]
     if not tokens or not walks:
         return 0, 0
     config = getattr(prepared.model, "config", None)
     job = walks[0][1].jobs[0]
     width = getattr(config, "hidden_size", None) or job.layer.shape[1]
-    lists = 3 if any(stage.posts or _learns(stage) for stage, _ in walks) else 2
+    lists = 3 if any(_compares(stage) for stage, _ in walks) else 2
     each = tokens * width * job.layer.weight.element_size()
     return lists * min(each, memory), lists * max(each - memory, 0)
 
@@ -247,12 +245,22 @@ def _activations(prepared: Prepared, tokens: int, memory: int) -> tuple[int, int
 def forecast_table(said: Mapping[str, Any]) -> list[str]:
     """The lines of a dry run, from ``forecast``."""
     rows = [row for step in said["steps"] for row in _rows(step, said["layers"])]
-    size = f"{len({layer['name'] for layer in said['layers']})} layers, {short_count(said['weights'])} weights"
+    if not said["layers"]:
+        size = f"the whole model, {short_count(said['weights'])} weights"
+    else:
+        size = f"{len({layer['name'] for layer in said['layers']})} layers, {short_count(said['weights'])} weights"
     disk = f" and {_megabytes(said['spilled_bytes'])} on disk" if said["spilled_bytes"] else ""
-    needs = f"about {_megabytes(said['scratch_bytes'])} beside the model{disk}, about {_duration(said['seconds'])}"
+    needs = f"; about {_megabytes(said['scratch_bytes'])} beside the model{disk}, about {_duration(said['seconds'])}"
     notes = [f"note: {note}" for note in (*_calibration(said), *said["notes"])]
     head = ("layer", "shape", "step", "pattern", "sparsity")
-    return [f"dry run: {size}; {needs}", "", *table(head, rows), "", *notes, "nothing was changed"]
+    return [
+        f"dry run: {size}{needs if said['layers'] else ''}",
+        "",
+        *table(head, rows),
+        "",
+        *notes,
+        "nothing was changed",
+    ]
 
 
 def _rows(step: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
@@ -287,7 +295,7 @@ def _merged(names: Sequence[str]) -> list[str]:
 
 def _calibration(said: Mapping[str, Any]) -> Iterator[str]:
     tokens = said["calibration_tokens"]
-    if not tokens:
+    if not tokens or not said["layers"]:
         return
     estimated = f"about {_duration(said['calibration_seconds'])} of these are passes over {tokens} calibration tokens"
     guessed = ", as many as the recipe asks for at most; --data counts them" if said["calibration_guessed"] else ""
