@@ -58,6 +58,8 @@ class Runner:
     def rows(self) -> Iterator[PrunedLayer]:
         try:
             for number, (stage, selection) in enumerate(self.stages, 1):
+                if stage.mask is None:
+                    continue
                 rows = self._blockwise if stage.walks else self._plain
                 for row in rows(stage, selection, number):
                     self._done += 1

@@ -14,17 +14,19 @@ import importlib
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
 
 from sparsec import __version__
-from sparsec.errors import SparsecError
+from sparsec.errors import SparsecError, SparsecWarning
 
 COMMANDS = {
     "demo": "A pruned real model against Inductor, as a table and a report.",
     "sparsify": "Prune a model and save an ordinary checkpoint with exact zeros.",
+    "search": "The fastest recipe under an accuracy budget.",
     "explain": "Why is my pruned model not faster? One reason a layer.",
     "bench": "Time a model, dense and sparse side by side.",
     "eval": "What pruning cost, paired with the dense model.",
@@ -46,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(argv: Sequence[str]) -> int:
     """Run one command; returns the exit code and prints at most one sentence on stderr where it is not 0."""
     os.environ.setdefault("TERM", "dumb")  # rich asks for it; services and containers may have none
+    usual, warnings.formatwarning = warnings.formatwarning, _sentence
     try:
         command = typer.main.get_command(build(_chosen(argv)))
         code = command.main(list(argv) or ["--help"], prog_name="sparsec", standalone_mode=False)
@@ -57,9 +60,20 @@ def run(argv: Sequence[str]) -> int:
         return 1
     except Exception as error:
         return _report(error)
+    finally:
+        warnings.formatwarning = usual
     if code == STOPPED:  # typer turns an interrupt into this code
         return _say("stopped.", STOPPED)
     return code if isinstance(code, int) else 0
+
+
+def _sentence(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning of ours without the place in our code that it came from; others as Python prints them."""
+    if issubclass(category, SparsecWarning):
+        return f"warning: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 def build(chosen: str | None = None) -> typer.Typer:

@@ -218,3 +218,16 @@ def test_a_reader_that_leaves_early_causes_no_traceback() -> None:
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
     assert done.stdout.count("\n") == 1
     assert "Traceback" not in done.stderr
+
+
+def test_a_warning_is_a_sentence_without_a_place_in_our_code(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("a few words to calibrate on " * 20)
+    words = ["sparsify", "tiny:llama", "--method", "wanda", "--data", "text.txt", "-o", "out", "--no-eval"]
+    words += ["--calibration", "{samples: 1, seqlen: 32}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "sparsec", *words], capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if "calibration tokens are few" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("warning: 32 calibration tokens are few")
