@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(argv: Sequence[str]) -> int:
     """Run one command; returns the exit code and prints at most one sentence on stderr where it is not 0."""
     os.environ.setdefault("TERM", "dumb")  # rich asks for it; services and containers may have none
-    usual, warnings.formatwarning = warnings.formatwarning, _sentence
+    usual, warnings.formatwarning = warnings.formatwarning, _warning_line
     try:
         command = typer.main.get_command(build(_chosen(argv)))
         code = command.main(list(argv) or ["--help"], prog_name="sparsec", standalone_mode=False)
@@ -67,7 +67,7 @@ def run(argv: Sequence[str]) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _sentence(
+def _warning_line(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
     """A warning of ours without the place in our code that it came from; others as Python prints them."""

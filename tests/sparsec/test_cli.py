@@ -221,7 +221,7 @@ def test_a_reader_that_leaves_early_causes_no_traceback() -> None:
 
 
 def test_a_warning_is_a_sentence_without_a_place_in_our_code(tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text("a few words to calibrate on " * 20)
+    (tmp_path / "text.txt").write_text("a few words to calibrate on. " * 20)
     words = ["sparsify", "tiny:llama", "--method", "wanda", "--data", "text.txt", "-o", "out", "--no-eval"]
     words += ["--calibration", "{samples: 1, seqlen: 32}"]
     done = subprocess.run(
