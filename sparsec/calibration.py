@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from sparsec.cache import digest
-from sparsec.calibration_text import draw, named, row_of, tokenize_with
+from sparsec.calibration_text import Drawn, draw, named, row_of, tokenize_with
 from sparsec.errors import SparsecWarning, UnreadableCalibration
 from sparsec.models import LoadedModel, kind_of
 from sparsec.prunable import survey
@@ -93,11 +93,7 @@ def calibrate(
 
     Raises UnreadableCalibration, TextTooShort, NoTokenizer or MissingPackage, each with one sentence.
     """
-    if isinstance(data, (str, os.PathLike)):
-        source, rows = named(data if isinstance(data, str) else Path(data), settings)
-    else:
-        source, rows = "data", _rows(data, settings)
-    first, rows = _peek(rows, source)
+    source, first, rows = _read(data, settings)
     wanted = _Wanted(model, tokenizer, settings, source)
     if isinstance(first, str) or _is_document(first, source):
         samples = _from_text(rows, wanted)
@@ -115,6 +111,15 @@ def calibrate(
             "harm than good",
         )
     return Calibrated(samples, tuple(wanted.notes), digest(*map(_sample_sha, samples)), tokens)
+
+
+def _read(data: Any, settings: Calibration) -> tuple[str, Any, Iterable[Any]]:
+    """What to call it, its first row, and all of its rows."""
+    if isinstance(data, (str, os.PathLike)):
+        source, rows = named(data if isinstance(data, str) else Path(data), settings)
+    else:
+        source, rows = "data", _rows(data, settings)
+    return (source, *_peek(rows, source))
 
 
 def _warn(wanted: _Wanted, note: str) -> None:
@@ -160,15 +165,33 @@ def _is_document(row: Any, source: str) -> bool:
     return row_of(row, f"{source}, row 1")[0] != "input_ids"
 
 
-def _from_text(rows: Iterable[Any], wanted: _Wanted) -> list[dict[str, Any]]:
-    settings = wanted.settings
-    if wanted.context is not None and settings.seqlen > wanted.context:
-        wanted.notes.append(f"seqlen {settings.seqlen} was cut to {wanted.context}: the model takes no more tokens")
-        settings = settings.model_copy(update={"seqlen": wanted.context})
+def segments_of(data: Any, settings: Calibration, model: nn.Module, tokenizer: Any = None) -> Drawn | None:
+    """The segments that ``calibrate`` takes from text and those that it leaves; None where ``data`` is no text.
+
+    ``data``: a path, a name, or an iterable that can be read more than once. Raises as ``calibrate`` does.
+    """
+    source, first, rows = _read(data, settings)
+    is_text = isinstance(first, str) or _is_document(first, source)
+    return _drawn(rows, _Wanted(model, tokenizer, settings, source)) if is_text else None
+
+
+def _drawn(rows: Iterable[Any], wanted: _Wanted) -> Drawn:
+    """Segments no longer than the model's context; ``wanted`` gets the notes, and the settings as they were used."""
+    if wanted.context is not None and wanted.settings.seqlen > wanted.context:
+        wanted.notes.append(
+            f"seqlen {wanted.settings.seqlen} was cut to {wanted.context}: the model takes no more tokens"
+        )
+        wanted.settings = wanted.settings.model_copy(update={"seqlen": wanted.context})
     name = type(wanted.model).__name__
     how = tokenize_with(wanted.tokenizer, wanted.source, name, wanted.vocabulary, wanted.encoder)
-    drawn = draw(rows, how, settings, wanted.source)
+    drawn = draw(rows, how, wanted.settings, wanted.source)
     wanted.notes += drawn.notes
+    return drawn
+
+
+def _from_text(rows: Iterable[Any], wanted: _Wanted) -> list[dict[str, Any]]:
+    drawn = _drawn(rows, wanted)
+    settings = wanted.settings
     if len(drawn.segments) < settings.samples:
         _warn(
             wanted,

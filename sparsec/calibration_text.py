@@ -40,10 +40,11 @@ class Tokenize:
 
 @dataclass(frozen=True)
 class Drawn:
-    """``segments``: lists of ids, all of one length, in the order of the text."""
+    """``segments``: lists of ids, all of one length, in the order of the text. ``rest``: those that were not drawn."""
 
     segments: list[list[int]]
     notes: tuple[str, ...]
+    rest: list[list[int]]
 
 
 def named(said: str | Path, settings: Calibration) -> tuple[str, Iterable[Any]]:
@@ -187,8 +188,11 @@ def draw(rows: Iterable[Any], how: Tokenize, settings: Calibration, source: str)
             f"{settings.seqlen} tokens"
         )
     keys = sorted((chance.random(), i) for i in range(len(pool)))  # random() is the same in every Python
-    chosen = sorted(pool[i] for _, i in keys[: settings.samples])
-    return Drawn([[*how.prefix, *ids, *how.suffix] for _, _, ids in chosen], tuple(notes))
+
+    def cut(part: Sequence[tuple[float, int]]) -> list[list[int]]:
+        return [[*how.prefix, *ids, *how.suffix] for _, _, ids in sorted(pool[i] for _, i in part)]
+
+    return Drawn(cut(keys[: settings.samples]), tuple(notes), cut(keys[settings.samples :]))
 
 
 def _ordered(rows: Iterable[Any], chance: random.Random) -> Iterator[tuple[int, Any]]:

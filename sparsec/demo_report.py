@@ -146,14 +146,9 @@ def draw_case(axes: Any, case: str, rows: Sequence[Row]) -> None:
 
 def render_html(report: Mapping[str, Any], picture: Path | None) -> str:
     """One file without network: tables as HTML, the plot inline, the data as one JSON block."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
+    from sparsec.report_html import script_json, template
 
-    template = Environment(
-        loader=PackageLoader("sparsec", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    ).get_template("demo.html.j2")
-    data = json.dumps(report, default=str).replace("<", "\\u003c")  # a text inside must not end the script element
-    return template.render(
+    return template("demo.html.j2").render(
         environment=report["environment"],
         halves=[(title, half, quality_lines(half)) for title, half in halves(report)],
         columns=COLUMNS,
@@ -161,5 +156,5 @@ def render_html(report: Mapping[str, Any], picture: Path | None) -> str:
         notes=notes_of(report),
         next_command=next_command(report),
         picture=base64.b64encode(picture.read_bytes()).decode() if picture else "",
-        data=Markup(data),
+        data=script_json(report),
     )

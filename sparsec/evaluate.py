@@ -167,6 +167,50 @@ def t_quantile(freedom: int) -> float:
     return z + sum(term / float(freedom ** (i + 1)) for i, term in enumerate(terms))
 
 
+def text_windows(
+    model: LoadedModel, text: str, *, window: int | None = None, limit: int | None = None
+) -> list[list[int]]:
+    """Token ids of ``text`` as ``evaluate`` cuts it. Raises BadOptionValue, InputError (text too short)."""
+    return _windows(model, None, text, check_window(window, model), limit, model.kind == "causal")
+
+
+def read_windows(
+    model: LoadedModel, windows: Sequence[list[int]], *, batch: int = 4, step: Step | None = None
+) -> torch.Tensor:
+    """What a model says of each window: mean negative log-likelihoods [windows] (causal), else embeddings
+    [windows, hidden]; fp64 on the CPU. Kept while the model is changed and read again, no second model is needed.
+    """
+    import torch
+
+    device = next((p.device for p in model.model.parameters()), None)
+    found = []
+    with torch.no_grad():
+        for i, group in enumerate(_batches(windows, batch)):
+            if step:
+                step(i * batch, len(windows), "windows")
+            inputs = {key: value.to(device) for key, value in group.items()}
+            if model.kind == "causal":
+                values = _nll(_log_probabilities(model, inputs), inputs["input_ids"])
+            else:
+                values = _embedding(model, inputs)
+            found.append(values.double().cpu())
+    return torch.cat(found)
+
+
+def compare_windows(before: torch.Tensor, after: torch.Tensor) -> tuple[Result, tuple[float, ...]]:
+    """Two readings of the same windows as one row (ppl, or similarity), and the difference of each window.
+
+    Raises InputError where a reading is not finite.
+    """
+    if before.dim() == 1:
+        ours, theirs = _finite(after, "ppl"), _finite(before, "ppl")
+        differences = tuple(a - b for a, b in zip(ours, theirs, strict=True))
+        return _perplexity(ours, theirs), differences
+    cosine = _finite(_cosine(after, before), "cosine")
+    found = _result("similarity", "cosine", True, cosine, [1.0] * len(cosine))
+    return found, tuple(value - 1.0 for value in cosine)
+
+
 class _Measures:
     """Runs both models on each batch and keeps one number per window and metric."""
 
@@ -202,12 +246,7 @@ class _Measures:
 
     @staticmethod
     def _keep(where: dict[str, list[float]], metric: str, values: torch.Tensor) -> None:
-        numbers = values.double().tolist()
-        if not all(map(math.isfinite, numbers)):
-            raise InputError(
-                detail=f"a model's output is not finite ({metric}); look for NaN or infinite weights in it"
-            )
-        where.setdefault(metric, []).extend(numbers)
+        where.setdefault(metric, []).extend(_finite(values, metric))
 
     def results(self) -> Iterator[Result]:
         for metric, values in self.ours.items():
@@ -217,6 +256,13 @@ class _Measures:
                 ideal = 0.0 if metric == "kl" else 1.0
                 task = "similarity" if metric == "cosine" else "kl"
                 yield _result(task, metric, metric != "kl", values, [ideal] * len(values))
+
+
+def _finite(values: torch.Tensor, metric: str) -> list[float]:
+    numbers: list[float] = values.double().tolist()
+    if not all(map(math.isfinite, numbers)):
+        raise InputError(detail=f"a model's output is not finite ({metric}); look for NaN or infinite weights in it")
+    return numbers
 
 
 def _perplexity(values: Sequence[float], dense: Sequence[float] | None) -> Result:
@@ -261,6 +307,8 @@ def _nll(log_probabilities: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 def _embedding(loaded: LoadedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """[batch, hidden]: the mean of the last hidden states over real tokens (as sentence encoders pool)."""
     hidden = loaded.model(**inputs)[0].float()
+    if hidden.dim() == 2:  # the model pools, or classifies
+        return hidden  # type: ignore[no-any-return]
     mask = inputs["attention_mask"][..., None].float()
     return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)  # type: ignore[no-any-return]
 

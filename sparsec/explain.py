@@ -117,7 +117,9 @@ class Explanation:
         return self.text()
 
     def __repr__(self) -> str:
-        sparse = sum(layer.decision not in ("dense", "panel") for layer in self.layers)
+        from sparsec.report_text import ways
+
+        sparse, _ = ways(self)
         return f"<Explanation of {self.model}: {sparse} of {len(self.layers)} linear layers sparse>"
 
 

@@ -2,7 +2,8 @@
 
 In and out: a folder that any program reads. A transformers model becomes what its ``save_pretrained`` writes, with no
 ``quantization_config`` and no ``sparsity_config`` (other tools refuse models that carry one); another module becomes
-``model.safetensors``. Beside it lie ``recipe.yaml``, which runs again to the same masks, and ``sparsec.json``.
+``model.safetensors``. Beside it lie ``recipe.yaml``, which runs again to the same masks, and ``sparsec.json``;
+``sparsec sparsify`` adds ``sparsec_report.json`` and ``sparsec_report.html``.
 
 A folder is written under a temporary name beside its place and renamed when complete. After an error nothing is left;
 after a kill only a hidden folder, which the next ``save`` to the same place removes.
@@ -16,7 +17,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,9 +44,11 @@ def save(
     tokenizer: Any = None,
     *,
     overwrite: bool = False,
+    files: Mapping[str, str] | None = None,
 ) -> Path:
     """Write ``model`` to the folder ``path`` (or one ``.safetensors`` file), and the report's recipe and facts.
 
+    ``files``: more texts for the folder, by name (``Outcome.files``).
     A folder that holds the same model pruned with the same recipe is replaced, any other only with ``overwrite``.
     Tied tensors are stored once. Raises OutputExists, or WriteFailed, after which ``path`` is as it was.
     """
@@ -60,6 +63,8 @@ def save(
         else:
             with _new_folder(target) as folder:
                 _write_folder(module, folder, report, tokenizer)
+                for name, text in (files or {}).items():
+                    (folder / name).write_text(text, encoding="utf-8")
     except (OSError, safetensors.SafetensorError) as error:
         raise WriteFailed(path=os.fspath(path), why=_why(error)) from error
     return target

@@ -72,17 +72,18 @@ def to_html(report: Explanation, compare: Explanation | None = None) -> str:
         "reproduce": reproduce(report),
         "data": script_json(body),
     }
-    return _template().render(context)
+    return template("explain.html.j2").render(context)
 
 
 def script_json(value: Any) -> str:
     """JSON that may stand inside a script element: no ``<``, ``>`` or ``&``, which JSON can spell otherwise."""
-    text = json.dumps(value, separators=(",", ":"), ensure_ascii=True)
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=True, default=str)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 @functools.cache
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """A page of this package: every text is escaped, and a name that nobody set is an error."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -92,7 +93,7 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("explain.html.j2")
+    return environment.get_template(name)
 
 
 def tiles(report: Explanation) -> list[tuple[str, str, str]]:

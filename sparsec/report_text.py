@@ -101,8 +101,8 @@ def summary(report: Explanation) -> str:
 
 def ways(report: Explanation) -> tuple[int, int]:
     """How many layers skip zeros, and how many run whole weights on our kernel."""
-    panels = sum(layer.decision == "panel" for layer in report.layers)
-    return sum(layer.decision not in ("dense", "panel") for layer in report.layers), panels
+    runs = [short_format(layer.decision) for layer in report.layers]
+    return sum(way not in ("dense", "panel") for way in runs), runs.count("panel")
 
 
 def nothing(report: Explanation) -> str:

@@ -12,6 +12,7 @@ from sparsec.cli.common import console, emit_json
 
 if TYPE_CHECKING:
     from sparsec.sparsify import Prepared
+    from sparsec.sparsify_outcome import Wanted
 
 EXAMPLE = """\
 sparsec sparsify tiny:llama --method magnitude --sparsity 0.5 --pattern 2:4 -o pruned
@@ -42,6 +43,14 @@ def command(
     max_memory: Annotated[
         float, typer.Option(help="GiB of calibration activations in memory; more goes to disk.")
     ] = 4.0,
+    eval_text: Annotated[
+        Path | None,
+        typer.Option("--eval-text", help="Text to measure on; else what calibration did not see of --data."),
+    ] = None,
+    eval_windows: Annotated[int, typer.Option(min=2, help="At most so many windows of it.")] = 64,
+    no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not measure accuracy.")] = False,
+    no_explain: Annotated[bool, typer.Option("--no-explain", help="Do not predict speed.")] = False,
+    measure: Annotated[bool, typer.Option("--measure", help="Also time each layer and the whole model.")] = False,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A method's own option. Repeat.")
     ] = None,
@@ -56,7 +65,8 @@ def command(
     """Prune a model and save an ordinary checkpoint with exact zeros.
 
     Every key of a recipe is a flag here, and flags win over the file. What is written loads with from_pretrained and
-    without sparsec; recipe.yaml beside it gives the same masks again.
+    without sparsec; recipe.yaml beside it gives the same masks again, and sparsec_report.html says what it cost
+    (perplexity, or similarity of embeddings) and what it gains on this machine.
     """
     if max_memory < 0:
         raise typer.BadParameter("it is a number of GiB, 0 or more.", param_hint="--max-memory")
@@ -81,7 +91,10 @@ def command(
     if dry_run:
         _dry_run(model, asked, save_recipe, overwrite, as_json, int(max_memory * 2**30))
     elif output is not None:
-        _run(model, asked, output, save_recipe, overwrite, as_json, int(max_memory * 2**30))
+        from sparsec.sparsify_outcome import Wanted
+
+        wanted = Wanted(not no_eval, eval_text, eval_windows, not no_explain, measure, str(output))
+        _run(model, asked, output, wanted, save_recipe, overwrite, as_json, int(max_memory * 2**30))
 
 
 def _with_data(calibration: Any, data: Path | None) -> Any:
@@ -89,30 +102,42 @@ def _with_data(calibration: Any, data: Path | None) -> Any:
 
 
 def _run(
-    model: str, asked: Any, output: Path, save_recipe: Path | None, overwrite: bool, as_json: bool, max_memory: int
+    model: str,
+    asked: Any,
+    output: Path,
+    wanted: Wanted,
+    save_recipe: Path | None,
+    overwrite: bool,
+    as_json: bool,
+    max_memory: int,
 ) -> None:
     """Prune and save. What a killed run had finished lies beside ``output`` and is taken from there."""
     import shutil
 
     from sparsec.io import check_output, save
     from sparsec.models import load_model
-    from sparsec.sparsify import execute, prepare
+    from sparsec.sparsify import prepare
+    from sparsec.sparsify_outcome import run
 
     loaded = load_model(model)
     prepared = prepare(loaded.model, asked)
     check_output(output, prepared.recipe.sha, prepared.model_sha, overwrite)
     _write_recipe(prepared, save_recipe, overwrite)
     journal = Path(f"{os.path.abspath(output)}.journal") if prepared.needs_data else None
-    report = execute(prepared, tokenizer=loaded.tokenizer, resume=journal, max_memory=max_memory)
-    save(loaded.model, output, report, loaded.tokenizer, overwrite=overwrite)
+    outcome = run(loaded, prepared, wanted, resume=journal, max_memory=max_memory)
+    save(loaded.model, output, outcome.report, loaded.tokenizer, overwrite=overwrite, files=outcome.files())
     if journal:
         shutil.rmtree(journal, ignore_errors=True)
     if as_json:
-        emit_json({**report.to_dict(), "output": str(output)})
+        emit_json({**outcome.to_dict(), "output": str(output)})
         return
     out = console()
-    out.print(str(report), markup=False, soft_wrap=True)
-    out.print(f"\nsaved: {output}\nnext:  sparsec explain {output}", markup=False, soft_wrap=True)
+    out.print(str(outcome), markup=False, soft_wrap=True)
+    out.print(
+        f"\nsaved: {output} (sparsec_report.html is this as a page)\nnext:  sparsec explain {output}",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def _dry_run(model: str, asked: Any, save_recipe: Path | None, overwrite: bool, as_json: bool, max_memory: int) -> None:

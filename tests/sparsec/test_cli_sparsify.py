@@ -44,7 +44,7 @@ def files(folder: Path) -> dict[str, str]:
     return {
         str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
         for p in folder.rglob("*")
-        if p.is_file() and p.name != "sparsec.json"  # it holds how long it took
+        if p.is_file() and not p.name.startswith("sparsec")  # those hold how long it took
     }
 
 
