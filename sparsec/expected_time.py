@@ -1,7 +1,7 @@
-"""How long a layer takes at a sparsity it does not have yet: a weight, a share of zeros in, seconds of the plan out.
+"""How long layers take: weights, or a share of zeros that they do not have yet, in; seconds of the plan out.
 
-What the ``time`` allocator and a search ask: the same facts, rates and decision as the backend's, for an imagined
-weight whose zeros lie anywhere.
+What the ``time`` allocator asks of an imagined weight whose zeros lie anywhere, and a search of the weights as they
+are: the same facts, rates and decision as the backend's.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import torch
 
 from sparsec import targets
 from sparsec.cache import cache_dir
-from sparsec.measure import rates
+from sparsec.measure import rates, rates_for
 from sparsec.options import Policy
-from sparsec.passes.decide import cheapest
+from sparsec.passes.decide import cheapest, decide
 from sparsec.passes.decide.candidates import dense_way, ways_for
 from sparsec.passes.graph import DTYPES
 from sparsec.passes.profile.weights import profile
+from sparsec.report_data import Cost, expected
 from sparsec.targets.base import Rates
 
 _PATTERNS = ("panel", "bitmap", "index")
@@ -43,7 +44,7 @@ def seconds_of(
         return rates(machine, torch.get_num_threads(), Path(folder), (dtype,), _PATTERNS)
 
     @cache
-    def expected(n: int, k: int, dtype: str, zeros: int) -> float:
+    def imagined(n: int, k: int, dtype: str, zeros: int) -> float:
         return _decided(n, k, dtype, zeros, measured(dtype), rows)
 
     def seconds(name: str, sparsity: float) -> float:
@@ -51,11 +52,29 @@ def seconds_of(
         if not dtype:
             return 1.0
         if sparsity <= 0.0:
-            return expected(n, k, dtype, 0)
+            return imagined(n, k, dtype, 0)
         # Margins make a staircase of it, whose steps must not go up.
-        return min(expected(n, k, dtype, percent) for percent in range(0, int(100 * sparsity) + 1, _STEP))
+        return min(imagined(n, k, dtype, percent) for percent in range(0, int(100 * sparsity) + 1, _STEP))
 
     return seconds
+
+
+def cost_now(layers: Mapping[str, torch.Tensor], target: str = "auto", rows: int = 1, cache_folder: str = "") -> Cost:
+    """Seconds of one call of each layer as its weight [N, K] is now, summed, with ``rows`` rows of x on ``target``.
+
+    Layers of a dtype without kernels are left out: both sums are 0 where all are.
+    """
+    machine, folder = targets.resolve(target), cache_dir(cache_folder)
+    dense = ours = 0.0
+    for weight in layers.values():
+        dtype = DTYPES.get(weight.dtype, "")
+        if not dtype:
+            continue
+        fact = profile(weight)
+        known = rates_for(fact, dtype, machine, torch.get_num_threads(), Path(folder))
+        if cost := expected(decide(fact, dtype, machine, known, Policy()), rows):
+            dense, ours = dense + cost.dense_s, ours + cost.ours_s
+    return Cost(dense, ours)
 
 
 def _decided(n: int, k: int, dtype: str, percent: int, known: Rates, rows: int) -> float:

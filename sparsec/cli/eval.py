@@ -43,7 +43,7 @@ def command(
     from sparsec.evaluate import evaluate
     from sparsec.models import load_model
 
-    content, name = _text(text)
+    content, name = text_of(text)
     loaded = load_model(model, dtype)
     dense = load_model(against, dtype) if against else None
     wanted = [task.strip() for task in tasks.split(",") if task.strip()] if tasks else []
@@ -58,7 +58,8 @@ def command(
         print(line)
 
 
-def _text(path: Path | None) -> tuple[str, str]:
+def text_of(path: Path | None) -> tuple[str, str]:
+    """A file's text and name; without one, text that every Python has. Raises InputError."""
     if path is not None:
         try:
             return path.read_text(encoding="utf-8"), path.name
