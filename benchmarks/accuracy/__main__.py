@@ -42,11 +42,12 @@ def main(
     accuracy.md: a table method x pattern with paired 95 % intervals, and which relations of papers hold.
 
     Rows are kept in accuracy.jsonl as they are measured; the same command goes on where the last one stopped.
+    Exit code 1: a model fails a gate, or a relation that has to hold does not.
     """
     from benchmarks.accuracy.control import known
     from benchmarks.accuracy.fixture import Settings
     from benchmarks.accuracy.grid import grid
-    from benchmarks.accuracy.report import report, write
+    from benchmarks.accuracy.report import broken, report, write
     from benchmarks.accuracy.run import done, read, run, tasks
 
     shown = re_of(only)
@@ -66,8 +67,12 @@ def main(
                     if "error" in line:
                         print(f"accuracy: {line['row']}: {line['error']}", file=sys.stderr)
         finally:  # whatever stops the run, what was measured is kept
-            write(report(every, read(lines), command(draws, samples, windows, seqlen, encoder)), output)
+            made = report(every, read(lines), command(draws, samples, windows, seqlen, encoder))
+            write(made, output)
     print(f"wrote {output / 'accuracy.md'}")
+    if said := broken(made):
+        print("\n".join(f"accuracy: {line}" for line in said), file=sys.stderr)
+        raise typer.Exit(1)
 
 
 def re_of(only: str) -> re.Pattern[str]:

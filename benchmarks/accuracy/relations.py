@@ -38,12 +38,16 @@ class Pair:
 
 @dataclass(frozen=True)
 class Relation:
-    """A claim about rows of one kind of model, all pairs of which have to hold. ``said``: who says it."""
+    """A claim about rows of one kind of model, all pairs of which have to hold. ``said``: who says it.
+
+    ``hard``: where it does not hold, something is broken, and the command says so by its exit code.
+    """
 
     text: str
     said: str
     pairs: tuple[Pair, ...]
     model: str = "causal"
+    hard: bool = False
 
 
 @dataclass(frozen=True)

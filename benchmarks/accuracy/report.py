@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.accuracy.claims import claims
 from benchmarks.accuracy.grid import Row
-from benchmarks.accuracy.relations import MISSING, SPREADS, Costs, Relation, judge, spread, together
+from benchmarks.accuracy.relations import FAILS, MISSING, SPREADS, Costs, Relation, judge, spread, together
 from benchmarks.accuracy.run import Line, Task, code, done
 from sparsec.evaluate import paired
 
@@ -54,11 +54,13 @@ def model_report(
 ) -> dict[str, Any]:
     costs = {key: line["costs"] for key, line in found.items()}
     fixed = frozenset(row.name for row in rows if not row.draws_differ)
-    related = [relation_report(r, costs, fixed) for r in claims() if r.model == facts["kind"]]
+    judged = gates(facts, costs)
+    failed = [gate["name"] for gate in judged if gate["passed"] is False]
+    related = [relation_report(r, costs, fixed, failed) for r in claims() if r.model == facts["kind"]]
     shown = [row_report(row, [line for (name, _), line in sorted(found.items()) if name == row.name]) for row in rows]
     return {
         "facts": dict(facts),
-        "gates": gates(facts, costs),
+        "gates": judged,
         "rows": [row for row in shown if row],
         "relations": related,
         "refused": dict(refused),
@@ -89,12 +91,16 @@ def row_report(row: Row, lines: Sequence[Line]) -> dict[str, Any] | None:
     }
 
 
-def relation_report(relation: Relation, costs: Costs, fixed: frozenset[str]) -> dict[str, Any]:
+def relation_report(
+    relation: Relation, costs: Costs, fixed: frozenset[str], failed: Sequence[str] = ()
+) -> dict[str, Any]:
+    """``failed``: gates that the model did not pass; then its numbers are shown and rank nothing."""
     found = [judge(pair, costs, fixed) for pair in relation.pairs]
     return {
         "text": relation.text,
         "said": relation.said,
-        "verdict": together(found),
+        "verdict": f"not judged: gate {', '.join(failed)}" if failed else together(found),
+        "hard": relation.hard,
         "draws": min((f.draws for f in found if f.verdict != MISSING), default=0),
         "fixed": all(p.a in fixed and p.b in fixed for p in relation.pairs),
         "pairs": [f.to_dict() for f in found],
@@ -126,6 +132,18 @@ def gates(facts: Mapping[str, Any], costs: Costs) -> list[dict[str, Any]]:
         *made,
         {"name": "g4", "text": text, "value": None if between is None else round(between, 5), "passed": None},
     ]
+
+
+def broken(report: Mapping[str, Any]) -> list[str]:
+    """A sentence for each gate that is not passed and each hard relation that does not hold."""
+    said = []
+    for model in report["models"]:
+        name = model["facts"]["model"]
+        said += [f"{name}: gate {g['name']} is not passed" for g in model["gates"] if g["passed"] is False]
+        said += [
+            f"{name}: {r['text']} does not hold" for r in model["relations"] if r["hard"] and r["verdict"] == FAILS
+        ]
+    return said
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -226,9 +244,12 @@ def relation_lines(relations: Sequence[Mapping[str, Any]]) -> list[str]:
         few = relation["draws"] < LEAST_DRAWS and not relation["fixed"] and relation["draws"]
         verdict = f"**{relation['verdict']}**" + (f" (provisional: draws {relation['draws']})" if few else "")
         said = [pair_says(pair) for pair in relation["pairs"]]
-        body.append([relation["text"], relation["said"], verdict, "<br>".join(said)])
+        body.append(
+            [relation["text"] + (" *" if relation["hard"] else ""), relation["said"], verdict, "<br>".join(said)]
+        )
     note = (
-        "Verdicts need the interval on one side of 0 in every draw and a gap above g4; there is one training seed. "
+        "Verdicts need the interval on one side of 0 in every draw, and for < a gap above g4; ≤ and = allow 5 % of the "
+        "second cost. There is one training seed. Hard relations (*) fail the command where they do not hold. "
         "Numbers: mean of first - second, [outermost bounds of the draws' intervals]."
     )
     return [note, "", *table(["relation", "why expected", "verdict", "numbers"], body)]

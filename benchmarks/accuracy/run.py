@@ -37,7 +37,7 @@ class Task:
     @property
     def order(self) -> tuple[int, int, int, int]:
         other = self.fixture.kind != "causal"
-        return self.row.tier + 2 * self.draw + 2 * other, self.row.tier, int(other), self.draw
+        return self.row.tier + 2 * self.draw + 3 * other, self.row.tier, int(other), self.draw
 
     @property
     def key(self) -> tuple[str, str, int, str]:

@@ -23,7 +23,7 @@ from benchmarks.accuracy.control import RANDOM, Random, known
 from benchmarks.accuracy.fixture import Fixture, Settings, plant, trigram
 from benchmarks.accuracy.grid import Row, bits, grid, mask, row
 from benchmarks.accuracy.relations import FAILS, HOLDS, MISSING, OPEN, Found, Pair, judge, spread, together
-from benchmarks.accuracy.report import gates, markdown, report, write
+from benchmarks.accuracy.report import broken, gates, markdown, model_report, report, write
 from benchmarks.accuracy.run import done, read, run, tasks
 from sparsec.errors import BadOptionValue, InputError
 from sparsec.passes.masks import METHODS
@@ -47,7 +47,7 @@ def byte_tokenizer() -> Any:
     core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=core)
+    return PreTrainedTokenizerFast(tokenizer_object=core)  # type: ignore[no-untyped-call]
 
 
 def small(folder: Path, kind: str = "llama", **settings: int) -> Fixture:
@@ -191,6 +191,25 @@ def test_gates_pass_fail_or_say_that_nothing_was_measured() -> None:
     found = {gate["name"]: gate for gate in gates(facts, made)}
     assert [found[name]["passed"] for name in ("g1", "g2", "g3")] == [False, True, None]
     assert found["g4"]["value"] == pytest.approx(math.sqrt(0.02), abs=1e-5)
+
+
+def bad_model(**changed: float) -> dict[str, Any]:
+    """A report where SparseGPT costs more than Wanda at 50 %."""
+    facts = {"kind": "causal", "model": "m", "dense": 2.0, "trigram": 4.0, **changed}
+    line = {"achieved": 0.5, "bits": 9.0, "seconds": 1.0, "code": ""}
+    rows = [r for r in grid() if r.name in ("wanda 50%", "sparsegpt 50%")]
+    found = {(r.name, 0): {**line, "draw": 0, "costs": [i + (r.name > "t") * -0.5 for i in range(9)]} for r in rows}
+    return model_report(facts, rows, found, {}, 2)
+
+
+def test_a_hard_relation_that_does_not_hold_fails_the_command() -> None:
+    assert broken({"models": [bad_model()]}) == ["m: SparseGPT < Wanda does not hold"]
+
+
+def test_a_model_that_fails_a_gate_ranks_nothing() -> None:
+    made = bad_model(trigram=2.1)
+    assert {r["verdict"] for r in made["relations"]} == {"not judged: gate g1"}
+    assert broken({"models": [made]}) == ["m: gate g1 is not passed"]
 
 
 # Fixtures
