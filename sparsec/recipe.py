@@ -135,6 +135,9 @@ class Step(Piece):
     def filled(self) -> Self:
         """With ``sparsity`` and ``scope`` as they will be used. Raises BadRecipe where pattern and sparsity differ."""
         fixed = MaskPattern.parse(self.pattern).sparsity
+        only = getattr(method_class(self.method), "patterns", (self.pattern,))
+        if self.pattern not in only:
+            raise BadRecipe(detail=f"{self.method} makes {' and '.join(only)} only, and the pattern is {self.pattern}")
         if aside := Outliers.parse(self.outliers):
             aside.check(MaskPattern.parse(self.pattern))
         if fixed is not None and self.sparsity is not None and abs(fixed - self.sparsity) > 1e-6:

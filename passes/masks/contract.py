@@ -12,6 +12,8 @@ the recipe, checked from their annotations. Pattern, scope and quota are not its
     norm    how the scores of a block add up: "l2" for magnitudes, "sum" for scores that are squares already
     source  paper or equation
     cost    what a user waits for, in a few words
+
+and ``patterns``, where it makes only some: a recipe with another is refused before anything runs.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ class Proximal:
     norm: ClassVar[str] = "l2"
     source: ClassVar[str] = "Kübler et al., 2025"
     cost: ClassVar[str] = "minutes a layer: (steps + descent) N K^2"
+    patterns: ClassVar[tuple[str, ...]] = ("2:4",)
 
     steps: Annotated[int, Field(ge=1)] = field(default=100, metadata={"doc": "proximal steps, lambda growing"})
     descent: Annotated[int, Field(ge=0)] = field(default=30, metadata={"doc": "masked gradient steps afterwards"})
