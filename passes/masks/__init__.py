@@ -10,6 +10,7 @@ from sparsec.errors import UnknownMethod, did_you_mean, listed
 METHODS: dict[str, str] = {
     "sparsegpt": "sparsec.passes.masks.sparsegpt:SparseGPT",
     "proximal": "sparsec.passes.masks.proximal:Proximal",
+    "pgb": "sparsec.passes.masks.pgb:PGB",
     "reconstruct": "sparsec.passes.masks.post.reconstruct:Reconstruct",
     "variance": "sparsec.passes.masks.post.variance:Variance",
     "barber": "sparsec.passes.masks.post.barber:Barber",
