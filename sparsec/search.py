@@ -11,6 +11,7 @@ same seed and the same finished trials give the same next proposal, so a killed 
 
 from __future__ import annotations
 
+import random
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -37,7 +38,7 @@ TRIALS = 20
 SAMPLES, SEQLEN = 64, 512  # of calibration: enough to rank methods, and many trials pay for it
 WINDOWS = 64
 _STARTUP = 8  # random trials before the sampler models anything
-_ASKS = 25  # proposals for each trial wanted; of a small space most are repetitions in the end
+_REPEATED = 5  # proposals in a row that are known already, after which one that is not is drawn
 Measure = Callable[[Mapping[str, Any]], Trial]
 Tick = Callable[[int, int, str], None]
 
@@ -179,12 +180,15 @@ def explore(
     optuna = need_optuna()
     store = store or Store()
     done: dict[str, Trial] = {}
+    everything = {key_of(params): params for params in space.all()}
+    repeated = 0
     with _quiet(optuna):
         study = _study(optuna, space, seed)
-        for _ in range(_ASKS * trials):
+        while len(done) < min(trials, len(everything)):
             asked = study.ask()
             params = space.suggest(asked)
             key = key_of(params)
+            repeated = repeated + 1 if key in done else 0
             found = done.get(key) or store.get(key)
             if found is None:
                 if done and deadline is not None and time.monotonic() >= deadline:
@@ -198,8 +202,9 @@ def explore(
             else:
                 asked.set_constraint("over the budget", found.loss - limit)
                 study.tell(asked, [found.loss, found.seconds])
-            if len(done) >= trials:
-                break
+            if repeated >= _REPEATED:
+                unseen = [params for key, params in everything.items() if key not in done]
+                study.enqueue_trial(random.Random(f"{seed} {len(done)}").choice(unseen))
     return list(done.values())
 
 

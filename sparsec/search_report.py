@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +26,7 @@ def lines(found: Found) -> Iterator[str]:
     tried = [t for t in found.trials if not t.failed]
     yield (
         f"search {found.model}: {len(tried)} recipes, {len(found.front)} on the front; budget {found.budget}, "
-        f"{found.rows} row{'s' if found.rows > 1 else ''} on {found.target}, {found.seconds:.0f} s"
+        f"{_rows(found)} on {found.target}, {found.seconds:.0f} s"
     )
     yield ""
     metric = "cosine" if found.budget.metric == "cos" else "ppl"
@@ -60,6 +59,10 @@ def _row(found: Found, trial: Trial) -> tuple[str, ...]:
         f"{found.speedup(trial):.2f}x",
         mark,
     )
+
+
+def _rows(found: Found) -> str:
+    return f"{found.rows} row{'s' if found.rows > 1 else ''}"
 
 
 def value(found: Found, loss: float) -> float:
@@ -170,7 +173,9 @@ def draw(found: Found, path: Path) -> bool:
         mine = [t for t in tried if t.params["method"] == method]
         axes.plot(*_places(found, mine), "o", markersize=5, alpha=0.75, label=method)
     ahead = [t for t in found.front if t.loss <= top]
-    axes.plot(*_places(found, ahead), "-", color="0.25", linewidth=1.2, label="Pareto front", zorder=1)
+    axes.plot(
+        *_places(found, ahead), "-", color="0.25", linewidth=1.2, label="Pareto front", zorder=1, drawstyle="steps-pre"
+    )
     axes.plot(*_places(found, [found.dense]), "s", color="0.25", label="dense")
     axes.axhline(100 * found.limit, color="tab:red", linestyle="--", linewidth=1, label=f"budget {found.budget}")
     if found.chosen is not None:
@@ -179,14 +184,23 @@ def draw(found: Found, path: Path) -> bool:
         axes.annotate(found.chosen.name, (x, y), (8, 8), textcoords="offset points", fontsize=8)
     what = "loss of cosine, %" if found.budget.metric == "cos" else "perplexity over dense, %"
     away = f" ({beyond} worse than {100 * top:.0f} % not shown)" if beyond else ""
-    axes.set(xlabel=f"expected speedup of the linear layers, {found.rows} rows on {found.target}", ylabel=what)
+    axes.set(xlabel=f"expected speedup of the linear layers, {_rows(found)} on {found.target}", ylabel=what)
     axes.set_title(f"{found.model}: {len(found.trials)} recipes{away}", fontsize=9)
     axes.legend(frameon=False, fontsize=8)
     axes.grid(alpha=0.3)
-    if math.isfinite(found.limit) and found.limit > 0:
-        axes.set_yscale("symlog", linthresh=100 * found.limit)
+    if found.limit > 0:  # evenly up to the budget, where the choice is, by decades above
+        _scale(axes, 100 * found.limit)
     figure.savefig(path, dpi=130)
     return True
+
+
+def _scale(axes: Any, limit: float) -> None:
+    low, high = axes.get_ylim()
+    ticks = [m * limit * 10**e for e in range(4) for m in (1, 2, 5)]
+    axes.set_yscale("symlog", linthresh=limit)
+    axes.set_yticks([t for t in (0.0, limit / 2, *ticks) if low <= t <= high])
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_ylim(low if low < -limit else -limit / 10, high)
 
 
 def _places(found: Found, trials: list[Trial]) -> tuple[list[float], list[float]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -78,17 +79,33 @@ class Space:
 
     def starts(self) -> list[dict[str, Any]]:
         """Recipes worth trying before anything is known, as optuna takes them; parameters left out are drawn."""
-        plain: dict[str, Any] = {"method": self.methods[0], "allocator": self.allocators[0], "repair": self.repairs[0]}
-        found = [{**plain, "pattern": p} for p in self.patterns if p != "unstructured"][-1:]
+        plain = {"method": self.methods[0], "allocator": self.allocators[0], "repair": self.repairs[0]}
+        found: list[dict[str, Any]] = [{**plain, "pattern": p} for p in self.patterns if p != "unstructured"][-1:]
         if "unstructured" in self.patterns:
-            on_grid = dict.fromkeys(self._nearest(share) for share in _STARTS)
-            found[:0] = [{**plain, "pattern": "unstructured", "sparsity": share} for share in on_grid]
+            shares = dict.fromkeys(min(self.shares, key=lambda x: abs(x - start)) for start in _STARTS)
+            found[:0] = [{**plain, "pattern": "unstructured", "sparsity": share} for share in shares]
         return found
 
-    def _nearest(self, share: float) -> float:
-        steps = round((min(max(share, self.lowest), self.highest) - self.lowest) / _STEP)
-        last = int((self.highest - self.lowest) / _STEP + 1e-9)
-        return self.lowest + min(steps, last) * _STEP
+    @property
+    def shares(self) -> list[float]:
+        """The unstructured sparsities, as ``suggest`` gives them."""
+        steps = int((self.highest - self.lowest) / _STEP + 1e-9)
+        return [round(self.lowest + i * _STEP, 6) for i in range(steps + 1)]
+
+    def all(self) -> Iterator[dict[str, Any]]:
+        """The parameters of every recipe, once each."""
+        for method, pattern in itertools.product(self.methods, self.patterns):
+            free = pattern == "unstructured"
+            shares, allocators = (self.shares, self.allocators) if free else ((None,), ("none",))
+            repairs = ("none",) if method in _UPDATES else self.repairs
+            for share, allocator, repair in itertools.product(shares, allocators, repairs):
+                yield {
+                    "method": method,
+                    "pattern": pattern,
+                    "sparsity": share,
+                    "allocator": allocator,
+                    "repair": repair,
+                }
 
     def recipe(self, params: Mapping[str, Any], calibration: Calibration, seed: int) -> dict[str, Any]:
         """What ``sparsify`` takes."""

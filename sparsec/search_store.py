@@ -18,7 +18,7 @@ FILE = "trials.jsonl"
 
 @dataclass
 class Store:
-    """``about``: what trials must share to be compared: ``{"model": sha, "data": sha, "space": sha}``.
+    """``about``: what trials must share to be compared: ``{"model": sha, "data": sha, "search space": sha}``.
 
     The file is written anew with each trial, under another name first, so a kill leaves whole lines.
     """

@@ -26,7 +26,7 @@ from sparsec.prunable import survey
 from sparsec.recipe import Calibration, Recipe
 from sparsec.search_front import Check, Trial
 from sparsec.search_space import Space
-from sparsec.sparsify import execute, fingerprint, prepare
+from sparsec.sparsify import Report, execute, fingerprint, prepare
 from sparsec.sparsify_outcome import as_loaded, spread
 
 LEAST_WINDOWS = 4  # two for each half: an interval needs as many
@@ -112,7 +112,7 @@ class Bench:
         about = {
             "model": fingerprint(loaded.model),
             "data": digest(calibrated.sha, repr(found)),
-            "space": digest(repr(space), str(seed), calibration.model_dump_json(), machine),
+            "search space": digest(repr(space), str(seed), calibration.model_dump_json(), machine),
         }
         return cls(
             loaded,
@@ -146,12 +146,16 @@ class Bench:
         took = time.perf_counter() - started
         return Trial(params, found.loss, found.seconds, found.zeros, found.check, took, found.failed)
 
-    def _pruned(self, params: Mapping[str, Any]) -> Trial:
+    def prune(self, params: Mapping[str, Any]) -> Report:
+        """Write the recipe's zeros into the model; the caller has borrowed the weights."""
         asked = Recipe.load(self.space.recipe(params, self.calibration, self.seed))
         prepared = prepare(self.loaded.model, asked)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SparsecWarning)  # said once, when the data was read
-            report = execute(prepared, self.samples if prepared.needs_data else None, progress=False)
+            return execute(prepared, self.samples if prepared.needs_data else None, progress=False)
+
+    def _pruned(self, params: Mapping[str, Any]) -> Trial:
+        report = self.prune(params)
         after = _read(self.loaded, self.windows)
         chosen, _, _ = _loss(self.before[0::2], after[0::2])
         check = Check(*_loss(self.before[1::2], after[1::2]))
@@ -202,7 +206,7 @@ def _windows(
         if drawn is None:
             raise InputError(detail="the calibration data is no text; name text to measure on with --eval-text")
         source = "parts of the text that calibration did not see"
-        found = drawn.rest
+        found, size = drawn.rest, min(size, calibration.seqlen)
         if loaded.kind == "causal":
             found = [ids[i : i + size] for ids in found for i in range(0, len(ids) - size + 1, size)]
     if len(found) < LEAST_WINDOWS:
