@@ -40,6 +40,9 @@ class PGB:
 
     The quota is exact. Sparsity 1 - 1/G fills the blocks; in between, the largest G whose blocks hold enough is taken
     and the least important weights in the blocks go too. So below sparsity 0.5 there is one group, and no structure.
+
+    The structure costs accuracy where weights have none: on Gaussian ones the output error at 0.5 is three times that
+    of SparseGPT's free mask. What is gained is that the layer becomes G small dense products.
     """
 
     role: ClassVar[str] = "mask"
@@ -47,7 +50,7 @@ class PGB:
     scope: ClassVar[str] = "layer"
     norm: ClassVar[str] = "sum"
     source: ClassVar[str] = "Lim et al., 2025"
-    cost: ClassVar[str] = "minutes: one forward pass, K^3 + N K^2 and rounds * N K G a layer"
+    cost: ClassVar[str] = "minutes: one forward pass and K^3 + N K^2 + rounds N K G a layer"
 
     groups: Annotated[int, Field(ge=1)] | None = field(
         default=None, metadata={"doc": "diagonal blocks; null: the most that hold what the sparsity keeps"}

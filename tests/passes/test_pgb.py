@@ -80,8 +80,22 @@ def test_the_orders_bring_the_blocks_to_the_diagonal() -> None:
     weight, _ = planted(10, 14, 4, 0.3, seed=0)
     found = regroup(weight.square(), 4, 20)
     rows, columns = found.orders()
-    expected = torch.block_diag(*(torch.ones(h, w) for h, w in zip((3, 3, 2, 2), (4, 4, 3, 3), strict=True)))
-    assert torch.equal(found.blocks()[rows][:, columns], expected.bool())
+    sorted_blocks = found.blocks()[rows][:, columns]
+    corners = zip((3, 6, 8, 10), (4, 8, 11, 14), strict=True)
+    expected = torch.zeros(10, 14, dtype=torch.bool)
+    for (top, left), (bottom, right) in itertools.pairwise([(0, 0), *corners]):
+        expected[top:bottom, left:right] = True
+    assert torch.equal(sorted_blocks, expected)
+
+
+def test_a_grouped_product_between_two_permutations_is_the_layer() -> None:
+    weight, x, stats = layer(24, 36)
+    values = PGB().update(weight, stats, unstructured(0.75)).values
+    assert values is not None
+    rows, columns = regroup(values.square(), 4, 20).orders()
+    parts = zip(x[:, columns].chunk(4, 1), rows.chunk(4), columns.chunk(4), strict=True)
+    grouped = torch.cat([part @ values[r][:, c].t() for part, r, c in parts], 1)
+    torch.testing.assert_close(grouped[:, rows.argsort()], x @ values.t(), rtol=1e-4, atol=1e-4)
 
 
 @unhurried
@@ -168,6 +182,14 @@ def test_the_quota_is_exact(n: int, k: int, sparsity: float, seed: int, scope: s
         assert torch.equal(pruned.keep.sum(1), expected.sum(1))
     assert not bool(pruned.values[~pruned.keep].any())
     assert bool(pruned.values.isfinite().all())
+
+
+def test_rows_may_have_quotas_of_their_own() -> None:
+    weight, _, stats = layer(12, 16)
+    sparsity = torch.linspace(0.5, 0.9, 12)
+    keep = PGB().update(weight, stats, unstructured(sparsity, "row")).keep
+    assert keep.sum(1).tolist() == [16 - math.floor(s * 16 + 0.5) for s in sparsity.tolist()]
+    assert groups_of(keep) >= 2
 
 
 def groups_of(keep: torch.Tensor) -> int:
