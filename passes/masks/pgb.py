@@ -32,7 +32,7 @@ class PGB:
     the column solver of SparseGPT (``reconstruct`` after this step makes it each row's least-squares optimum).
     Source: Lim et al., "PGB: One-Shot Pruning for BERT via Weight Grouping and Permutation", 2025.
 
-    Of the paper only the abstract was at hand: that important weights are grouped by permutation in attention and
+    Of the paper only the abstract and a review were at hand: that important weights are grouped by permutation in attention and
     feed-forward layers and all others go at once. Ours: the importance, equal groups, and the search: a spectral
     start, then rows given columns and columns given rows, each the exact optimum, until nothing improves. The paper
     also drops whole layers in which no group is important; here every layer keeps the recipe's share. Permutations
@@ -42,7 +42,7 @@ class PGB:
     and the least important weights in the blocks go too. So below sparsity 0.5 there is one group, and no structure.
 
     The structure costs accuracy where weights have none: on Gaussian ones the output error at 0.5 is three times that
-    of SparseGPT's free mask. What is gained is that the layer becomes G small dense products.
+    of SparseGPT's free mask. What it buys: G small dense products can do the work; no format here does it yet.
     """
 
     role: ClassVar[str] = "mask"
