@@ -48,7 +48,7 @@ def save(
 ) -> Path:
     """Write ``model`` to the folder ``path`` (or one ``.safetensors`` file), and the report's recipe and facts.
 
-    ``files``: more texts for the folder, by name (``Outcome.files``).
+    ``files``: more texts for a folder, by name (``Outcome.files``).
     A folder that holds the same model pruned with the same recipe is replaced, any other only with ``overwrite``.
     Tied tensors are stored once. Raises OutputExists, or WriteFailed, after which ``path`` is as it was.
     """

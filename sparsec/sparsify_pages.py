@@ -129,6 +129,7 @@ def to_html(outcome: Outcome) -> str:
     """The page; its data is also in it, as one ``application/json`` block."""
     body = to_dict(outcome)
     rows = _rows(outcome, body)
+    charts = list(_charts(outcome.speed, rows))
     context = {
         "d": body,
         "methods": " + ".join(step.method for step in outcome.report.recipe.steps),
@@ -137,8 +138,8 @@ def to_html(outcome: Outcome) -> str:
         "accuracy": None if outcome.accuracy is None else accuracy_sentence(outcome.accuracy),
         "windows": _window_plot(outcome.accuracy),
         "losses": _loss_plot(outcome),
-        "charts": list(_charts(outcome.speed, rows)),
-        "kinds": sorted({row["kind"] for row in rows if row["kind"]}),
+        "charts": charts,
+        "kinds": sorted({segment.kind for _, pair in charts for bar in pair for segment in bar.segments}),
         "speed": list(speed_sentences(outcome.speed)) if outcome.speed else [],
         "memory": memory_sentence(outcome),
         "rows": rows,

@@ -133,11 +133,8 @@ def _run(
         return
     out = console()
     out.print(str(outcome), markup=False, soft_wrap=True)
-    out.print(
-        f"\nsaved: {output} (sparsec_report.html is this as a page)\nnext:  sparsec explain {output}",
-        markup=False,
-        soft_wrap=True,
-    )
+    page = "" if output.suffix == ".safetensors" else " (sparsec_report.html is this as a page)"
+    out.print(f"\nsaved: {output}{page}\nnext:  sparsec explain {output}", markup=False, soft_wrap=True)
 
 
 def _dry_run(model: str, asked: Any, save_recipe: Path | None, overwrite: bool, as_json: bool, max_memory: int) -> None:

@@ -299,6 +299,8 @@ def test_the_page_loads_nothing_and_shows_every_layer_and_window(outcome: Outcom
     data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, flags=re.S)
     assert data is not None
     assert json.loads(data[1]) == outcome.to_dict()
+    legend = page.split('id="time"')[1].split('class="legend"')[1].split("</div>")[0]
+    assert set(re.findall(r'class="seg (\w+)"', page)) == set(re.findall(r'<span class="(\w+)">', legend))
     places = set(re.findall(r'id="(row-\d+)"', page))
     assert set(re.findall(r'href="#(row-\d+)"', page)) <= places
 
