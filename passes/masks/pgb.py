@@ -32,11 +32,11 @@ class PGB:
     the column solver of SparseGPT (``reconstruct`` after this step makes it each row's least-squares optimum).
     Source: Lim et al., "PGB: One-Shot Pruning for BERT via Weight Grouping and Permutation", 2025.
 
-    Of the paper only the abstract and a review were at hand: that important weights are grouped by permutation in attention and
-    feed-forward layers and all others go at once. Ours: the importance, equal groups, and the search: a spectral
-    start, then rows given columns and columns given rows, each the exact optimum, until nothing improves. The paper
-    also drops whole layers in which no group is important; here every layer keeps the recipe's share. Permutations
-    are no part of the result; the mask stands in the weight's own order, and any format may make use of it.
+    Of the paper only the abstract and a review were at hand: that important weights are grouped by permutation in
+    attention and feed-forward layers, all others go at once, and the kept ones are updated. Ours: the importance,
+    equal groups, and the search: a spectral start, then rows given columns and columns given rows, each the exact
+    optimum, until nothing improves. The paper also drops whole layers in which no group is important; here every
+    layer keeps the recipe's share. The mask stands in the weight's own order; permutations are no part of the result.
 
     The quota is exact. Sparsity 1 - 1/G fills the blocks; in between, the largest G whose blocks hold enough is taken
     and the least important weights in the blocks go too. So below sparsity 0.5 there is one group, and no structure.
