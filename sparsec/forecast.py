@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from sparsec.sparsify import Prepared
 
 _SCRATCH = 24  # bytes a weight beside the model while its layer is pruned: scores, keys, masks, the new values
-_TIMED = 1 << 20  # weights of the largest layer that are timed
+_TIMED = 1 << 18  # weights of the largest layer that are timed
 _ROWS = 256  # tokens that are timed
 _REST = 2.0  # attention, norms and copies take as long again: 1.8 to 2.6 measured with six recipes on a small model
 _BACKWARD = 3  # a forward with a backward costs so many forwards
