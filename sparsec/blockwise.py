@@ -9,9 +9,11 @@ untouched one. Plain forward hooks, no tracing. Activations stay in memory up to
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -140,17 +142,83 @@ class BlockRun:
 def collect(
     modules: Mapping[str, nn.Module], needs: Sequence[str], forward: Callable[[], None]
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """Run ``forward`` with a hook on each module that reduces its inputs. A module that is never called gives zeros."""
-    collectors = {name: Collector(_in_features(module), needs, name) for name, module in modules.items()}
-    with ExitStack() as stack, torch.no_grad():
-        for name, module in modules.items():
+    """Run ``forward`` with a hook on each module that reduces its inputs. A module that is never called gives zeros.
 
-            def see(_: nn.Module, args: tuple[Any, ...], kind: nn.Module = module, name: str = name) -> None:
-                collectors[name].add(_rows(kind, args[0]))
+    Modules that are always given the very same tensor (q, k and v; gate and up) share one reduction, and the tensors
+    of their statistics. Should they part on a later batch, ``forward`` is run again with one for each.
+    """
+    for shared in (True, False):
+        streams: list[_Stream] = []
+        homes: dict[str, _Stream] = {}
+        with ExitStack() as stack, torch.no_grad():
+            for name, module in modules.items():
+                see = _seer(name, needs, streams, homes, shared)
+                stack.callback(module.register_forward_pre_hook(see).remove)
+            forward()
+        if not shared or all(stream.together for stream in streams):
+            break
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    while streams:
+        stream = streams.pop()  # its accumulators go before those of the next become statistics
+        result = stream.collector.result()
+        found.update((name, dict(result)) for name in stream.calls)
+    unseen = {
+        name: Collector(_in_features(m), needs, name).result() for name, m in modules.items() if name not in homes
+    }
+    return {name: found[name] if name in found else unseen[name] for name in modules}
 
-            stack.callback(module.register_forward_pre_hook(see).remove)
-        forward()
-    return {name: collector.result() for name, collector in collectors.items()}
+
+@dataclass
+class _Stream:
+    """One reduction of what the modules in ``calls`` (name -> times called) read; the first of them leads."""
+
+    leader: str
+    collector: Collector
+    calls: dict[str, int]
+    last: weakref.ref[torch.Tensor] | None = None
+    version: int = 0
+    parted: bool = False
+
+    @property
+    def together(self) -> bool:
+        return not self.parted and len(set(self.calls.values())) == 1
+
+    def read(self, x: torch.Tensor) -> bool:
+        """Whether ``x`` is what the leader read last, unchanged since."""
+        return self.last is not None and self.last() is x and self.version == x._version
+
+    def lead(self, module: nn.Module, x: torch.Tensor) -> None:
+        self.calls[self.leader] += 1
+        self.collector.add(_rows(module, x))
+        if not x.is_inference():  # those count no versions
+            self.last, self.version = weakref.ref(x), x._version
+
+    def follow(self, name: str, x: torch.Tensor) -> None:
+        self.calls[name] = self.calls.get(name, 0) + 1
+        self.parted |= not self.read(x) or self.calls[name] != self.calls[self.leader]
+
+
+def _seer(
+    name: str, needs: Sequence[str], streams: list[_Stream], homes: dict[str, _Stream], shared: bool
+) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    """The hook of one module; at its first call it joins a stream or opens one."""
+
+    def see(module: nn.Module, args: tuple[Any, ...]) -> None:
+        x: torch.Tensor = args[0]
+        alone = not shared or isinstance(module, nn.Conv2d) or x.is_inference()
+        if name not in homes:
+            joined = None if alone else next((s for s in streams if s.calls[s.leader] == 1 and s.read(x)), None)
+            if joined is None:
+                joined = _Stream(name, Collector(_in_features(module), needs, name), {name: 0})
+                streams.append(joined)
+            homes[name] = joined
+        stream = homes[name]
+        if stream.leader == name:
+            stream.lead(module, x)
+        else:
+            stream.follow(name, x)
+
+    return see
 
 
 def _in_features(module: nn.Module) -> int:
@@ -172,6 +240,85 @@ def first_tensor(output: Any) -> torch.Tensor:
     while not isinstance(output, torch.Tensor):
         output = output[0] if not isinstance(output, Mapping) else next(iter(output.values()))
     return output
+
+
+class _Reached(Exception):
+    """The last block was reached, and what comes after it is not needed."""
+
+
+class _Seen:
+    """What one forward of the model calls its ``count`` blocks with. ``chained``: in order, each once, nothing between.
+
+    ``plain``: whether blocks return a tensor and nothing else.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.first: torch.Tensor | None = None
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.plain = True
+        self._count, self._gave = count, torch.empty(0)
+        self._follow = True
+
+    @property
+    def chained(self) -> bool:
+        return self._follow and len(self.calls) == self._count
+
+    def enter(self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden, args, kwargs = _hidden_first(module, args, kwargs)
+        if self.first is None:
+            self.first = hidden.detach()
+        elif hidden is not self._gave and not torch.equal(hidden, self._gave):
+            self._follow = False
+        self._follow &= i == len(self.calls)
+        self.calls.append((args, kwargs))
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._gave = first_tensor(output)
+        self.plain &= isinstance(output, torch.Tensor)
+
+
+def _hidden_first(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
+    """The hidden states that a block is called with, by position or by name, and its other arguments."""
+    kwargs = dict(kwargs)
+    if not args:
+        args = (kwargs.pop(next(iter(inspect.signature(module.forward).parameters))),)
+    return args[0], args[1:], kwargs
+
+
+@contextmanager
+def _handing_on(block: nn.Module, last: bool) -> Iterator[None]:
+    """``block`` returns the hidden states that it gets; the last one ends the forward."""
+    own = block.__dict__.get("forward")
+    forward = block.forward
+
+    @wraps(forward)  # its signature says what the first argument is called
+    def hand_on(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if last:
+            raise _Reached
+        return args[0] if args else kwargs[next(iter(inspect.signature(forward).parameters))]  # type: ignore[no-any-return]
+
+    block.forward = hand_on
+    try:
+        yield
+    finally:
+        del block.forward
+        if own is not None:
+            block.forward = own
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal arguments; what is neither a tensor nor plain data must be the same object."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Mapping):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return a is b or (isinstance(a, (bool, int, float, str)) and a == b)
 
 
 class Walk:
@@ -202,41 +349,39 @@ class Walk:
             self._capture()
 
     def _capture(self) -> None:
-        """One forward of the model: what enters the first block, and what else each block is called with."""
+        """What enters the first block, and what else each block is called with, batch by batch.
+
+        The first batch goes through the whole model, which shows whether each block gets what the one before gave.
+        Then it goes through blocks that only hand on what they get. Where that changes nothing else that blocks are
+        called with (masks and positions do not depend on hidden states), the other batches go that way.
+        """
         self._calls = [[] for _ in self.blocks]
-        chained = True
-        for data in self.data:
-            seen: dict[int, torch.Tensor] = {}
-            gave: dict[int, torch.Tensor] = {}
-            with ExitStack() as stack, torch.no_grad():
-                for i, (_, block) in enumerate(self.blocks):
-                    stack.callback(block.register_forward_pre_hook(self._recorder(i, seen), with_kwargs=True).remove)
+        skip = False
+        for i, data in enumerate(self.data):
+            seen = self._pass(data, skip)
+            if not seen.chained:
+                self.notes.append("blocks do not simply follow each other here: the model is compressed as one")
+                self.blocks, self._calls, self._inputs = (), [], Spilled(self.memory)
+                return
+            if i == 0 and len(self.data) > 1 and seen.plain:
+                again = self._pass(data, True)
+                skip = again.chained and _same(again.calls, seen.calls)
+            assert seen.first is not None
+            self._inputs.append(seen.first)
+            for calls, call in zip(self._calls, seen.calls, strict=True):
+                calls.append(call)
 
-                    def out(_: nn.Module, __: Any, output: Any, i: int = i, gave: dict[int, Any] = gave) -> None:
-                        gave[i] = first_tensor(output)
-
-                    stack.callback(block.register_forward_hook(out).remove)
-                self.model(**data)
-            ran = [i in seen for i in range(len(self.blocks))]
-            chained = (
-                chained and all(ran) and all(torch.equal(gave[i], seen[i + 1]) for i in range(len(self.blocks) - 1))
-            )
-            if not chained:
-                break
-            self._inputs.append(seen[0])
-        if not chained:
-            self.notes.append("blocks do not simply follow each other here: the model is compressed as one")
-            self.blocks, self._calls, self._inputs = (), [], Spilled(self.memory)
-
-    def _recorder(self, i: int, seen: dict[int, torch.Tensor]) -> Callable[..., None]:
-        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            kwargs = dict(kwargs)
-            if not args:
-                args = (kwargs.pop(next(iter(inspect.signature(module.forward).parameters))),)
-            seen[i] = args[0].detach()
-            self._calls[i].append((args[1:], kwargs))
-
-        return record
+    def _pass(self, data: Mapping[str, Any], skip: bool) -> _Seen:
+        """One forward of the model; with ``skip`` blocks are not computed, and nothing after the last one is."""
+        seen = _Seen(len(self.blocks))
+        with ExitStack() as stack, torch.no_grad(), suppress(_Reached):
+            for i, (_, block) in enumerate(self.blocks):
+                if skip:
+                    stack.enter_context(_handing_on(block, last=i == len(self.blocks) - 1))
+                stack.callback(block.register_forward_pre_hook(partial(seen.enter, i), with_kwargs=True).remove)
+                stack.callback(block.register_forward_hook(seen.leave).remove)
+            self.model(**data)
+        return seen
 
     def __iter__(self) -> Iterator[BlockRun]:
         inputs = self._inputs

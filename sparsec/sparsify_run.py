@@ -210,18 +210,26 @@ class _Work:
                     tensor.copy_(tensors[name])
             yield from (PrunedLayer.from_dict(row) for row in rows)
             return
-        before = {name: tensor.clone() for name, tensor in self._written(run, jobs).items()}
+        before = {name: tensor.clone() for name, tensor in self._written(run, jobs).items() if self._copied(tensor)}
+        states: list[LayerState] = []
         try:
-            done = self._compress(run, jobs)
+            done = self._compress(run, jobs, states)
         except BaseException:
             with torch.no_grad():
+                for state in states:
+                    state.weight.copy_(state.dense)
                 for name, tensor in self._written(run, jobs).items():
-                    tensor.copy_(before[name])
+                    if name in before:
+                        tensor.copy_(before[name])
             raise
         if journal:
             tensors = {name: tensor.contiguous() for name, tensor in self._written(run, jobs).items()}
             journal.save(index, run.name or "model", tensors, [row.to_dict() for row in done])
         yield from done
+
+    def _copied(self, tensor: torch.Tensor) -> bool:
+        """Whether what an error puts back needs a copy: else a layer's own fp32 copy holds the same values."""
+        return bool(self.stage.reparams) or _learner(self.stage) is not None or tensor.dtype == torch.float64
 
     def _written(self, run: BlockRun, jobs: Mapping[str, Job]) -> dict[str, torch.Tensor]:
         """What this stage may have changed in the block: its weights; what a reparametrisation folds is anywhere."""
@@ -229,12 +237,12 @@ class _Work:
             return {f"{run.name}.{name}": tensor.detach() for name, tensor in run.module.state_dict().items()}
         return {name: job.layer.matrix for name, job in jobs.items()}
 
-    def _compress(self, run: BlockRun, jobs: Mapping[str, Job]) -> list[PrunedLayer]:
+    def _compress(self, run: BlockRun, jobs: Mapping[str, Job], states: list[LayerState]) -> list[PrunedLayer]:
+        """Rows of the report; ``states`` gets each layer before its weight is written."""
         modules = {name: self.runner.model.get_submodule(name) for name in jobs}
         notes = self._reparam(run, jobs, modules)
         spread = {**self.spread, **self._learned(run, jobs, modules)}
         groups = run.groups(modules) if self.runner.recipe.true_sequential else [list(jobs)]
-        states: list[LayerState] = []
         samples: dict[str, torch.Tensor] = {}
         for names in groups:
             stats = run.collect({n: modules[n] for n in names}, self._needs)
