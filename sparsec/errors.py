@@ -41,7 +41,8 @@ SparsecError
       ├── WriteFailed               S605
       ├── OffloadedModel            S606
       ├── OtherRun                  S607
-      └── JournalFailed             S608
+      ├── JournalFailed             S608
+      └── Unsavable                 S609
 SparsecWarning                            a fallback happened; the answer is still right
 
 Inside the compiler only OptionError reaches the user: everything else becomes a recorded fallback to dense.
@@ -318,3 +319,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names))
+
+
+class Unsavable(InputError):
+    code = "S609"
+    message = "no checkpoint was written, since from_pretrained could not load it: {why}."

@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from sparsec.errors import BadModelFile, ModelNotFound, OutputExists, WriteFailed
+from sparsec.errors import BadModelFile, ModelNotFound, OutputExists, Unsavable, WriteFailed
 
 if TYPE_CHECKING:
     from sparsec.sparsify_report import Report
@@ -57,6 +57,8 @@ def save(
     module = inner if isinstance(inner, nn.Module) else model
     sha, source = (report.recipe.sha, report.model_sha) if report else ("", "")
     check_output(path, sha, source, overwrite)
+    if report and report.structured and report.structured.unsaved:
+        raise Unsavable(why=report.structured.unsaved.rstrip("."))
     try:
         if target.suffix == ".safetensors":
             _write_file(module, target)

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from sparsec import sparsify
-from sparsec.errors import BadRecipe, NonFinite, OtherRun, SparsecWarning, UnreadableCalibration
+from sparsec.errors import BadRecipe, NonFinite, OtherRun, SparsecWarning, UnreadableCalibration, Unsavable
+from sparsec.io import save
 from sparsec.passes.masks import METHODS
 from sparsec.passes.masks.contract import Statistics
 from sparsec.tiny import tiny_model
@@ -263,7 +264,9 @@ def test_a_model_in_bf16_keeps_its_dtype_and_its_statistics_are_fp32() -> None:
 def test_a_structured_step_leaves_a_smaller_model_that_runs_and_is_told() -> None:
     model = llama()
     before = sum(p.numel() for p in model.parameters())
-    report = sparsify(model, {"method": "bonsai", "sparsity": 0.25, "rounds": 1, "samples": 8}, tokens(), progress=False)
+    report = sparsify(
+        model, {"method": "bonsai", "sparsity": 0.25, "rounds": 1, "samples": 8}, tokens(), progress=False
+    )
     after = sum(p.numel() for p in model.parameters())
     assert report.structured is not None
     assert (report.structured.parameters_before, report.structured.parameters_after) == (before, after)
@@ -279,3 +282,16 @@ def test_a_structured_step_leaves_a_smaller_model_that_runs_and_is_told() -> Non
         sparsify(llama(), ["bonsai", "wanda"], tokens(), progress=False)
     with pytest.raises(BadRecipe, match="finds no heads or neurons"):
         sparsify(nn.Sequential(nn.Linear(8, 8)), "bonsai", [torch.randn(64, 8)], progress=False)
+
+
+def test_a_result_that_no_checkpoint_can_hold_is_not_written(tmp_path: Path) -> None:
+    model = llama()
+    recipe = {"method": "slicegpt", "sparsity": 0.25, "rotation": "block", "allow_growth": True}
+    report = sparsify(model, recipe, tokens(64), progress=False)
+    assert report.structured is not None
+    assert report.structured.unsaved
+    with pytest.raises(Unsavable, match="no checkpoint was written"):
+        save(model, tmp_path / "out", report)
+    assert not (tmp_path / "out").exists()
+    two = sparsify(llama(), ["owl", "wanda", {"method": "magnitude", "sparsity": 0.6}], tokens(), progress=False)
+    assert {layer.step for layer in two.layers} == {2, 3}  # numbers of the recipe's steps
