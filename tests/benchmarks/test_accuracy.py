@@ -409,3 +409,18 @@ def test_a_text_too_short_for_two_windows_is_refused(tmp_path: Path) -> None:
 def test_rows_are_frozen() -> None:
     with pytest.raises(AttributeError):
         Row("a", {}, 1).tier = 2  # type: ignore[misc]
+
+
+def test_the_stored_tables_say_what_the_stored_lines_say() -> None:
+    folder = Path(accuracy_run.__file__).parent.parent
+    stored = json.loads((folder / "accuracy.json").read_text())
+    assert markdown(stored) == (folder / "accuracy.md").read_text()
+    lines = [line for line in read(folder / "accuracy.jsonl") if "costs" in line]
+    for model in stored["models"]:
+        for r in model["rows"]:
+            mine = [x for x in lines if (x["model"], x["row"]) == (model["facts"]["model"], r["name"])]
+            means = {x["draw"]: sum(x["costs"]) / len(x["costs"]) for x in mine}  # the last of each draw counts
+            assert len(means) == r["draws"]
+            assert sum(means.values()) / len(means) == pytest.approx(r["cost"], abs=2e-5)
+        assert model["relations"]
+    assert broken(stored) == []
