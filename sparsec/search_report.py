@@ -40,7 +40,10 @@ def lines(found: Found) -> Iterator[str]:
         f"{metric} and loss: {found.windows - half} windows that the search chose by; unseen: {half} others. "
         f"Text: {found.text}."
     )
-    yield f"linear layers: seconds that the plan expects on {found.target}, before any tuning"
+    yield (
+        f"linear layers: seconds that the plan expects on {found.target}, before any tuning; Inductor's: "
+        f"{duration(found.inductor)}"
+    )
     for trial in found.trials:
         if trial.failed:
             yield f"note: {trial.name} was not possible: {trial.failed}"
@@ -83,7 +86,11 @@ def _choice(found: Found) -> Iterator[str]:
     if chosen is None:
         yield _no_choice(found)
         return
-    yield f"chosen: {chosen.name}, {found.speedup(chosen):.2f}x expected for the linear layers"
+    over = found.dense.seconds / chosen.seconds
+    yield (
+        f"chosen: {chosen.name}, {found.speedup(chosen):.2f}x expected for the linear layers over Inductor, "
+        f"{over:.2f}x over the dense weights"
+    )
     if chosen.check is None:
         return
     said = {
@@ -118,6 +125,7 @@ def to_dict(found: Found) -> dict[str, Any]:
         "metric": found.budget.metric,
         "limit": found.limit,
         "dense": {**found.dense.to_dict(), "value": found.value},
+        "inductor": found.inductor,
         "rows": found.rows,
         "target": found.target,
         "text": found.text,
@@ -184,7 +192,9 @@ def draw(found: Found, path: Path) -> bool:
         axes.annotate(found.chosen.name, (x, y), (8, 8), textcoords="offset points", fontsize=8)
     what = "loss of cosine, %" if found.budget.metric == "cos" else "perplexity over dense, %"
     away = f" ({beyond} worse than {100 * top:.0f} % not shown)" if beyond else ""
-    axes.set(xlabel=f"expected speedup of the linear layers, {_rows(found)} on {found.target}", ylabel=what)
+    axes.set(
+        xlabel=f"expected speedup of the linear layers over Inductor, {_rows(found)} on {found.target}", ylabel=what
+    )
     axes.set_title(f"{found.model}: {len(found.trials)} recipes{away}", fontsize=9)
     axes.legend(frameon=False, fontsize=8)
     axes.grid(alpha=0.3)

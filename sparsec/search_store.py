@@ -20,25 +20,31 @@ FILE = "trials.jsonl"
 class Store:
     """``about``: what trials must share to be compared: ``{"model": sha, "data": sha, "search space": sha}``.
 
-    The file is written anew with each trial, under another name first, so a kill leaves whole lines.
+    ``inductor``: the seconds that the first process counted from. The file is written anew with each trial, under
+    another name first, so a kill leaves whole lines.
     """
 
     path: Path | None = None
     about: Mapping[str, str] = field(default_factory=dict)
+    inductor: float = 1.0
     trials: dict[str, Trial] = field(default_factory=dict)
 
     @classmethod
-    def at(cls, folder: str | os.PathLike[str] | None, about: Mapping[str, str]) -> Store:
+    def at(cls, folder: str | os.PathLike[str] | None, about: Mapping[str, str], inductor: float = 1.0) -> Store:
         """The store of a folder, with what it holds; in memory without one. Raises OtherRun where it is another's."""
         if folder is None:
-            return cls(None, about)
+            return cls(None, about, inductor)
         path = Path(folder) / FILE
-        store = cls(path, about)
+        store = cls(path, about, inductor)
         if not path.exists():
             return store
         try:
             head, *rest = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            theirs, found = head["about"], [Trial.from_dict(said) for said in rest]
+            theirs, store.inductor, found = (
+                head["about"],
+                float(head["inductor"]),
+                [Trial.from_dict(said) for said in rest],
+            )
         except (OSError, ValueError, KeyError, TypeError):
             raise OtherRun(folder=os.fspath(folder), differs="program or version", state=str(path)) from None
         if differs := [name for name in about if theirs.get(name) != about[name]]:
@@ -53,7 +59,10 @@ class Store:
         """Keep it. Raises WriteFailed."""
         self.trials[key] = trial
         if self.path is not None:
-            rows = [{"about": dict(self.about)}, *(t.to_dict() for t in self.trials.values())]
+            rows = [
+                {"about": dict(self.about), "inductor": self.inductor},
+                *(t.to_dict() for t in self.trials.values()),
+            ]
             try:
                 write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
             except OSError as error:

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,8 @@ class Weights:
 class Bench:
     """What all trials share. ``before``: what the dense model says of each window; even ones choose, odd ones check.
 
-    ``about``: hashes of what trials must share to be compared.
+    ``about``: hashes of what trials must share to be compared. ``inductor``: seconds of the linear layers as Inductor
+    runs them dense. Rates are measured anew in other processes, so times are kept as ratios to it.
     """
 
     loaded: LoadedModel
@@ -81,6 +82,7 @@ class Bench:
     before: torch.Tensor
     value: float
     dense: Trial
+    inductor: float
     weights: Weights
     about: Mapping[str, str]
     notes: tuple[str, ...]
@@ -125,10 +127,16 @@ class Bench:
             before,
             dense.value if loaded.kind == "causal" else 1.0,
             Trial({}, 0.0, cost.ours_s, _zeros(loaded.model)),
+            cost.dense_s,
             Weights(loaded.model),
             about,
             calibrated.notes,
         )
+
+    def counting_from(self, inductor: float) -> Bench:
+        """With the seconds that an earlier process counted from."""
+        dense = replace(self.dense, seconds=self.dense.seconds * inductor / self.inductor)
+        return replace(self, inductor=inductor, dense=dense)
 
     def recipe(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """With every default filled in; runs again to the same weights."""
@@ -160,7 +168,7 @@ class Bench:
         chosen, _, _ = _loss(self.before[0::2], after[0::2])
         check = Check(*_loss(self.before[1::2], after[1::2]))
         cost = cost_now(_matrices(self.loaded.model), self.space.target, self.space.rows)
-        return Trial(params, chosen, cost.ours_s, report.achieved, check)
+        return Trial(params, chosen, cost.ours_s / cost.dense_s * self.inductor, report.achieved, check)
 
 
 def _loss(before: torch.Tensor, after: torch.Tensor) -> tuple[float, float, float]:
