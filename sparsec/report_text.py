@@ -38,7 +38,7 @@ def show(report: Explanation, file: TextIO | None = None, compare: Explanation |
     from rich.console import Console
     from rich.text import Text
 
-    console = Console(file=file, width=WIDTH, highlight=False, soft_wrap=True)
+    console = Console(file=file, width=WIDTH, highlight=False, emoji=False, soft_wrap=True)
     for line in lines_of(report, compare):
         console.print(Text.assemble(*line))
 

@@ -57,8 +57,11 @@ class Runner:
 
     def rows(self) -> Iterator[PrunedLayer]:
         try:
-            for number, (stage, selection) in enumerate(self.stages, 1):
-                if stage.mask is None:
+            before = 0
+            for stage, selection in self.stages:
+                steps = [step.role for step in stage.pieces]
+                number, before = before + steps.index("mask") + 1 if "mask" in steps else 0, before + len(steps)
+                if not number:
                     continue
                 rows = self._blockwise if stage.walks else self._plain
                 for row in rows(stage, selection, number):

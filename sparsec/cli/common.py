@@ -34,7 +34,9 @@ def console(stderr: bool = False) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     plain = not colour(stream)
     width = None if stream.isatty() else 120
-    return Console(file=stream, no_color=plain, force_terminal=False if plain else None, width=width, highlight=False)
+    # emoji: names such as tiny:llama: are names
+    terminal = False if plain else None
+    return Console(file=stream, no_color=plain, force_terminal=terminal, width=width, highlight=False, emoji=False)
 
 
 @contextmanager
