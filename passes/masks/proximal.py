@@ -77,8 +77,9 @@ def prox(weight: torch.Tensor, strength: float) -> torch.Tensor:
     """For each group of four in-features the z with the least ||z - w||^2 / 2 + strength * r(z); [N, K], K any.
 
     Signs stay, so |w| is solved. On it the problem is quadratic in each coordinate: z_i = max(0, w_i - strength * the
-    products of two others). Descent by coordinates is started from w, from its three largest and from its two largest
-    (which are a solution with two); the best of the three ends is taken.
+    products of two others). Descent by coordinates is started from w, from its three largest, from half of both
+    (where weights are alike, the first step from w overshoots into a corner) and from its two largest (which are a
+    solution with two); the best of the ends is taken.
     """
     rows, k = weight.shape
     groups = pad(weight, (0, -k % 4)).view(-1, 4)
@@ -92,8 +93,8 @@ def _prox_of_groups(groups: torch.Tensor, strength: float) -> torch.Tensor:
     best = size.clone()
     best[2:] = 0.0
     cost = _objective(best, size, strength)
-    starts = torch.stack((size, size), dim=1)
-    starts[3, 1] = 0.0
+    starts = torch.stack((size, size, size / 2, size / 2), dim=1)
+    starts[3, 1::2] = 0.0
     for z in _descend(starts, size[:, None], strength).unbind(1):
         better = (found := _objective(z, size, strength)) < cost
         best, cost = torch.where(better, z, best), torch.where(better, found, cost)
