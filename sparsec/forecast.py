@@ -22,7 +22,7 @@ from sparsec.passes.masks.magnitude import Magnitude
 from sparsec.passes.masks.pattern import MaskPattern
 from sparsec.passes.masks.select import Selector
 from sparsec.prunable import Job, Selection
-from sparsec.recipe import Piece, Spread
+from sparsec.recipe_steps import Piece, Spread
 from sparsec.report_fold import merge_names, template
 from sparsec.sparsify_report import short_count, table
 from sparsec.stages import Stage
@@ -265,7 +265,7 @@ def forecast_table(said: Mapping[str, Any]) -> list[str]:
 
 def _rows(step: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
     title = f"{step['step']} {step['method']}"
-    if step["role"] != "mask":
+    if step["role"] not in ("mask", "quantize"):
         names = [name for name in step["modules"] if name]
         share = "" if step["sparsity"] is None else f"{_KEEPS[step['keeps']]}{step['sparsity']:.1%}"
         blocks = f"{len(names)} module{'s' * (len(names) > 1)}" if names else ""

@@ -15,7 +15,7 @@ from torch import nn
 from sparsec.errors import BadRecipe, UnmatchedTarget, UnprunableLayer
 from sparsec.matcher import BARE, match, matching, nearest, winner
 from sparsec.passes.masks.pattern import MaskPattern
-from sparsec.recipe import Piece, Step
+from sparsec.recipe_steps import Layers, Piece, Step, Values
 
 KINDS = {"linear": "Linear", "hf_conv1d": "Conv1D", "conv1x1": "Conv2d"}  # kind -> the class name of its target entry
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -60,7 +60,7 @@ class Job:
     """One weight to prune with one setting (``step`` with the overrides of this layer in it)."""
 
     layer: Layer
-    step: Step
+    step: Step | Values
     notes: tuple[str, ...] = ()
 
 
@@ -152,7 +152,7 @@ def _head(model: nn.Module) -> str | None:
     return next((name for name, module in model.named_modules() if module is found), None)
 
 
-def select_layers(seen: Survey, step: Step) -> Selection:
+def select_layers(seen: Survey, step: Step | Values) -> Selection:
     """The jobs of one step. Raises UnmatchedTarget, UnprunableLayer or BadRecipe."""
     step = step.model_copy(update={"targets": _targets(seen, step), "ignore": _ignores(seen, step)})
     chosen = Selection(step)
@@ -180,14 +180,14 @@ def select_layers(seen: Survey, step: Step) -> Selection:
     return chosen
 
 
-def _targets(seen: Survey, step: Step) -> tuple[str, ...]:
+def _targets(seen: Survey, step: Layers) -> tuple[str, ...]:
     if step.targets is not None:
         return step.targets
     present = {layer.kind for layer in seen.layers.values()}
     return tuple(entry for kind, entry in KINDS.items() if kind in present)
 
 
-def _ignores(seen: Survey, step: Step) -> tuple[str, ...]:
+def _ignores(seen: Survey, step: Layers) -> tuple[str, ...]:
     """What the user ignores, and the output head unless ``targets`` names it or ``ignore`` is an empty list."""
     if step.ignore == ():
         return ()
@@ -202,7 +202,7 @@ def _ignores(seen: Survey, step: Step) -> tuple[str, ...]:
     return tuple(dict.fromkeys(said))
 
 
-def _wanted(seen: Survey, step: Step, notes: list[str]) -> list[str]:
+def _wanted(seen: Survey, step: Layers, notes: list[str]) -> list[str]:
     """The layers that ``targets`` means, in module order; notes say which modules it means but cannot have."""
     taken: set[str] = set()
     refused: list[str] = []
@@ -243,7 +243,7 @@ def _nearest(seen: Survey, entry: str) -> str:
     return ", ".join(nearest(entry, layers)) or "none (the model has no layer that can be pruned)"
 
 
-def _note_ignores(seen: Survey, step: Step, notes: list[str]) -> None:
+def _note_ignores(seen: Survey, step: Layers, notes: list[str]) -> None:
     for entry in step.ignore or ():
         names = matching(entry, seen.modules)
         if not names:
@@ -252,14 +252,14 @@ def _note_ignores(seen: Survey, step: Step, notes: list[str]) -> None:
             notes.append(f"ignore entry {entry!r} names no layer but what holds layers; write '{names[0]}.*' for those")
 
 
-def _left_out(seen: Survey, step: Step, name: str, ignored: set[str]) -> str:
+def _left_out(seen: Survey, step: Layers, name: str, ignored: set[str]) -> str:
     if name in ignored:
         return "in ignore"
     entry = winner(list(step.overrides), name, seen.modules[name])
     return f"overrides skips it by {entry!r}" if entry is not None and step.overrides[entry] is None else ""
 
 
-def _job(step: Step, layer: Layer, seen: Survey) -> Job:
+def _job(step: Step | Values, layer: Layer, seen: Survey) -> Job:
     entry = winner(list(step.overrides), layer.name, seen.modules[layer.name])
     own = step if entry is None else step.overridden(entry)
     assert own is not None  # skipped layers make no job
@@ -270,7 +270,7 @@ def _job(step: Step, layer: Layer, seen: Survey) -> Job:
     return Job(layer, own, (*notes, *_pattern_notes(own, *layer.shape)))
 
 
-def _pattern_notes(step: Step, n: int, k: int) -> list[str]:
+def _pattern_notes(step: Step | Values, n: int, k: int) -> list[str]:
     pattern = MaskPattern.parse(step.pattern)
     notes = []
     rest = k % pattern.group if pattern.sparsity is not None else 0

@@ -15,35 +15,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, create_model, field_validator
+from pydantic import Field, SerializeAsAny
 
 from sparsec.cache import digest
-from sparsec.errors import BadRecipe, SparsecError, UnknownRecipeKey, did_you_mean, listed
+from sparsec.errors import BadRecipe, did_you_mean, listed
 from sparsec.llmcompressor import is_llmcompressor, translate
 from sparsec.passes.masks import METHODS, method_class
-from sparsec.passes.masks.outliers import Outliers
 from sparsec.passes.masks.pattern import MaskPattern
 from sparsec.recipe_file import SUFFIXES, read, to_yaml
+from sparsec.recipe_steps import Frozen, Layers, Piece, known_keys, step_class, validated
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    pass
 
-SKIP = "skip"
-DEFAULT_SPARSITY = 0.5
-_TOP = ("version", "seed", "made_with", "blocks", "propagate_error", "true_sequential")
-_OVERRIDABLE = ("sparsity", "pattern", "scope", "outliers")  # besides the method's own options
+_TOP = ("version", "seed", "made_with", "blocks", "propagate_error", "true_sequential", "allow_quantize_first")
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Calibration(_Model):
+class Calibration(Frozen):
     """The text that methods with ``needs`` are calibrated on."""
 
     dataset: str | None = Field(default=None, description="name of a dataset, or the path of a .txt or .jsonl file")
@@ -53,104 +44,7 @@ class Calibration(_Model):
     seed: int = Field(default=0, description="which segments are drawn")
 
 
-class Piece(_Model):
-    """A step that changes what a mask step left (``post``) or will find (``reparam``); the base of all steps."""
-
-    method: str
-
-    def method_object(self) -> Any:
-        """The method with this step's options."""
-        cls = method_class(self.method)
-        return cls(**{f.name: getattr(self, f.name) for f in fields(cls)})
-
-    @property
-    def role(self) -> str:
-        """``mask``, ``allocate``, ``post``, ``reparam`` or ``structure``."""
-        return role_of(self.method)
-
-    def filled(self) -> Self:
-        """With every default as it will be used."""
-        return self
-
-
-class Spread(Piece):
-    """A step that spreads a sparsity over the layers of the mask step after it, or over heads and neurons."""
-
-    sparsity: float | None = Field(default=None, ge=0, lt=1, description="mean share that goes; null: 0.5")
-
-
-class Step(Piece):
-    """One mask method over a set of layers. Each method's own class adds its options."""
-
-    sparsity: float | None = Field(default=None, ge=0, lt=1, description="share that goes; N:M fixes it, else 0.5")
-    pattern: str = Field(default="unstructured", description="unstructured, N:M (keep N of M), V:N:M or block:RxC")
-    scope: Literal["layer", "global", "row"] | None = Field(
-        None, description="where weights compete: each layer, all layers of the step, or each row; null: the method's"
-    )
-    outliers: str | None = Field(
-        default=None, description="kept beside the quota: k:M of each M in-features of a row, or a share such as 0.005"
-    )
-    targets: tuple[str, ...] | None = Field(default=None, description="layers to take; null: every prunable layer")
-    ignore: tuple[str, ...] | None = Field(default=None, description="layers to leave; null: the output head; []: none")
-    overrides: dict[str, dict[str, Any] | None] = Field(
-        default_factory=dict, description="layers (same spellings) -> other settings, or skip"
-    )
-
-    @field_validator("pattern", mode="before")
-    @classmethod
-    def _pattern(cls, value: object) -> str:
-        return str(MaskPattern.parse(value))
-
-    @field_validator("outliers", mode="before")
-    @classmethod
-    def _outliers(cls, value: object) -> str | None:
-        found = Outliers.parse(value)
-        return None if found is None else str(found)
-
-    @field_validator("targets", "ignore", mode="before")
-    @classmethod
-    def _entries(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) else value
-
-    @field_validator("overrides", mode="before")
-    @classmethod
-    def _skips(cls, value: object) -> object:
-        if not isinstance(value, Mapping):
-            return value
-        return {k: None if v is None or v is False or v == SKIP else v for k, v in value.items()}
-
-    def overridden(self, entry: str) -> Step | None:
-        """The settings of the layers that ``entry`` of ``overrides`` decides for; None: they are skipped."""
-        changes = self.overrides[entry]
-        if changes is None:
-            return None
-        base = self.model_dump(exclude={"overrides"})
-        if "pattern" in changes and "sparsity" not in changes:  # 2:4 brings its own sparsity with it
-            base["sparsity"] = base["sparsity"] if MaskPattern.parse(changes["pattern"]).sparsity is None else None
-        known = (*_OVERRIDABLE, *(f.name for f in fields(method_class(self.method))))
-        changes = _known(changes, known, f"overrides[{entry!r}]")
-        made: Step = _validated(type(self), {**base, **changes}, f"overrides[{entry!r}]")
-        return made.filled()
-
-    def filled(self) -> Self:
-        """With ``sparsity`` and ``scope`` as they will be used. Raises BadRecipe where pattern and sparsity differ."""
-        fixed = MaskPattern.parse(self.pattern).sparsity
-        only = getattr(method_class(self.method), "patterns", (self.pattern,))
-        if self.pattern not in only:
-            raise BadRecipe(detail=f"{self.method} makes {' and '.join(only)} only, and the pattern is {self.pattern}")
-        if aside := Outliers.parse(self.outliers):
-            aside.check(MaskPattern.parse(self.pattern))
-        if fixed is not None and self.sparsity is not None and abs(fixed - self.sparsity) > 1e-6:
-            raise BadRecipe(
-                detail=f"pattern {self.pattern} means sparsity {fixed:g}, but sparsity is {self.sparsity:g}; "
-                "drop one of the two (pattern: unstructured takes any sparsity)"
-            )
-        said = DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
-        scope = self.scope or method_class(self.method).scope
-        return self.model_copy(update={"sparsity": said if fixed is None else fixed, "scope": scope})
-
-
-class Recipe(_Model):
+class Recipe(Frozen):
     """Steps in order. ``made_with`` tells the versions that a resolved recipe was made with; nothing reads it."""
 
     version: Literal[1] = 1
@@ -163,6 +57,7 @@ class Recipe(_Model):
     true_sequential: bool = Field(
         default=False, description="calibrate layers of a block in the order in which they run"
     )
+    allow_quantize_first: bool = Field(default=False, description="take masks of weights that are quantised already")
     steps: tuple[SerializeAsAny[Piece], ...] = Field(min_length=1)
     made_with: dict[str, str] = Field(default_factory=dict)
     notes: tuple[str, ...] = Field(default=(), exclude=True)  # how an alias was read; not part of the recipe
@@ -191,38 +86,6 @@ class Recipe(_Model):
     def sha(self) -> str:
         """A hash of what it asks for, whoever wrote it and with which version."""
         return digest(self.model_copy(update={"made_with": {}}).model_dump_json())
-
-
-_BASES: dict[str, type[Piece]] = {
-    "mask": Step, "allocate": Spread, "structure": Spread, "post": Piece, "reparam": Piece
-}  # fmt: skip
-
-
-def role_of(method: str) -> str:
-    """What a method does in a recipe. Raises UnknownMethod."""
-    return str(method_class(method).role)
-
-
-def step_class(method: str) -> type[Piece]:
-    """The pydantic class of one method's step. Raises UnknownMethod."""
-    method_class(method)
-    return _step_class(method, METHODS[method])  # by home as well: a name may be registered anew
-
-
-@cache
-def _step_class(method: str, home: str) -> type[Piece]:
-    cls = method_class(method)
-    hints = get_type_hints(cls, include_extras=True)
-    options: dict[str, Any] = {}
-    for f in fields(cls):
-        default = f.default if f.default is not MISSING else ...
-        description = f.metadata.get("doc")
-        if f.default_factory is not MISSING:
-            options[f.name] = (hints[f.name], Field(default_factory=f.default_factory, description=description))
-        else:
-            options[f.name] = (hints[f.name], Field(default, description=description))
-    options["method"] = (Literal.__getitem__(method), ...)  # Literal[method] of a name known only now
-    return create_model(f"{cls.__name__}Step", __base__=_BASES[cls.role], __doc__=cls.__doc__, **options)
 
 
 def schema(method: str | None = None) -> dict[str, Any]:
@@ -263,11 +126,11 @@ def _from_dict(said: dict[str, Any]) -> Recipe:
     steps, shared = [said], None
     if has_steps(said):
         steps, shared = said.pop("steps"), said.pop("ignore", None)
-        _known(said, (), "a recipe with steps", (*_TOP, "calibration", "ignore", "steps"))
+        known_keys(said, (), "a recipe with steps", (*_TOP, "calibration", "ignore", "steps"))
         if not isinstance(steps, (list, tuple)) or not steps:
             raise BadRecipe(detail="steps is a list with at least one step")
     top["steps"] = [_step(step, shared, notes, i) for i, step in enumerate(steps)]
-    made: Recipe = _validated(Recipe, {**top, "calibration": calibration, "notes": tuple(notes)}, "the recipe")
+    made: Recipe = validated(Recipe, {**top, "calibration": calibration, "notes": tuple(notes)}, "the recipe")
     return made
 
 
@@ -288,14 +151,14 @@ def _calibration(said: dict[str, Any]) -> Calibration:
     settings = said.pop("calibration", None) or {}
     if not isinstance(settings, Mapping):
         raise BadRecipe(detail="calibration is a dict of settings")
-    settings = _known(settings, Calibration.model_fields, "calibration")
+    settings = known_keys(settings, Calibration.model_fields, "calibration")
     for alias, key in (("num_calibration_samples", "samples"), ("max_seq_length", "seqlen")):
         if alias not in said:
             continue
         if key in settings:
             raise BadRecipe(detail=f"{alias} and calibration.{key} are the same; give one")
         settings[key] = said.pop(alias)
-    made: Calibration = _validated(Calibration, settings, "calibration")
+    made: Calibration = validated(Calibration, settings, "calibration")
     return made
 
 
@@ -314,13 +177,13 @@ def _step(said: object, shared_ignore: Any, notes: list[str], index: int) -> Pie
         hint = f" (it has {typo!r})" if typo else f"; known methods are: {listed(METHODS)}"
         raise BadRecipe(detail=f"{where} names no method{hint}")
     cls = step_class(step["method"])
-    _known(step, cls.model_fields, f"method {step['method']}")
-    if shared_ignore is not None and issubclass(cls, Step):
+    known_keys(step, cls.model_fields, f"method {step['method']}")
+    if shared_ignore is not None and issubclass(cls, Layers):
         both = [*_as_list(shared_ignore), *_as_list(step.get("ignore") or ())]
         step["ignore"] = list(dict.fromkeys(both))
-    made: Piece = _validated(cls, step, where)
+    made: Piece = validated(cls, step, where)
     made = made.filled()
-    if isinstance(made, Step):
+    if isinstance(made, Layers):
         for entry in made.overrides:
             made.overridden(entry)  # wrong keys and values are found now, not at the layer
     return made
@@ -348,28 +211,3 @@ def _read_mask_structure(said: dict[str, Any], notes: list[str]) -> None:
         )
         read_as = MaskPattern("nm", (m - n, m))
     said["pattern"] = str(read_as)
-
-
-def _known(
-    said: Mapping[Any, Any], known: Sequence[str] | Mapping[str, Any], where: str, shown: Sequence[str] = ()
-) -> dict[str, Any]:
-    """``said`` itself, when all its keys are known. Raises UnknownRecipeKey with the nearest."""
-    names = list(shown or known)
-    for key in said:
-        if key not in known:
-            raise UnknownRecipeKey(key=key, nearest=did_you_mean(str(key), names), where=where, known=listed(names))
-    return dict(said)
-
-
-def _validated(cls: type[Any], said: Mapping[str, Any], where: str) -> Any:
-    try:
-        return cls.model_validate(dict(said))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raised = first.get("ctx", {}).get("error")
-        if isinstance(raised, SparsecError):  # a validator of ours that knows better words
-            raise raised from None
-        place = ".".join(str(part) for part in first["loc"])
-        subject = f"{place} of {where}" if place else where
-        message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-        raise BadRecipe(detail=f"{subject} is {first['input']!r}, but must be {message}") from None

@@ -25,7 +25,8 @@ from sparsec.journal import Journal
 from sparsec.passes.masks import METHODS, method_class
 from sparsec.passes.masks.contract import Updates
 from sparsec.prunable import Job, Selection, select_layers, survey
-from sparsec.recipe import Recipe, Step
+from sparsec.recipe import Recipe
+from sparsec.recipe_steps import Step, Values
 from sparsec.sparsify_report import PrunedLayer, Report
 from sparsec.sparsify_run import Runner
 from sparsec.sparsify_structure import restructure
@@ -161,7 +162,7 @@ def prepare(model: nn.Module, recipe: object) -> Prepared:
     asked = Recipe.load(recipe)
     seen = survey(model)
     stages = []
-    planned = stages_of(asked.steps)
+    planned = stages_of(asked.steps, asked.allow_quantize_first)
     for stage in planned:
         if stage.mask is None:
             stages.append((stage, _alone(stage, len(planned))))
@@ -169,7 +170,7 @@ def prepare(model: nn.Module, recipe: object) -> Prepared:
         selection = select_layers(seen, stage.mask)
         _check_scope(stage, selection)
         mask = selection.step
-        assert isinstance(mask, Step)
+        assert isinstance(mask, (Step, Values))
         stages.append((replace(stage, mask=mask), selection))
     made_with = {"sparsec": __version__, "torch": torch.__version__}
     steps = tuple(piece for stage, _ in stages for piece in stage.pieces)

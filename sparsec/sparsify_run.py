@@ -59,8 +59,8 @@ class Runner:
         try:
             before = 0
             for stage, selection in self.stages:
-                steps = [step.role for step in stage.pieces]
-                number, before = before + steps.index("mask") + 1 if "mask" in steps else 0, before + len(steps)
+                number = before + stage.pieces.index(stage.mask) + 1 if stage.mask else 0
+                before += len(stage.pieces)
                 if not number:
                     continue
                 rows = self._blockwise if stage.walks else self._plain

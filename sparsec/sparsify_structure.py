@@ -13,7 +13,7 @@ from sparsec.errors import BadRecipe
 from sparsec.passes.masks.evaluating import evaluating
 from sparsec.passes.masks.structure.contract import Structural, Structured, Tick
 from sparsec.passes.masks.structure.find import find_units
-from sparsec.recipe import DEFAULT_SPARSITY, Spread
+from sparsec.recipe_steps import DEFAULT_SPARSITY, Spread
 
 
 def restructure(model: nn.Module, step: Spread, data: Data, seed: int, tick: Tick) -> Structured:

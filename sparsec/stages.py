@@ -1,6 +1,6 @@
 """A recipe's steps as stages: each one mask method with what goes before and after it. Illegal orders are refused here.
 
-reparam*  allocate?  mask  post*          and  structure  alone
+reparam*  allocate?  mask  post*          structure  alone          reparam*  quantize  after all masks
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 from sparsec.errors import BadRecipe
 from sparsec.passes.masks.pattern import MaskPattern
-from sparsec.recipe import DEFAULT_SPARSITY, Piece, Spread, Step
+from sparsec.recipe_steps import DEFAULT_SPARSITY, Piece, Spread, Step, Values
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One walk over the model. ``structure`` stages have no mask, all others do."""
+    """One walk over the model. ``mask`` is its mask method or, alone, its value method; ``structure`` has none."""
 
-    mask: Step | None
+    mask: Step | Values | None
     reparams: tuple[Piece, ...] = ()
     allocate: Spread | None = None
     posts: tuple[Piece, ...] = ()
@@ -40,8 +40,14 @@ class Stage:
         return self.needs_data or len(self.pieces) > 1
 
 
-def stages_of(steps: Sequence[Piece]) -> tuple[Stage, ...]:
-    """Raises BadRecipe for an order that means nothing, in a sentence."""
+def stages_of(steps: Sequence[Piece], quantize_first: bool = False) -> tuple[Stage, ...]:
+    """Raises BadRecipe for an order that means nothing, in a sentence.
+
+    ``quantize_first``: masks may come after a value method. Zeros chosen among rounded weights cost more than rounding
+    the weights that are left (Harma et al., "Effective Interplay between Sparsity and Quantization", 2024).
+    """
+    if not quantize_first:
+        _sparsified_first(steps)
     found: list[Stage] = []
     reparams: list[Piece] = []
     allocate: Spread | None = None
@@ -58,6 +64,12 @@ def stages_of(steps: Sequence[Piece]) -> tuple[Stage, ...]:
             if allocate:
                 raise BadRecipe(detail=f"{step.method} changes what {allocate.method} has measured; put it first")
             reparams.append(step)
+        elif step.role == "quantize":
+            if allocate:
+                raise BadRecipe(detail=f"{allocate.method} spreads a sparsity, and {step.method} has none; drop it")
+            assert isinstance(step, Values)
+            found.append(Stage(step, tuple(reparams)))
+            reparams = []
         elif step.role == "allocate":
             if allocate:
                 raise BadRecipe(detail=f"{allocate.method} and {step.method} both allocate; keep one of them")
@@ -72,8 +84,18 @@ def stages_of(steps: Sequence[Piece]) -> tuple[Stage, ...]:
     return tuple(found)
 
 
+def _sparsified_first(steps: Sequence[Piece]) -> None:
+    first = next((i for i, step in enumerate(steps) if step.role == "quantize"), len(steps))
+    late = next((step for step in steps[first + 1 :] if step.role in ("mask", "structure")), None)
+    if late is not None:
+        raise BadRecipe(
+            detail=f"{late.method} comes after {steps[first].method}, and pruning quantised weights costs more than "
+            f"quantising pruned ones; put {late.method} first, or say allow_quantize_first: true"
+        )
+
+
 def _followed(found: list[Stage], step: Piece, waiting: str) -> Stage:
-    if not found or found[-1].mask is None or waiting:
+    if not found or not isinstance(found[-1].mask, Step) or waiting:
         raise BadRecipe(detail=f"{step.method} works on masks: put it after the step of a mask method")
     last = found[-1]
     return Stage(last.mask, last.reparams, last.allocate, (*last.posts, step))

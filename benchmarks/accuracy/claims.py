@@ -117,10 +117,18 @@ def _others() -> list[Relation]:
         Relation("proximal 2:4 < Wanda 2:4", "Kübler et al., 2025", chain("proximal 2:4", "wanda 2:4")),
         Relation("channel permutation helps RIA at 2:4", "Zhang et al., 2024", chain("permute+ria 2:4", "ria 2:4")),
         Relation(
+            "pruned, then quantised ≤ quantised, then pruned", "Harma et al., 2024, a theorem", _orders(), hard=True
+        ),
+        Relation(
             "an exact refit ≤ the OBS update", "a theorem for each layer alone",
             (Pair("wanda+reconstruct(exact) 2:4", "wanda+reconstruct 2:4", "no more"),),
         ),
     ]  # fmt: skip
+
+
+def _orders() -> tuple[Pair, ...]:
+    cases = (("4 bits", "50%"), ("3 bits", "50%"), ("3 bits", "2:4"))
+    return tuple(Pair(f"wanda+rtn({bits}) {label}", f"rtn({bits})+wanda {label}", "no more") for bits, label in cases)
 
 
 def _encoder() -> list[Relation]:

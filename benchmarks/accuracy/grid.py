@@ -8,7 +8,8 @@ from typing import Any
 
 from benchmarks.accuracy.control import RANDOM
 from sparsec.passes.masks import METHODS, method_class
-from sparsec.recipe import Recipe, role_of
+from sparsec.recipe import Recipe
+from sparsec.recipe_steps import role_of
 
 BASIC = ("magnitude", "wanda", "sparsegpt", "ria")
 SPARSITIES = {"50%": 0.5, "60%": 0.6, "70%": 0.7, "75%": 0.75}
@@ -126,6 +127,11 @@ def _fourth() -> Iterator[Row]:
     yield row("proximal 2:4", 4, mask("proximal", "2:4"))
     yield row("wanda+ebft 70%", 4, mask("wanda", "70%"), "ebft")
     yield row("wanda+barber 70%", 4, mask("wanda", "70%"), "barber")
+    for bits, label in ((4, "50%"), (3, "50%"), (3, "2:4")):
+        grid_step = {"method": "rtn", "bits": bits}
+        yield row(f"wanda+rtn({bits} bits) {label}", 4, mask("wanda", label), grid_step)
+        first = {"allow_quantize_first": True}
+        yield row(f"rtn({bits} bits)+wanda {label}", 4, grid_step, mask("wanda", label), top=first)
     exact = {"method": "reconstruct", "exact": True}
     yield row("wanda+reconstruct(exact) 2:4", 5, mask("wanda", "2:4"), exact)
     yield row("time+wanda 50%", 5, {"method": "time", "sparsity": 0.5}, mask("wanda", "50%"))
@@ -146,14 +152,15 @@ def _unnamed(name: str) -> Iterator[Row]:
 def bits(recipe: Recipe) -> float:
     """Bits a pruned weight takes as fp16 values and positions in the leanest fixed code, outliers counted twice over.
 
-    Unstructured: 16 d + 1 (bitmap). N:M: 16 N/M and the group's number, ceil(log2 C(M, N)) / M. V:N:M: four of M
-    columns a block besides 2 of 4. k:256 outliers: what N:M keeps, and k/256 (16 + 8) for value and column on top.
+    Values of a quantising step take its bits, its scales left out. Unstructured: 16 d + 1 (bitmap). N:M: 16 N/M and
+    the group's number, ceil(log2 C(M, N)) / M. V:N:M: four of M columns a block besides 2 of 4. k:256 outliers: what
+    N:M keeps, and k/256 (16 + 8) for value and column on top.
     """
     from math import ceil, comb, log2
 
     from sparsec.passes.masks.outliers import Outliers
     from sparsec.passes.masks.pattern import MaskPattern
-    from sparsec.recipe import Step
+    from sparsec.recipe_steps import Step
 
     step = next(s for s in recipe.steps if isinstance(s, Step))
     pattern, aside = MaskPattern.parse(step.pattern), Outliers.parse(step.outliers)
@@ -166,7 +173,8 @@ def bits(recipe: Recipe) -> float:
         position = ceil(log2(comb(m, 4))) / (v * m) + ceil(log2(comb(4, n))) / m
     else:
         position = 1.0 if pattern.kind == "unstructured" else 0.0
+    width = next((float(getattr(s, "bits", 16)) for s in recipe.steps if s.role == "quantize"), 16.0)
     extra = 0.0
     if aside is not None:
         extra = (aside.count / aside.width if aside.width else aside.share) * 24
-    return 16 * kept + position + extra
+    return width * kept + position + extra

@@ -213,7 +213,7 @@ def matrix(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     cells = {parts(row["name"]): cost_of(row) for row in rows}
     labels = [label for label in LABELS if any(label == there for _, there in cells)]
     methods = dict.fromkeys(method for method, _ in cells)
-    bits = {parts(row["name"])[1]: row["bits"] for row in rows if "outliers" not in row["name"]}
+    bits = {parts(row["name"])[1]: row["bits"] for row in rows if "(" not in row["name"]}
     body = [[f"`{method}`", *(cells.get((method, label), "") for label in labels)] for method in methods]
     return table(["method", *labels], [*body, ["*bits a weight*", *(f"{bits[label]:.2f}" for label in labels)]])
 

@@ -28,6 +28,7 @@ METHODS: dict[str, str] = {
     "owl": "sparsec.passes.masks.allocate.owl:OWL",
     "time": "sparsec.passes.masks.allocate.budget:Time",
     "uniform": "sparsec.passes.masks.allocate.uniform:Uniform",
+    "rtn": "sparsec.passes.quantize.rtn:RTN",
     "bonsai": "sparsec.passes.masks.structure.bonsai:Bonsai",
     "loraprune": "sparsec.passes.masks.structure.loraprune:LoraPrune",
     "slicegpt": "sparsec.passes.masks.structure.slicegpt:SliceGPT",

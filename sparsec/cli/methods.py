@@ -20,6 +20,7 @@ ROLES = {
     "allocate": "allocators: how much goes from which layer; the step before a mask method",
     "mask": "mask methods: which weights go",
     "post": "repairs after a mask method",
+    "quantize": "value methods: weights go to a grid; after masks",
     "structure": "removal of whole heads and neurons",
 }
 

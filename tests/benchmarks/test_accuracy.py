@@ -27,7 +27,8 @@ from benchmarks.accuracy.report import broken, gates, markdown, model_report, re
 from benchmarks.accuracy.run import done, read, run, tasks
 from sparsec.errors import BadOptionValue, InputError
 from sparsec.passes.masks import METHODS
-from sparsec.recipe import Recipe, role_of
+from sparsec.recipe import Recipe
+from sparsec.recipe_steps import role_of
 from sparsec.tiny import tiny_model
 
 WINDOWS = 12

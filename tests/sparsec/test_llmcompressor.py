@@ -15,8 +15,9 @@ from sparsec.errors import BadPattern, BadRecipe, UnmatchedTarget, UntranslatedR
 from sparsec.llmcompressor import is_llmcompressor, translate
 from sparsec.passes.masks import METHODS
 from sparsec.prunable import Survey, select_layers, survey
-from sparsec.recipe import Recipe, Step
+from sparsec.recipe import Recipe
 from sparsec.recipe_file import parse_yaml
+from sparsec.recipe_steps import Step
 from sparsec.tiny import tiny_model
 
 SPARSEGPT = """

@@ -16,8 +16,9 @@ from pydantic import Field
 
 from sparsec.errors import BadPattern, BadRecipe, MissingPackage, UnknownMethod, UnknownRecipeKey
 from sparsec.passes.masks import METHODS
-from sparsec.recipe import Recipe, schema, step_class
+from sparsec.recipe import Recipe, schema
 from sparsec.recipe_file import parse_yaml, read, to_yaml
+from sparsec.recipe_steps import step_class
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,11 +48,30 @@ def test_only_what_reads_inputs_needs_data() -> None:
             r"owl asks for sparsity 0\.7, wanda for 0\.6",
         ),
         (["owl", "bonsai"], "bonsai removes heads and neurons, so owl has no use before it"),
+        (["rtn", "wanda"], "wanda comes after rtn, and .* say allow_quantize_first: true"),
+        (["wanda", "rtn", "magnitude"], "magnitude comes after rtn"),
+        (["rtn", "bonsai"], "bonsai comes after rtn"),
+        (["owl", "rtn"], "owl spreads a sparsity, and rtn has none"),
+        (["wanda", "rtn", "variance"], "variance works on masks"),
     ],
 )
 def test_an_order_that_means_nothing_is_refused_in_a_sentence(steps: list[object], said: str) -> None:
     with pytest.raises(BadRecipe, match=said):
         stages(*steps)
+
+
+def test_masks_after_a_value_method_are_taken_where_the_recipe_says_so() -> None:
+    recipe = Recipe.load({"allow_quantize_first": True, "steps": ["rtn", "wanda"]})
+    assert [stage.mask.method for stage in stages_of(recipe.steps, recipe.allow_quantize_first) if stage.mask] == [
+        "rtn", "wanda",
+    ]  # fmt: skip
+    assert Recipe.load(recipe.to_dict()).allow_quantize_first
+
+
+def test_a_rewrite_goes_before_the_value_method_that_follows_it() -> None:
+    first, second = stages("wanda", "equalize", "rtn")
+    assert [piece.method for piece in first.pieces] == ["wanda"]
+    assert [piece.method for piece in second.pieces] == ["equalize", "rtn"]
 
 
 def test_a_resolved_recipe_makes_the_same_stages() -> None:
