@@ -31,7 +31,9 @@ SparsecError
  │    └── RoundTripMismatch         S302
  ├── BuildError                     S4xx  making machine code
  │    ├── NoCompiler                S401
- │    └── CompileFailed             S402
+ │    ├── CompileFailed             S402
+ │    ├── KernelCompileFailed       S403
+ │    └── NoTriton                  S404
  ├── VerifyError                    S501  a kernel disagreed with its reference
  └── InputError                     S6xx  files and models given to commands
       ├── ModelNotFound             S601
@@ -247,6 +249,16 @@ class NoCompiler(BuildError):
 class CompileFailed(BuildError):
     code = "S402"
     message = "{compiler} could not compile {source}: {detail}. The source was kept; please report it."
+
+
+class KernelCompileFailed(BuildError):
+    code = "S403"
+    message = "{name} could not be compiled for {target}: {detail}. The layer stays dense; please report it."
+
+
+class NoTriton(BuildError):
+    code = "S404"
+    message = "GPU kernels need {needs}, and {found}. Install it with: pip install triton"
 
 
 class VerifyError(SparsecError):

@@ -16,21 +16,22 @@ from sparsec.errors import UnknownFormat, did_you_mean, listed
 if TYPE_CHECKING:
     from sparsec.facts import WeightFact
 
-PATTERN_KINDS = ("dense", "panel", "bitmap", "index", "nm", "block")
-VALUE_BYTES = {"fp32": 4, "bf16": 2}
-_DEFAULT_PARAMS = {"nm": (2, 4), "block": (16, 1)}
+PATTERN_KINDS = ("dense", "panel", "bitmap", "index", "nm", "vnm", "block")
+VALUE_BYTES = {"fp32": 4, "bf16": 2}  # of the values that CPU kernels take
+VALUE_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "int4": 4, "ternary": 2, "codebook": 4}
+_DEFAULT_PARAMS = {"nm": (2, 4), "vnm": (64, 2, 8), "block": (16, 1)}
 
 
 @dataclass(frozen=True, order=True)
 class Pattern:
-    """Positions. ``params``: () for dense/bitmap/index, (n, m) for nm, (rows, cols) for block."""
+    """Positions. ``params``: () for dense/bitmap/index, (n, m) for nm, (v, n, m) for vnm, (rows, cols) for block."""
 
     kind: str
     params: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        if self.kind == "nm":
-            return f"nm:{self.params[0]}:{self.params[1]}"
+        if self.kind in ("nm", "vnm"):
+            return ":".join((self.kind, *map(str, self.params)))
         if self.kind == "block":
             return f"block:{self.params[0]}x{self.params[1]}"
         return self.kind
@@ -47,14 +48,14 @@ class Pattern:
             params = tuple(int(p) for p in rest.replace("x", ":").split(":"))
         except ValueError:
             params = ()
-        if kind not in _DEFAULT_PARAMS or len(params) != 2 or min(params) < 1:
-            raise UnknownFormat(name=text, nearest="", known="bitmap, index, nm:N:M, block:RxC")
+        if len(params) != len(_DEFAULT_PARAMS.get(kind, ())) or min(params, default=0) < 1:
+            raise UnknownFormat(name=text, nearest="", known="bitmap, index, nm:N:M, vnm:V:N:M, block:RxC")
         return cls(kind, params)
 
 
 @dataclass(frozen=True, order=True)
 class Format:
-    """A pattern and a value type (``fp32`` or ``bf16``)."""
+    """A pattern and a value type: a key of VALUE_BITS, and gSIZE where groups of a row share a scale (``int4g128``)."""
 
     pattern: Pattern
     values: str
@@ -66,9 +67,16 @@ class Format:
     def parse(cls, text: str) -> Format:
         pattern, _, values = text.partition("+")
         values = values or "fp32"
-        if values not in VALUE_BYTES:
-            raise UnknownFormat(name=text, nearest=did_you_mean(values, VALUE_BYTES), known=listed(VALUE_BYTES))
+        kind, group = value_kind(values)
+        if kind not in VALUE_BITS or (group and kind not in ("int8", "int4")) or group < 0:
+            raise UnknownFormat(name=text, nearest=did_you_mean(kind, VALUE_BITS), known=listed(VALUE_BITS))
         return cls(Pattern.parse(pattern), values)
+
+
+def value_kind(values: str) -> tuple[str, int]:
+    """(``int4``, 128) of ``int4g128``; group 0: a whole row shares a scale, or there is none."""
+    kind, found, size = values.partition("g")
+    return (kind, int(size)) if found and size.isdigit() else (values, 0)
 
 
 DENSE = Pattern("dense")

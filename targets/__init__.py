@@ -18,6 +18,11 @@ if __name__ != "sparsec.targets":  # one identity per class: see CONTRIBUTING, "
 # name -> (module:function, variants after the colon, one line for people)
 TARGETS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "cpu": ("sparsec.targets.cpu:make", ("avx512", "avx2", "portable"), "this CPU, by the widest vectors it has"),
+    "cuda": (
+        "sparsec.targets.cuda:make",
+        ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120"),
+        "NVIDIA GPUs; with an architecture also where there is none, to compile kernels",
+    ),
     "reference": ("sparsec.targets.reference:make", (), "portable kernels, fixed costs: the same plan everywhere"),
 }
 DEFAULT = "cpu"  # what "auto" means

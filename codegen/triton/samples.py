@@ -1,0 +1,113 @@
+"""One small weight of every format, and every kernel on it as launches: for compiling offline, gates and tests.
+
+A sample has the widths of a real layer, since what Triton makes of a kernel depends on what it can divide by 16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from sparsec.codegen.spec import Packed
+from sparsec.codegen.triton import FAMILIES, family, pack_verified
+from sparsec.codegen.triton.contract import Call
+from sparsec.codegen.triton.launch import Launch
+from sparsec.formats import Format, value_kind
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ROWS = (1, 4, 16, 64, 2048)  # of x: decode, small batches, prefill
+N, K = 256, 1024
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One kernel on one format. ``m``: rows of x. ``launches``: the weight's reader first."""
+
+    format: str
+    loop: str
+    m: int
+    launches: tuple[Launch, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.format} {self.loop} M={self.m}"
+
+
+def samples(capability: int = 90, kinds: tuple[str, ...] = (), rows: tuple[int, ...] = ROWS) -> Iterator[Sample]:
+    """Every family x format x loop that runs on sm_``capability``, at each of ``rows`` that the loop takes."""
+    for kind in kinds or tuple(FAMILIES):
+        chosen = family(kind)
+        for name in chosen.formats:
+            format = Format.parse(name)
+            packed = pack_verified(sample_weight(format), format, "sample")
+            for loop, most in chosen.loops.items():
+                for m in (m for m in rows if not most or m <= most):
+                    yield Sample(name, loop, m, _launches(packed, loop, m, capability))
+
+
+def _launches(packed: Packed, loop: str, m: int, capability: int) -> tuple[Launch, ...]:
+    chosen, dtype = family(packed.format.pattern.kind), x_dtype(packed.format)
+    n, k = packed.shape
+    call = Call(torch.zeros(m, k, dtype=dtype), torch.empty(m, n, dtype=dtype), capability=capability)
+    config = chosen.configs(packed, loop, m, capability)[0]
+    return tuple(chosen.launches(packed, loop, call, config))
+
+
+def x_dtype(format: Format) -> torch.dtype:
+    """Of x and y where a format does not say it: bf16 for quantised values."""
+    return DTYPES.get(format.values, torch.bfloat16)
+
+
+def sample_weight(format: Format, n: int = N, k: int = K, density: float = 0.3, seed: int = 0) -> torch.Tensor:
+    """A random [n, k] weight that holds the format's pattern and values, in the dtype of its x."""
+    generator = torch.Generator().manual_seed(seed)
+    keep = _positions(format, n, k, density, generator)
+    return (_values(format, n, k, generator) * keep).to(x_dtype(format))
+
+
+def _positions(format: Format, n: int, k: int, density: float, generator: torch.Generator) -> torch.Tensor:
+    kind, params = format.pattern.kind, format.pattern.params
+    if kind in ("dense", "panel"):
+        return torch.ones(n, k)
+    score = torch.rand(n, k, generator=generator)
+    if kind == "nm":
+        return _best(score, *params)
+    if kind == "vnm":
+        v, most, m = params
+        blocks = torch.rand(-(-n // v), k, generator=generator)
+        columns = _best(blocks, 4, m).repeat_interleave(v, 0)[:n]
+        return _best(score * columns, most, m) * columns
+    if kind == "block":
+        rows, cols = params
+        few = torch.rand(-(-n // rows), -(-k // cols), generator=generator) < density
+        return few.repeat_interleave(rows, 0).repeat_interleave(cols, 1)[:n, :k].float()
+    return (score < density).float()
+
+
+def _best(score: torch.Tensor, most: int, m: int) -> torch.Tensor:
+    """1 for the ``most`` largest of each ``m`` in a row; a last group that is narrower keeps at most as many."""
+    n, k = score.shape
+    padded = torch.nn.functional.pad(score, (0, -k % m), value=-1.0).view(n, -1, m)
+    kept = torch.zeros_like(padded).scatter_(2, padded.topk(most, dim=2).indices, 1.0)
+    return kept.view(n, -1)[:, :k]
+
+
+def _values(format: Format, n: int, k: int, generator: torch.Generator) -> torch.Tensor:
+    """Non-zero values of the format's kind."""
+    kind, group = value_kind(format.values)
+    sign = torch.randint(0, 2, (n, k), generator=generator) * 2.0 - 1.0
+    if kind == "ternary":
+        return sign * (0.5 + torch.rand(n, 1, generator=generator)).bfloat16().float()
+    if kind == "codebook":
+        levels = torch.randn(n, 15, generator=generator).bfloat16().float() + 0.01
+        return levels.gather(1, torch.randint(0, 15, (n, k), generator=generator))
+    if kind in ("int8", "int4"):
+        top = 127 if kind == "int8" else 7
+        size = group or k
+        scale = 2.0 ** torch.randint(-8, -4, (n, -(-k // size)), generator=generator).float()  # exact in 16 bits
+        q = torch.randint(1, top + 1, (n, k), generator=generator) * sign
+        q[:, ::size] = top * sign[:, ::size]  # each group reaches its largest step
+        return q * scale.repeat_interleave(size, 1)[:, :k]
+    return sign * (0.1 + torch.rand(n, k, generator=generator))
