@@ -225,3 +225,26 @@ def test_a_model_in_training_is_put_back_as_it_was(training: nn.Module) -> None:
         assert not config.use_cache
     assert {name: m.training for name, m in training.named_modules()} == modes
     assert config.use_cache
+
+
+@pytest.fixture
+def llava() -> nn.Module:
+    """Only the config of its text model says use_cache."""
+    torch.manual_seed(0)
+    text = transformers.LlamaConfig(**SIZES, intermediate_size=48, num_key_value_heads=2)
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, image_size=28, patch_size=14
+    )
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=60)
+    return transformers.LlavaForConditionalGeneration(config).eval()  # type: ignore[no-any-return]
+
+
+def test_no_block_of_a_model_of_images_and_text_is_given_a_cache(llava: nn.Module) -> None:
+    config: Any = llava.config
+    layers = [name for name in layers_of(llava) if "language_model" in name]
+    data = [{"input_ids": torch.arange(12).view(1, 12)} for _ in range(2)]
+    with evaluating(llava):
+        runs = list(Walk(llava, find_blocks(llava, layers), data, keep_dense=True))
+        given = [value for run in runs for _, kwargs in run.calls for value in kwargs.values()]
+        assert not any(isinstance(value, transformers.Cache) for value in given)
+    assert config.text_config.use_cache
