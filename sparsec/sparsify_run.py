@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsec.blockwise import BlockRun, Data, Found, Walk, find_blocks, first_tensor
+from sparsec.blockwise import BlockRun, Data, Found, Walk, WholeRun, find_blocks
 from sparsec.errors import SparsecWarning
 from sparsec.journal import Journal
 from sparsec.passes.masks.allocate.contract import Dense, Learns, Measured, Measures
 from sparsec.passes.masks.allocate.spread import keep_of_m
-from sparsec.passes.masks.block import Batch, LayerState
+from sparsec.passes.masks.block import LayerState
 from sparsec.passes.masks.contract import GRADIENTS
 from sparsec.passes.masks.evaluating import evaluating
 from sparsec.passes.masks.pattern import MaskPattern
@@ -175,18 +175,6 @@ class Runner:
 
             times = seconds_of({n: by_name[n].matrix for n in names}, method.target, method.rows)
         return Measured(run.name, sizes, method.measure(dense) if dense else {}, times)
-
-
-class WholeRun(BlockRun):
-    """The model itself as a block: for layers outside the list of blocks, and for models without one."""
-
-    def __init__(self, model: nn.Module, data: Data, memory: int, seed: int) -> None:
-        self._first = next(iter(data[0])) if data else ""
-        calls: list[Any] = [((), {k: v for k, v in sample.items() if k != self._first}) for sample in data]
-        super().__init__("", model, seed, calls, Spilled(memory, (sample[self._first] for sample in data)))
-
-    def run(self, batch: Batch) -> torch.Tensor:
-        return first_tensor(self.module(**{self._first: batch.hidden, **(batch.kwargs or {})}))
 
 
 @dataclass
