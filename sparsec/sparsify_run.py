@@ -33,6 +33,7 @@ from sparsec.stages import Stage
 
 Tick = Callable[[int, int, str], None]
 Sparsities = Mapping[str, "float | torch.Tensor"]
+Gradients = dict[str, Mapping[str, torch.Tensor]]  # layer -> statistic -> [N, K]
 
 
 @dataclass
@@ -99,7 +100,7 @@ class Runner:
         jobs = {job.layer.name: job for job in selection.jobs}
         with evaluating(self.model):
             found = find_blocks(self.model, list(jobs), self.recipe.blocks)
-            gradients = self._gradients(stage, jobs)
+            gradients = self._gradients(stage, jobs, number)
             spread = self._allocated(stage, jobs, found)
             work = _Work(self, stage, number, gradients, spread)
             walk = Walk(
@@ -127,15 +128,26 @@ class Runner:
             run.dense = Spilled(self.memory, run.outputs())
         return run
 
-    def _gradients(self, stage: Stage, jobs: Mapping[str, Job]) -> Mapping[str, Mapping[str, torch.Tensor]]:
+    def _gradients(self, stage: Stage, jobs: Mapping[str, Job], number: int) -> Gradients:
+        """Of the model as the stages before left it: they may have moved its channels, and the gradients with them."""
         wanted = [n for piece in stage.pieces for n in piece.method_object().needs if n in GRADIENTS]
         if not wanted:
             return {}
         from sparsec.gradients import gradients
 
+        if stage is not self.stages[0][0]:
+            self.notes.append(f"step {number}: its gradients are those of the model that the steps before it left")
         modules = {name: self.model.get_submodule(name) for name in jobs}
-        found: Mapping[str, Mapping[str, torch.Tensor]] = gradients(self.model, self.data, modules, tuple(wanted))
-        return found
+        return dict(
+            gradients(
+                self.model,
+                self.data,
+                modules,
+                tuple(wanted),
+                seed=self.recipe.seed,
+                tick=lambda i, of, what: self.at(f"{what}, sample {i} of {of}"),
+            )
+        )
 
     def _allocated(self, stage: Stage, jobs: Mapping[str, Job], found: Found) -> Sparsities:
         """Layer -> sparsity from an allocator that measures the dense model; {} where none does."""
@@ -184,7 +196,7 @@ class _Work:
     runner: Runner
     stage: Stage
     number: int
-    gradients: Mapping[str, Mapping[str, torch.Tensor]]
+    gradients: Gradients  # of each layer's weight as it lies now: a rewrite of the stage moves them
     spread: Sparsities
 
     def block(self, run: BlockRun, jobs: Mapping[str, Job]) -> Iterator[PrunedLayer]:
@@ -263,8 +275,14 @@ class _Work:
         for step in self.stage.reparams:
             method = step.method_object()
             stats = run.collect(modules, tuple(method.needs))
-            run.layers = [state_of(jobs[n], stats[n], float(jobs[n].step.sparsity or 0.0)) for n in jobs]
+            run.layers = [
+                state_of(jobs[n], {**stats[n], **self.gradients.get(n, {})}, float(jobs[n].step.sparsity or 0.0))
+                for n in jobs
+            ]
             folded = method.apply(run)
+            for state in run.layers:
+                if held := self.gradients.get(state.name):
+                    self.gradients[state.name] = {kind: state.stats[kind] for kind in held}
             notes += [*folded.notes]
             if folded.gathers:
                 notes.append(f"{step.method} left {folded.gathers} layers alone: their inputs cannot be folded into")
