@@ -22,9 +22,9 @@ from sparsec.sparsify_report import PrunedLayer
 def state_of(job: Job, stats: Statistics, sparsity: float | torch.Tensor) -> LayerState:
     share = float(sparsity.mean()) if isinstance(sparsity, torch.Tensor) else sparsity
     pattern = MaskPattern.parse(job.step.pattern)
-    if pattern.kind == "nm" and pattern.sparsity != share:  # an allocator's: see ``keep_of_m``
+    if pattern.kind == "nm" and pattern.sparsity != share:  # an allocator's: see ``sparsify_spread``
         m = pattern.params[1]
-        kept = round(m * (1.0 - share))
+        kept = max(1, round(m * (1.0 - share)))
         pattern = MaskPattern("nm", (kept, m)) if kept < m else MaskPattern()
     dense = job.layer.matrix.float().clone()
     choose = chooser(job, sparsity, pattern)

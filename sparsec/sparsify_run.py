@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 import torch
 from torch import nn
@@ -18,21 +18,19 @@ from torch import nn
 from sparsec.blockwise import BlockRun, Data, Found, Walk, WholeRun, find_blocks
 from sparsec.errors import SparsecWarning
 from sparsec.journal import Journal
-from sparsec.passes.masks.allocate.contract import Dense, Learns, Measured, Measures
-from sparsec.passes.masks.allocate.spread import keep_of_m
+from sparsec.passes.masks.allocate.contract import Measures
 from sparsec.passes.masks.block import LayerState
 from sparsec.passes.masks.contract import GRADIENTS
 from sparsec.passes.masks.evaluating import evaluating
-from sparsec.passes.masks.pattern import MaskPattern
 from sparsec.prunable import Job, Selection
 from sparsec.recipe import Recipe
 from sparsec.sparsify_layer import choosers_of, prune_job, prune_state, row_of, state_of
 from sparsec.sparsify_report import PrunedLayer
+from sparsec.sparsify_spread import Sparsities, learned, learner_of, left_out, measured, unlearned
 from sparsec.spill import Spilled
 from sparsec.stages import Stage
 
 Tick = Callable[[int, int, str], None]
-Sparsities = Mapping[str, "float | torch.Tensor"]
 Gradients = dict[str, Mapping[str, torch.Tensor]]  # layer -> statistic -> [N, K]
 
 
@@ -108,7 +106,7 @@ class Runner:
                 found,
                 self.data,
                 propagate_error=self.recipe.propagate_error,
-                keep_dense=_compares(stage) or _learner(stage) is not None,
+                keep_dense=_compares(stage) or learner_of(stage) is not None,
                 memory=self.memory,
                 seed=self.recipe.seed,
             )
@@ -120,11 +118,14 @@ class Runner:
                 yield from work.block(run, mine)
             rest = {n: job for n, job in jobs.items() if n not in inside}
             if rest:
-                yield from work.block(self._whole(stage), rest)
+                work.outside = bool(inside)
+                if work.outside:
+                    self.notes += unlearned(stage, rest)
+                yield from work.block(self._whole(stage, learns=not work.outside), rest)
 
-    def _whole(self, stage: Stage) -> BlockRun:
+    def _whole(self, stage: Stage, learns: bool) -> BlockRun:
         run = WholeRun(self.model, self.data, self.memory, self.recipe.seed)
-        if _compares(stage):
+        if _compares(stage) or (learns and learner_of(stage) is not None):
             run.dense = Spilled(self.memory, run.outputs())
         return run
 
@@ -151,42 +152,14 @@ class Runner:
 
     def _allocated(self, stage: Stage, jobs: Mapping[str, Job], found: Found) -> Sparsities:
         """Layer -> sparsity from an allocator that measures the dense model; {} where none does."""
-        method = stage.allocate.method_object() if stage.allocate else None
-        if not isinstance(method, Measures):
+        self.notes += left_out(stage, jobs)
+        if stage.allocate is None or not isinstance(stage.allocate.method_object(), Measures):
             return {}
-        measured = []
         walk = Walk(self.model, found, self.data, memory=self.memory)
-        names = set(jobs)
-        for run in walk:
-            mine = [n for n in jobs if n.startswith(f"{run.name}.") or n == run.name]
-            names -= set(mine)
-            measured.append(self._measure(method, run, mine))
-        if names:
-            measured.append(self._measure(method, self._whole(stage), [n for n in jobs if n in names]))
-        assert stage.mask is not None
-        assert stage.mask.sparsity is not None
-        allocation = method.allocate([m for m in measured if m.layers], stage.mask.sparsity)
+        whole = partial(WholeRun, self.model, self.data, self.memory, self.recipe.seed)
+        allocation = measured(stage, jobs, walk, whole)
         self.notes += allocation.notes
-        pattern = MaskPattern.parse(stage.mask.pattern)
-        if pattern.kind != "nm":
-            return dict(allocation.sparsity)
-        m = pattern.params[1]
-        weights = {name: job.layer.weight.numel() for name, job in jobs.items()}
-        kept = keep_of_m(allocation.sparsity, weights, m)
-        return {name: 1.0 - n / m for name, n in kept.items()}
-
-    def _measure(self, method: Any, run: BlockRun, names: Sequence[str]) -> Measured:
-        layers = [job for _, s in self.stages for job in s.jobs if job.layer.name in set(names)]
-        by_name = {job.layer.name: job.layer for job in layers}
-        stats = run.collect({n: self.model.get_submodule(n) for n in names}, method.needs) if names else {}
-        dense = [Dense(n, by_name[n].matrix.float(), stats[n]) for n in names]
-        sizes = tuple((n, by_name[n].weight.numel()) for n in names)
-        times = None
-        if method.keeps == "time":
-            from sparsec.expected_time import seconds_of
-
-            times = seconds_of({n: by_name[n].matrix for n in names}, method.target, method.rows)
-        return Measured(run.name, sizes, method.measure(dense) if dense else {}, times)
+        return allocation.sparsity
 
 
 @dataclass
@@ -198,6 +171,7 @@ class _Work:
     number: int
     gradients: Gradients  # of each layer's weight as it lies now: a rewrite of the stage moves them
     spread: Sparsities
+    outside: bool = False  # the layers are outside the list of blocks, and what blocks learn is not for them
 
     def block(self, run: BlockRun, jobs: Mapping[str, Job]) -> Iterator[PrunedLayer]:
         if not jobs:
@@ -232,7 +206,7 @@ class _Work:
 
     def _copied(self, tensor: torch.Tensor) -> bool:
         """Whether what an error puts back needs a copy: else a layer's own fp32 copy holds the same values."""
-        return bool(self.stage.reparams) or _learner(self.stage) is not None or tensor.dtype == torch.float64
+        return bool(self.stage.reparams) or learner_of(self.stage) is not None or tensor.dtype == torch.float64
 
     def _written(self, run: BlockRun, jobs: Mapping[str, Job]) -> dict[str, torch.Tensor]:
         """What this stage may have changed in the block: its weights; what a reparametrisation folds is anywhere."""
@@ -244,7 +218,7 @@ class _Work:
         """Rows of the report; ``states`` gets each layer before its weight is written."""
         modules = {name: self.runner.model.get_submodule(name) for name in jobs}
         notes = self._reparam(run, jobs, modules)
-        spread = {**self.spread, **self._learned(run, jobs, modules)}
+        spread = {**self.spread, **({} if self.outside else learned(self.stage, jobs, run))}
         groups = run.groups(modules) if self.runner.recipe.true_sequential else [list(jobs)]
         samples: dict[str, torch.Tensor] = {}
         for names in groups:
@@ -289,26 +263,9 @@ class _Work:
             run.layers = []
         return notes
 
-    def _learned(self, run: BlockRun, jobs: Mapping[str, Job], modules: Mapping[str, nn.Module]) -> Sparsities:
-        learner = _learner(self.stage)
-        if learner is None or not run.name:
-            return {}
-        assert self.stage.allocate is not None
-        assert self.stage.mask is not None
-        stats = run.collect(modules, tuple(self.stage.allocate.method_object().needs))
-        run.layers = [state_of(jobs[n], stats[n], float(jobs[n].step.sparsity or 0.0)) for n in jobs]
-        found = learner.learn(run, float(self.stage.mask.sparsity or 0.0))
-        run.layers = []
-        return found
-
 
 def _compares(stage: Stage) -> bool:
     return any(post.method_object().compares for post in stage.posts)
-
-
-def _learner(stage: Stage) -> Learns | None:
-    method = stage.allocate.method_object() if stage.allocate else None
-    return method if isinstance(method, Learns) else None
 
 
 def _check(name: str, before: Sequence[tuple[int, LayerState]]) -> None:

@@ -89,3 +89,77 @@ def test_gradients_of_a_later_step_are_of_what_the_first_left_and_a_note_says_so
     data = [{"input_ids": ids} for ids in tokens()]
     found = gradients(pruned, data, {name: pruned.get_submodule(name)}, ("grad2",))
     assert torch.equal(states[name].stats["grad2"], found[name]["grad2"])
+
+
+# ---- allocators
+
+
+class Uneven(nn.Module):
+    """``b`` has next to no part in the output: what learns prunes it first."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = x + self.a(x) + 1e-4 * self.b(x)
+        return y
+
+
+def uneven(blocks: int) -> nn.Module:
+    """``blocks`` of them in a row; for 0 the thing itself, which has no list of blocks."""
+    torch.manual_seed(0)
+    return nn.Sequential(*(Uneven() for _ in range(blocks))) if blocks else Uneven()
+
+
+def floats(count: int = 30) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(2, 16, 32, generator=generator) for _ in range(count)]
+
+
+BESA = {"method": "besa", "per": "layer", "lr": 0.5, "epochs": 4}
+
+
+@pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", 0.5), ("1:4", 0.75)])
+def test_learned_shares_of_n_of_m_keep_their_mean_and_leave_no_layer_without_weights(
+    pattern: str, sparsity: float
+) -> None:
+    report = sparsify(uneven(2), [BESA, {"method": "wanda", "pattern": pattern}], floats(), progress=False)
+    assert report.achieved == sparsity
+    assert max(layer.achieved for layer in report.layers) <= 0.75
+
+
+def test_a_model_without_a_list_of_blocks_is_learned_as_one() -> None:
+    report = sparsify(uneven(0), [BESA, "wanda"], floats(), progress=False)
+    a, b = (layer.achieved for layer in report.layers)
+    assert a < 0.4 < 0.6 < b
+    assert report.achieved == pytest.approx(0.5, abs=1e-3)
+
+
+def test_layers_outside_the_blocks_of_what_learns_are_named() -> None:
+    recipe = {"steps": [{"method": "besa"}, {"method": "wanda", "ignore": []}]}
+    report = sparsify(llama(), recipe, tokens(), progress=False)
+    assert "besa learns inside blocks; lm_head outside of them got 0.5" in report.notes
+    assert report.layers[-1].achieved == pytest.approx(0.5, abs=1e-3)
+
+
+OVERRIDES = {
+    "method": "wanda",
+    "sparsity": 0.7,
+    "overrides": {"model.layers.0.mlp.down_proj": {"pattern": "2:4"}, "*.1.mlp.up_proj": {"sparsity": 0.1}},
+}
+
+
+@pytest.mark.parametrize("allocator", ["uniform", "besa", "owl"])
+def test_what_overrides_says_of_a_layer_stands_and_has_no_part_in_the_mean(allocator: str) -> None:
+    options: dict[str, Any] = {"owl": {"flat": 1}}.get(allocator, {})
+    report = sparsify(llama(), [{"method": allocator, **options}, OVERRIDES], tokens(), progress=False)
+    found = {layer.name: layer for layer in report.layers}
+    own = [found.pop("model.layers.0.mlp.down_proj"), found.pop("model.layers.1.mlp.up_proj")]
+    assert [(layer.pattern, layer.asked) for layer in own] == [("2:4", 0.5), ("unstructured", 0.1)]
+    assert [layer.achieved for layer in own] == pytest.approx([0.5, 0.1], abs=0.01)
+    sizes = {name: layer.shape[0] * layer.shape[1] for name, layer in found.items()}
+    mean = sum(layer.achieved * sizes[name] for name, layer in found.items()) / sum(sizes.values())
+    assert mean == pytest.approx(0.7, abs=0.004)
+    said = f"{allocator}: overrides decides for model.layers.0.mlp.down_proj and 1 more, with no part in its mean"
+    assert said in report.notes
