@@ -163,3 +163,29 @@ def test_what_overrides_says_of_a_layer_stands_and_has_no_part_in_the_mean(alloc
     assert mean == pytest.approx(0.7, abs=0.004)
     said = f"{allocator}: overrides decides for model.layers.0.mlp.down_proj and 1 more, with no part in its mean"
     assert said in report.notes
+
+
+# ---- masks
+
+
+def test_outliers_come_on_top_of_a_quota_that_all_layers_share() -> None:
+    plain, aside = llama(), llama()
+    sparsify(plain, {"method": "magnitude", "scope": "global"}, progress=False)
+    recipe = {"method": "magnitude", "scope": "global", "outliers": "0.05"}
+    report = sparsify(aside, recipe, progress=False)
+    assert report.achieved == pytest.approx(0.45, abs=1e-3)
+    assert len({round(layer.achieved, 2) for layer in report.layers}) > 1
+    kept = weights(aside)
+    assert all(bool(kept[name][weight != 0].all()) for name, weight in weights(plain).items())
+
+
+@pytest.mark.parametrize("method", ["wanda", "ria"])
+def test_kept_weights_of_a_float64_model_are_the_same_bits(method: str) -> None:
+    model = uneven(2).double()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1 / 3)  # what fp32 cannot hold
+    before = weights(model)
+    sparsify(model, method, [x.double() for x in floats(4)], progress=False)
+    for name, after in weights(model).items():
+        assert torch.equal(after, torch.where(after != 0, before[name], 0.0))
