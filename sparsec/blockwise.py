@@ -9,7 +9,7 @@ untouched one. Plain forward hooks, no tracing. Activations stay in memory up to
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial, wraps
@@ -88,6 +88,7 @@ class BlockRun:
     dense: Spilled | None = None
     layers: list[LayerState] = field(default_factory=list)
     masks: Sequence[torch.Tensor | None] = ()
+    held: Set[tuple[str, str]] = frozenset()
 
     def batches(self) -> Iterator[Batch]:
         for i, (args, kwargs) in enumerate(self.calls):

@@ -22,6 +22,8 @@ from sparsec.passes.masks.allocate.contract import Measures
 from sparsec.passes.masks.block import LayerState
 from sparsec.passes.masks.contract import GRADIENTS
 from sparsec.passes.masks.evaluating import evaluating
+from sparsec.passes.masks.pattern import MaskPattern
+from sparsec.passes.reparam.contract import held_by
 from sparsec.prunable import Job, Selection
 from sparsec.recipe import Recipe
 from sparsec.sparsify_layer import choosers_of, prune_job, prune_state, row_of, state_of
@@ -46,6 +48,7 @@ class Runner:
     journal: Journal | None = None
     memory: int = 4 << 30
     notes: list[str] = field(default_factory=list)
+    held: set[tuple[str, str]] = field(default_factory=set)  # what masks so far keep in its order, see ``Block``
     _done: int = 0
     _at: str = ""
     _stored: int = 0
@@ -65,6 +68,7 @@ class Runner:
                 rows = self._blockwise if stage.walks else self._plain
                 for row in rows(stage, selection, number):
                     self._done += 1
+                    self.held |= {(row.name, side) for side in held_by(MaskPattern.parse(row.pattern))}
                     yield row
             self.at("")
         except GeneratorExit:
@@ -217,6 +221,7 @@ class _Work:
     def _compress(self, run: BlockRun, jobs: Mapping[str, Job], states: list[LayerState]) -> list[PrunedLayer]:
         """Rows of the report; ``states`` gets each layer before its weight is written."""
         modules = {name: self.runner.model.get_submodule(name) for name in jobs}
+        run.held = self.runner.held
         notes = self._reparam(run, jobs, modules)
         spread = {**self.spread, **({} if self.outside else learned(self.stage, jobs, run))}
         groups = run.groups(modules) if self.runner.recipe.true_sequential else [list(jobs)]

@@ -189,3 +189,22 @@ def test_kept_weights_of_a_float64_model_are_the_same_bits(method: str) -> None:
     sparsify(model, method, [x.double() for x in floats(4)], progress=False)
     for name, after in weights(model).items():
         assert torch.equal(after, torch.where(after != 0, before[name], 0.0))
+
+
+@pytest.mark.parametrize("pattern", ["16:2:8", "block:16x1", "2:4"])
+def test_a_later_order_of_channels_keeps_masks_of_earlier_steps_whole(pattern: str) -> None:
+    early = {"method": "wanda", "pattern": pattern, "targets": ["*.up_proj", "*.gate_proj"]}
+    late = {"method": "wanda", "pattern": "2:4", "targets": ["*.down_proj"]}
+    alone, model = llama(), llama()
+    sparsify(alone, early, tokens(), progress=False)
+    report = sparsify(model, [early, "permute", late], tokens(), progress=False)
+    name = "model.layers.0.mlp.up_proj.weight"
+    found, mask = weights(model)[name], weights(alone)[name] != 0
+    notes = [note for layer in report.layers for note in layer.notes if "mask that its order would break" in note]
+    if pattern == "2:4":  # its groups do not care which row is which
+        assert not notes
+        assert not torch.equal(found != 0, mask)
+        assert int((found.view(-1, 4) != 0).sum(1).max()) == 2
+    else:
+        assert notes[0].startswith("model.layers.0.mlp.down_proj: an earlier step gave mlp.gate_proj, mlp.up_proj a")
+        assert torch.equal(found != 0, mask)
