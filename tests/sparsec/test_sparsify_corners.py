@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from sparsec import sparsify, sparsify_run
+from sparsec.errors import SparsecWarning
 from sparsec.gradients import gradients
 from sparsec.passes.masks.block import LayerState
 from sparsec.tiny import tiny_model
@@ -208,3 +210,32 @@ def test_a_later_order_of_channels_keeps_masks_of_earlier_steps_whole(pattern: s
     else:
         assert notes[0].startswith("model.layers.0.mlp.down_proj: an earlier step gave mlp.gate_proj, mlp.up_proj a")
         assert torch.equal(found != 0, mask)
+
+
+@pytest.mark.parametrize("stop", ["model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"])
+def test_steps_that_meet_are_resumed_to_the_same_bits(
+    stop: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    recipe = [
+        {"method": "wanda", "pattern": "16:2:8", "targets": ["*.up_proj"]},
+        "permute",
+        BESA | {"epochs": 1},
+        {"method": "gblm", "pattern": "2:4", "targets": ["*.down_proj", "*.o_proj"]},
+    ]
+    whole, broken = llama(), llama()
+    report = sparsify(whole, recipe, tokens(), progress=False)
+    prune = sparsify_run.prune_state
+
+    def breaks(job: Any, state: LayerState) -> None:
+        if state.name == stop:
+            raise KeyboardInterrupt
+        prune(job, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sparsify_run, "prune_state", breaks)
+        with pytest.raises(KeyboardInterrupt), pytest.warns(SparsecWarning, match="stopped"):
+            sparsify(broken, recipe, tokens(), progress=False, resume=tmp_path)
+    again = llama()
+    resumed = sparsify(again, recipe, tokens(), progress=False, resume=tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+    assert [layer.to_dict() for layer in resumed.layers] == [layer.to_dict() for layer in report.layers]
