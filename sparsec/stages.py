@@ -112,7 +112,12 @@ def _allocated(step: Step, allocate: Spread | None) -> Step:
     pattern = MaskPattern.parse(step.pattern)
     if pattern.kind == "vnm":
         raise BadRecipe(detail=f"{allocate.method} gives each layer its own sparsity, and {pattern} has only one")
-    if pattern.kind == "nm" and getattr(allocate.method_object(), "keeps", "mean") == "time":
+    method = allocate.method_object()
+    if pattern.kind != "unstructured" and getattr(method, "per", "layer") == "row":
+        raise BadRecipe(
+            detail=f"{allocate.method} learns a sparsity for each row, which {pattern} cannot hold; say per: layer"
+        )
+    if pattern.kind == "nm" and getattr(method, "keeps", "mean") == "time":
         raise BadRecipe(
             detail=f"{allocate.method} sets shares that N of {pattern} can only come near; use unstructured"
         )

@@ -42,6 +42,11 @@ def test_only_what_reads_inputs_needs_data() -> None:
         (["wanda", "owl", "variance"], "variance works on masks"),
         (["owl", {"method": "wanda", "pattern": "64:2:8"}], "owl gives each layer its own sparsity, and 64:2:8"),
         (["time", {"method": "magnitude", "pattern": "2:4"}], "time sets shares that N of 2:4 can only come near"),
+        (
+            ["besa", {"method": "wanda", "pattern": "2:4"}],
+            "each row, which 2:4 cannot hold; say per: layer",
+        ),
+        (["besa", {"method": "wanda", "pattern": "block:4x4"}], "for each row, which block:4x4 cannot hold"),
         (["owl", {"method": "magnitude", "scope": "global"}], "scope global would overrule it"),
         (
             [{"method": "owl", "sparsity": 0.7}, {"method": "wanda", "sparsity": 0.6}],
