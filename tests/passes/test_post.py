@@ -271,6 +271,13 @@ def test_swaps_keep_every_quota_and_never_lower_the_score(pattern: str, ties: bo
         assert all(int(group.sum(1).max()) <= 4 for group in torch.split(used, m, 1))
 
 
+def test_a_share_of_swaps_that_is_whole_is_not_rounded_up() -> None:
+    keep, score = torch.arange(50) < 25, (torch.arange(50) >= 25).float()  # 25 swaps pay, and 25 * 0.6 is 15
+    for ratio, pairs in ((0.6, 15), (0.07, 2), (0.2, 5)):
+        made = swapped(keep[None], score[None], ratio, MaskPattern())
+        assert int((made[0] & ~keep).sum()) == pairs
+
+
 def test_one_worthwhile_swap_in_a_row_is_made_however_small_the_ratio() -> None:
     keep = torch.tensor([[True, True, False, False], [True, True, False, False], [False] * 4, [True] * 4])
     score = torch.tensor([[1.0, 5.0, 3.0, 0.0], [4.0, 5.0, 3.0, 0.0], [1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0]])
