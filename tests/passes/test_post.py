@@ -549,6 +549,19 @@ def test_steps_too_small_for_bfloat16_add_up() -> None:
     assert_zero_where_pruned(block)
 
 
+def test_training_feels_gradients_too_small_for_float16() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(32, 32, bias=False))
+    with torch.no_grad():
+        module[0].weight *= 8192  # type: ignore[operator]
+    mixed = torch.eye(32) + 0.3 * torch.randn(32, 32)
+    data = [Batch((torch.randn(8, 512, 32) @ mixed).half()) for _ in range(4)]
+    block = masked(module.half(), data, sparsity=0.5)
+    before = block.error()
+    Ebft(epochs=5, lr=20.0).refine(block)
+    assert block.error() < 0.95 * before
+
+
 def test_what_does_not_help_the_batches_held_out_is_taken_back() -> None:
     block = decoder("2:4")
     before = [layer.weight.clone() for layer in block.layers]

@@ -31,7 +31,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from sparsec.errors import BadOptionValue, BadRecipe, ModelWouldGrow, UnfitCalibration, UnfitModel
+from sparsec.errors import BadOptionValue, BadRecipe, ModelWouldGrow, NonFinite, UnfitCalibration, UnfitModel
 from sparsec.passes.masks import method_class
 from sparsec.passes.masks.structure.bonsai import Bonsai, activity, fit
 from sparsec.passes.masks.structure.choose import choose
@@ -515,6 +515,38 @@ def test_the_importance_is_that_of_the_formula() -> None:
             slope = sum(float(db[n, r] * a[r, k] + b[n, r] * da[r, k] - db[n, r] * da[r, k]) for r in range(2))
             weight = float(layer.weight.detach()[n, k]) + 3.0 * sum(float(b[n, r] * a[r, k]) for r in range(2))
             assert float(found[n, k]) == pytest.approx(abs(slope * weight), rel=1e-4, abs=1e-6)
+
+
+def test_loraprune_feels_gradients_too_small_for_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, found = batches(1, 8, 32), []
+    start = lively(llama())
+    for dtype in (torch.float32, torch.float16):
+        model = copy.deepcopy(start)
+        with torch.no_grad():
+            model.lm_head.weight *= 2.0**-13
+        model.to(dtype)
+        slopes: list[torch.Tensor] = []
+
+        def see(self: Adapter, to: list[torch.Tensor] = slopes) -> torch.Tensor:
+            assert self.b.grad is not None
+            to.append(self.b.grad.flatten().clone())
+            return torch.ones(len(self.b), self.a.shape[1])
+
+        monkeypatch.setattr(Adapter, "importance", see)
+        LoraPrune(steps=1, merge=False).apply(model, find_units(model, data[0]), data, 0.2, 0)
+        found.append(torch.cat(slopes))
+    assert float((found[1] - found[0]).norm() / found[0].norm()) < 0.05
+
+
+@pytest.mark.parametrize(("lr", "dtype"), [(1e37, torch.float32), (1e6, torch.float16)])
+def test_adapters_that_are_not_finite_are_not_merged(lr: float, dtype: torch.dtype) -> None:
+    data, model = batches(), lively(llama())
+    units = find_units(model, data[0])
+    model.to(dtype)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(NonFinite, match="the trained adapter of"):
+        LoraPrune(steps=4, every=2, lr=lr).apply(model, units, data, 0.2, 0)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_the_ramp_is_cubic_between_warm_up_and_cool_down() -> None:
