@@ -245,7 +245,8 @@ class _Work:
         modules = {name: self.runner.model.get_submodule(name) for name in jobs}
         notes = self._reparam(run, jobs, modules)
         spread = {**self.spread, **self._learned(run, jobs, modules)}
-        groups = run.groups(modules) if self.runner.recipe.true_sequential else [list(jobs)]
+        ordered = self.runner.recipe.true_sequential and run.calls  # without data nothing runs that has an order
+        groups = run.groups(modules) if ordered else [list(jobs)]
         samples: dict[str, torch.Tensor] = {}
         for names in groups:
             stats = run.collect({n: modules[n] for n in names}, self._needs)
