@@ -31,7 +31,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from sparsec.errors import BadOptionValue, BadRecipe, ModelWouldGrow, NonFinite, UnfitCalibration, UnfitModel
+from sparsec.errors import BadRecipe, ModelWouldGrow, NonFinite, UnfitCalibration, UnfitModel
 from sparsec.passes.masks import method_class
 from sparsec.passes.masks.structure.bonsai import Bonsai, activity, fit
 from sparsec.passes.masks.structure.choose import choose
@@ -41,6 +41,7 @@ from sparsec.passes.masks.structure.loraprune import Adapter, LoraPrune
 from sparsec.passes.masks.structure.objective import Objective
 from sparsec.passes.masks.structure.slicegpt import SlicedLayer, SliceGPT
 from sparsec.passes.masks.structure.units import Family, Part, Units, masked, remove, zero
+from sparsec.recipe import Recipe
 
 TINY: dict[str, Any] = {
     "vocab_size": 64,
@@ -697,10 +698,36 @@ def test_models_that_a_rotation_does_not_pass_through_are_refused() -> None:
     model.model.layers[1] = Scaled(model.model.layers[1])
     with pytest.raises(UnfitModel, match="its layers are not h \\+ attention"):
         method.apply(model, NO_UNITS, data, 0.25, 0)
-    with pytest.raises(BadOptionValue, match="block or shared"):
-        SliceGPT(rotation="none").apply(llama(), NO_UNITS, data, 0.25, 0)
     with pytest.raises(UnfitCalibration, match="there is none"):
         method.apply(llama(), NO_UNITS, [], 0.25, 0)
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        ({"method": "bonsai", "fraction": 0}, "fraction of step 1 is 0, but must be greater than 0"),
+        ({"method": "bonsai", "rounds": -1}, "rounds"),
+        ({"method": "bonsai", "samples": -3}, "samples"),
+        ({"method": "bonsai", "batches": 0}, "batches"),
+        ({"method": "bonsai", "multiple": 0}, "multiple"),
+        ({"method": "bonsai", "utility": "lo"}, "'loss' or 'match'"),
+        ({"method": "loraprune", "rank": 0}, "rank"),
+        ({"method": "loraprune", "alpha": 0}, "alpha"),
+        ({"method": "loraprune", "lr": 0}, "lr"),
+        ({"method": "loraprune", "steps": 0}, "steps"),
+        ({"method": "loraprune", "every": 0}, "every"),
+        ({"method": "loraprune", "decay": 1}, "decay"),
+        ({"method": "loraprune", "warm": 0.6}, "warm"),
+        ({"method": "loraprune", "frozen": 2}, "frozen"),
+        ({"method": "loraprune", "multiple": 0}, "multiple"),
+        ({"method": "slicegpt", "rotation": "none"}, "'block' or 'shared'"),
+        ({"method": "slicegpt", "orientation": "x"}, "'pca' or 'random'"),
+        ({"method": "slicegpt", "multiple": 0}, "multiple"),
+    ],
+)
+def test_options_out_of_bounds_are_refused_as_the_recipe_is_read(step: dict[str, Any], words: str) -> None:
+    with pytest.raises(BadRecipe, match=words):
+        Recipe.load(step)
 
 
 def test_structured_methods_are_registered_and_report_json() -> None:

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import nn
 from torch.nn.functional import linear
 
@@ -44,16 +45,26 @@ class LoraPrune:
     source: ClassVar[str] = "Zhang et al., 2023, equations 6 to 9"
     cost: ClassVar[str] = "a short LoRA training"
 
-    rank: int = field(default=8, metadata={"doc": "rank of the adapters"})
-    alpha: float = field(default=16.0, metadata={"doc": "adapters count alpha / rank times"})
-    lr: float = field(default=3e-4, metadata={"doc": "learning rate of AdamW"})
-    steps: int = field(default=200, metadata={"doc": "training steps, a calibration batch each"})
-    every: int = field(default=10, metadata={"doc": "steps from one pruning to the next"})
-    decay: float = field(default=0.9, metadata={"doc": "how much of the averaged importance stays in a step"})
-    warm: float = field(default=0.1, metadata={"doc": "share of the steps before the ramp, and after it"})
-    frozen: float = field(default=0.1, metadata={"doc": "share of first layers left whole; above 0, also the last"})
+    rank: Annotated[int, Field(ge=1)] = field(default=8, metadata={"doc": "rank of the adapters"})
+    alpha: Annotated[float, Field(gt=0)] = field(default=16.0, metadata={"doc": "adapters count alpha / rank times"})
+    lr: Annotated[float, Field(gt=0)] = field(default=3e-4, metadata={"doc": "learning rate of AdamW"})
+    steps: Annotated[int, Field(ge=1)] = field(
+        default=200, metadata={"doc": "training steps, a calibration batch each"}
+    )
+    every: Annotated[int, Field(ge=1)] = field(default=10, metadata={"doc": "steps from one pruning to the next"})
+    decay: Annotated[float, Field(ge=0, lt=1)] = field(
+        default=0.9, metadata={"doc": "how much of the averaged importance stays in a step"}
+    )
+    warm: Annotated[float, Field(ge=0, le=0.5)] = field(
+        default=0.1, metadata={"doc": "share of the steps before the ramp, and after it"}
+    )
+    frozen: Annotated[float, Field(ge=0, le=1)] = field(
+        default=0.1, metadata={"doc": "share of first layers left whole; above 0, also the last"}
+    )
     merge: bool = field(default=True, metadata={"doc": "add the trained adapters to the weights"})
-    multiple: int = field(default=8, metadata={"doc": "neurons left in a layer are rounded up to a multiple of this"})
+    multiple: Annotated[int, Field(ge=1)] = field(
+        default=8, metadata={"doc": "neurons left in a layer are rounded up to a multiple of this"}
+    )
     as_zeros: bool = field(default=False, metadata={"doc": "write zeros and keep the shapes"})
 
     def apply(
