@@ -17,7 +17,15 @@ import torch
 from torch import nn
 
 from sparsec import sparsify
-from sparsec.errors import BadRecipe, NonFinite, OtherRun, SparsecWarning, UnreadableCalibration, Unsavable
+from sparsec.errors import (
+    BadRecipe,
+    NonFinite,
+    OtherRun,
+    SparsecWarning,
+    UnprunableLayer,
+    UnreadableCalibration,
+    Unsavable,
+)
 from sparsec.io import save
 from sparsec.passes.masks import METHODS
 from sparsec.passes.masks.contract import Statistics
@@ -157,6 +165,20 @@ def test_a_layer_that_only_saw_zeros_is_pruned_by_magnitude_and_says_so(method: 
     kept = new != 0
     assert int(kept.sum()) == 128
     assert torch.equal(new[kept], dense["layers.1.2.weight"][kept])
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [["besa", "wanda"], ["wanda", "ebft"], ["gblm"], ["minillm"], ["equalize", "wanda"], ["permute", "magnitude"]],
+)
+def test_what_inference_mode_does_not_allow_is_refused_before_anything_changes(steps: list[str]) -> None:
+    with torch.inference_mode():
+        model = llama()
+    dense = {name: value.clone() for name, value in weights(model).items()}
+    with pytest.raises(UnprunableLayer, match=r"made in inference mode, where [a-z]+ can neither learn nor fold"):
+        sparsify(model, steps, tokens(), progress=False)
+    assert same(weights(model), dense)
+    assert sparsify(model, ["wanda", "variance"], tokens(), progress=False).achieved == 0.5
 
 
 def test_groups_of_a_block_need_no_data_where_its_steps_need_none() -> None:

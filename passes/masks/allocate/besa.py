@@ -170,8 +170,8 @@ def _trainable(module: nn.Module, layers: Sequence[_Layer]) -> Iterator[None]:
         if layer.state.weight.is_inference():
             raise UnprunableLayer(
                 name=layer.state.name,
-                why="it was made in inference mode, where nothing can be learned",
-                help="Load the model outside torch.inference_mode, or use owl.",
+                why="it was made in inference mode, where besa can neither learn nor fold",
+                help="Load the model outside torch.inference_mode.",
             )
         layer.owner = by_storage[layer.state.weight.untyped_storage().data_ptr()]
     before = [layer.state.weight.clone() for layer in layers]

@@ -40,6 +40,7 @@ class Ebft:
     needs: ClassVar[tuple[str, ...]] = ("tokens",)
     moves_masks: ClassVar[bool] = False
     compares: ClassVar[bool] = True
+    trains: ClassVar[bool] = True
     source: ClassVar[str] = "Guo et al., 2024"
     cost: ClassVar[str] = "minutes to hours; training, block by block"
 
