@@ -33,12 +33,20 @@ def state_of(job: Job, stats: Statistics, sparsity: float | torch.Tensor) -> Lay
 
 def prune_state(job: Job, state: LayerState) -> None:
     """Choose one layer's mask and write its weight; ``state.keep`` is the mask."""
-    method: Any = state.method
-    if method.needs and not int(state.stats["tokens"]):
-        method = Magnitude()  # an expert that no token reached: nothing is known of its inputs
+    method: Any = Magnitude() if unknown_inputs(state) else state.method
     pruned = prune(method, state.dense, state.stats, Finite(state.choose, job.layer.name))
     state.keep = pruned.keep
     write(job, written(state.weight, pruned))  # not of the fp32 copy: kept weights of float64 stay what they are
+
+
+def unknown_inputs(state: LayerState) -> str:
+    """Why the method of a layer has nothing to go by; "" where it has."""
+    if not state.method.needs:
+        return ""
+    if not int(state.stats["tokens"]):
+        return "no token reached it"  # an expert
+    zero = "xxt" in state.method.needs and not bool(state.stats["xxt"].diagonal().any())
+    return "all of its inputs were zero" if zero else ""
 
 
 def row_of(job: Job, state: LayerState, sample: torch.Tensor, number: int, notes: Sequence[str]) -> PrunedLayer:
@@ -46,9 +54,7 @@ def row_of(job: Job, state: LayerState, sample: torch.Tensor, number: int, notes
     size, lost = torch.linalg.vector_norm(state.dense), torch.linalg.vector_norm(state.dense - new)
     out = torch.linalg.vector_norm(sample @ state.dense.t()).item() if len(sample) else 0.0
     moved = torch.linalg.vector_norm(sample @ (state.dense - new).t()).item() if len(sample) else 0.0
-    unseen = (
-        ("no token reached it: pruned by magnitude",) if state.method.needs and not int(state.stats["tokens"]) else ()
-    )
+    unseen = (f"{why}: pruned by magnitude",) if (why := unknown_inputs(state)) else ()
     return PrunedLayer(
         **{**_about(job, number), "asked": state.sparsity},
         achieved=1.0 - new.count_nonzero().item() / new.numel(),

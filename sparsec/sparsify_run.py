@@ -224,7 +224,8 @@ class _Work:
         run.held = self.runner.held
         notes = self._reparam(run, jobs, modules)
         spread = {**self.spread, **({} if self.outside else learned(self.stage, jobs, run))}
-        groups = run.groups(modules) if self.runner.recipe.true_sequential else [list(jobs)]
+        ordered = self.runner.recipe.true_sequential and run.calls  # without data nothing runs that has an order
+        groups = run.groups(modules) if ordered else [list(jobs)]
         samples: dict[str, torch.Tensor] = {}
         for names in groups:
             stats = run.collect({n: modules[n] for n in names}, self._needs)

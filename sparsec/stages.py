@@ -105,6 +105,12 @@ def _names(reparams: Sequence[Piece], allocate: Piece | None) -> str:
     return " and ".join(piece.method for piece in (*reparams, *([allocate] if allocate else [])))
 
 
+def _blocks(step: Step) -> str:
+    """The first block pattern that the step has, for some of its layers at least."""
+    said = [step.pattern, *(own["pattern"] for own in step.overrides.values() if own and "pattern" in own)]
+    return next((str(p) for p in map(MaskPattern.parse, said) if p.kind == "block"), "")
+
+
 def _allocated(step: Step, allocate: Spread | None) -> Step:
     """The mask step with the sparsity of its allocator, where only that says one."""
     if allocate is None:
@@ -120,6 +126,11 @@ def _allocated(step: Step, allocate: Spread | None) -> Step:
     if pattern.kind == "nm" and getattr(method, "keeps", "mean") == "time":
         raise BadRecipe(
             detail=f"{allocate.method} sets shares that N of {pattern} can only come near; use unstructured"
+        )
+    if getattr(allocate.method_object(), "per", None) == "row" and (blocks := _blocks(step)):
+        raise BadRecipe(
+            detail=f"{allocate.method} gives each row its own sparsity, and rows of {blocks} go together; "
+            "set its per: layer"
         )
     if step.scope == "global":
         raise BadRecipe(detail=f"{allocate.method} gives each layer its own sparsity; scope global would overrule it")

@@ -54,8 +54,9 @@ class Choose(Protocol):
     def __call__(self, score: torch.Tensor, start: int = 0) -> torch.Tensor:
         """Scores [N, width] of the in-features from ``start`` on; gives a bool keep-mask of that shape.
 
-        A method that walks over column blocks calls it once a block and the quota holds in each. ``start`` must be a
-        multiple of the pattern's group. A fixed mask is just another ``Choose`` ("keep the mask, update the rest").
+        A method that walks over column blocks calls it once a block, and the quota holds in each up to rounding, which
+        ``start`` carries on from block to block: it holds for the whole to the weight. ``start`` must be a multiple
+        of the pattern's group. A fixed mask is just another ``Choose`` ("keep the mask, update the rest").
         """
         ...
 

@@ -52,6 +52,8 @@ def test_only_what_reads_inputs_needs_data() -> None:
             [{"method": "owl", "sparsity": 0.7}, {"method": "wanda", "sparsity": 0.6}],
             r"owl asks for sparsity 0\.7, wanda for 0\.6",
         ),
+        (["besa", {"method": "wanda", "pattern": "block:4x4"}], "rows of block:4x4 go together; set its per: layer"),
+        (["besa", {"method": "wanda", "overrides": {"x": {"pattern": "block:2x8"}}}], "rows of block:2x8 go together"),
         (["owl", "bonsai"], "bonsai removes heads and neurons, so owl has no use before it"),
         (["rtn", "wanda"], "wanda comes after rtn, and .* say allow_quantize_first: true"),
         (["wanda", "rtn", "magnitude"], "magnitude comes after rtn"),
