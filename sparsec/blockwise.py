@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsec.collecting import collect, marked
+from sparsec.collecting import collect, given, marked
 from sparsec.errors import BadRecipe
 from sparsec.passes.masks.block import Batch, LayerState
 from sparsec.spill import Spilled
@@ -128,11 +128,11 @@ class BlockRun:
         with ExitStack() as stack, torch.no_grad():
             for name, module in modules.items():
 
-                def see(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                def see(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str = name) -> None:
                     if all(name != seen for seen, _ in order):
-                        order.append((name, args[0]))
+                        order.append((name, given(args, kwargs)))
 
-                stack.callback(module.register_forward_pre_hook(see).remove)
+                stack.callback(module.register_forward_pre_hook(see, with_kwargs=True).remove)
             kept = next(iter(self.batches()))
             self.run(kept)
         grouped: list[list[str]] = []

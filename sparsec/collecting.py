@@ -50,7 +50,7 @@ def collect(
         with ExitStack() as stack, torch.no_grad():
             for name, module in modules.items():
                 see = _seer(name, needs, streams, homes, shared, mask)
-                stack.callback(module.register_forward_pre_hook(see).remove)
+                stack.callback(module.register_forward_pre_hook(see, with_kwargs=True).remove)
             forward()
         if not shared or all(stream.together for stream in streams):
             break
@@ -97,11 +97,11 @@ class _Stream:
 
 def _seer(
     name: str, needs: Sequence[str], streams: list[_Stream], homes: dict[str, _Stream], shared: bool, mask: Marked
-) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+) -> Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], None]:
     """The hook of one module; at its first call it joins a stream or opens one."""
 
-    def see(module: nn.Module, args: tuple[Any, ...]) -> None:
-        x: torch.Tensor = args[0]
+    def see(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        x = given(args, kwargs)
         alone = not shared or isinstance(module, nn.Conv2d) or x.is_inference()
         if name not in homes:
             joined = None if alone else next((s for s in streams if s.calls[s.leader] == 1 and s.read(x)), None)
@@ -116,6 +116,12 @@ def _seer(
             stream.follow(name, x)
 
     return see
+
+
+def given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """What a layer is called with: ``self.fc(x)``, or ``self.fc(input=x)``."""
+    x: torch.Tensor = args[0] if args else next(iter(kwargs.values()))
+    return x
 
 
 def _in_features(module: nn.Module) -> int:

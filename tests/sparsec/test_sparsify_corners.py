@@ -239,3 +239,24 @@ def test_steps_that_meet_are_resumed_to_the_same_bits(
     resumed = sparsify(again, recipe, tokens(), progress=False, resume=tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
     assert [layer.to_dict() for layer in resumed.layers] == [layer.to_dict() for layer in report.layers]
+
+
+class _Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(input=x)
+
+
+@pytest.mark.parametrize("true_sequential", [False, True])
+def test_a_layer_that_is_called_by_keyword_is_calibrated_as_any_other(true_sequential: bool) -> None:
+    torch.manual_seed(0)
+    data = [torch.randn(300, 32)]
+    alone, inside = nn.Linear(32, 32), nn.Sequential(_Named(), _Named())
+    inside[0].fc.load_state_dict(alone.state_dict())
+    for model in (alone, inside):
+        recipe = {"true_sequential": true_sequential, "steps": [{"method": "sparsegpt"}]}
+        sparsify(model, recipe, data, progress=False)
+    assert torch.equal(inside[0].fc.weight, alone.weight)
