@@ -14,9 +14,8 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.nn import functional as F
@@ -27,15 +26,26 @@ from sparsec.codegen.spec import Packed
 _libraries: list[torch.library.Library] = []  # a Library unregisters its ops when it is collected
 
 
+Config: TypeAlias = "tuple[tuple[str, int], ...]"  # tile sizes, splits and warps; see ``codegen/triton/contract``
+
+
 @dataclass(frozen=True)
 class Route:
-    """One range of M and what serves it. ``config``: tile sizes, splits and warps; see ``codegen/triton/contract``."""
+    """One range of M and what serves it.
+
+    ``config``: for every M. ``tuned``: (M, config) as measured, M ascending; a config serves the M up to its own that
+    no smaller one does. Beyond them, and where nothing is said, the family's best guess for each M.
+    """
 
     m_lo: int
     m_hi: int
     packed: Packed
     loop: str
-    config: tuple[tuple[str, int], ...] | None = None  # None: the family's best guess for each M
+    config: Config | None = None
+    tuned: tuple[tuple[int, Config], ...] = ()
+
+    def config_at(self, m: int) -> Config | None:
+        return self.config or next((config for most, config in self.tuned if m <= most), None)
 
 
 @dataclass
@@ -161,7 +171,8 @@ def product(
 
     family = family_of(route.packed.format, route.loop)
     y = x.new_empty((x.shape[0], route.packed.shape[0]))
-    config = dict(route.config) if route.config else family.configs(route.packed, route.loop, len(x), capability)[0]
+    said = route.config_at(len(x))
+    config = dict(said) if said else family.configs(route.packed, route.loop, len(x), capability)[0]
     with device_of(x):
         run(family.launches(route.packed, route.loop, Call(x, y, bias, act, capability), config))
     return y
@@ -194,10 +205,3 @@ def _conv_shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     from sparsec.runtime.library import _conv_shape as shape
 
     return shape(x, weight, bias, plan)
-
-
-def routes_of(parts: Sequence[Any], packs: dict[str, Packed], forever: int) -> tuple[Route, ...]:
-    """Ranges of a decision with their packs."""
-    return tuple(
-        Route(part.m_lo, forever if part.m_hi is None else part.m_hi, packs[part.format], part.kernel) for part in parts
-    )

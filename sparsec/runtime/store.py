@@ -141,8 +141,8 @@ class Store:
         held = self._held.setdefault((weight._cdata, plan_text), Held())
         held.packs = list(packs.values())
         if isinstance(target, GpuTarget):
-            routes = [gpu.Route(p.m_lo, p.m_hi or FOREVER, packs[pack_key(p, target)], p.kernel) for p in parts]
-            self._put_on_gpu(weight, plan_text, tuple(routes), target)
+            routes = tuple(_route_on_gpu(p, packs[pack_key(p, target)], weight, fact, plan, target) for p in parts)
+            self._put_on_gpu(weight, plan_text, routes, target)
             return
         tensors: list[torch.Tensor] = []
         table: list[int] = []
@@ -273,6 +273,18 @@ def pack_key(part: Range, target: Target) -> str:
     if not target.gpu:
         return part.format
     return f"{part.format} {triton.kind_of(Format.parse(part.format), part.kernel)}"
+
+
+def _route_on_gpu(
+    part: Range, packed: Packed, weight: torch.Tensor, fact: WeightFact, plan: Plan, target: GpuTarget
+) -> gpu.Route:
+    tuned: tuple[tuple[int, gpu.Config], ...] = ()
+    if plan.policy.tune != "off":
+        from sparsec.tune_gpu import tuned_configs
+
+        dtype = DTYPES[weight.dtype]
+        tuned = tuned_configs(matrix(weight, plan), fact, dtype, part, packed, target, plan.policy)
+    return gpu.Route(part.m_lo, part.m_hi or FOREVER, packed, part.kernel, tuned=tuned)
 
 
 def uses(impl: int, plan_text: str) -> int:
