@@ -234,7 +234,7 @@ def registered() -> list[tuple[str, str]]:
         *(("METHODS", place) for place in METHODS.values()),
         *(("FAMILIES", place) for place in FAMILIES.values()),
         *(("TARGETS", place[0]) for place in TARGETS.values()),
-        *(("COMMANDS", f"sparsec.cli.{name}:command") for name in COMMANDS),
+        *(("COMMANDS", f"sparsec.cli.{name.replace('-', '_')}:command") for name in COMMANDS),
     ]
 
 
