@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sparsec.codegen.spec import Packed
     from sparsec.codegen.triton.contract import Family
 
-FAMILIES = {kind: f"sparsec.codegen.triton.{kind}:FAMILY" for kind in ("index",)}
+FAMILIES = {kind: f"sparsec.codegen.triton.{kind}:FAMILY" for kind in ("index", "nm24")}
 KNOWN = ("3.6", "3.9")  # versions of Triton that the kernels were compiled with, first and last
 
 
@@ -42,14 +42,15 @@ def need_triton() -> str:
     return version
 
 
-def pack_verified(weight: torch.Tensor, format: Format, source_key: str) -> Packed:
+def pack_verified(weight: torch.Tensor, format: Format, source_key: str, kind: str = "") -> Packed:
     """Pack a [N, K] weight on its device and prove it: unpacking must give every bit back, but -0.0 may become 0.0.
 
+    ``kind``: the family, where it is not that of the pattern's own name (2:4 has one on sparse tensor cores, ``nm24``).
     Raises PatternMismatch, RoundTripMismatch, NoTriton; torch.OutOfMemoryError where the GPU has no room for it.
     """
     import torch
 
-    chosen = family(format.pattern.kind)
+    chosen = family(kind or format.pattern.kind)
     packed = chosen.pack(weight.detach(), format, source_key)
     back = chosen.unpack(packed)
     same = (back == weight) | (back.isnan() & weight.isnan())

@@ -41,14 +41,14 @@ def samples(capability: int = 90, kinds: tuple[str, ...] = (), rows: tuple[int, 
         chosen = family(kind)
         for name in chosen.formats:
             format = Format.parse(name)
-            packed = pack_verified(sample_weight(format), format, "sample")
+            packed = pack_verified(sample_weight(format), format, "sample", kind)
             for loop, most in chosen.loops.items():
                 for m in (m for m in rows if not most or m <= most):
-                    yield Sample(name, loop, m, _launches(packed, loop, m, capability))
+                    yield Sample(name, loop, m, _launches(kind, packed, loop, m, capability))
 
 
-def _launches(packed: Packed, loop: str, m: int, capability: int) -> tuple[Launch, ...]:
-    chosen, dtype = family(packed.format.pattern.kind), x_dtype(packed.format)
+def _launches(kind: str, packed: Packed, loop: str, m: int, capability: int) -> tuple[Launch, ...]:
+    chosen, dtype = family(kind), x_dtype(packed.format)
     n, k = packed.shape
     call = Call(torch.zeros(m, k, dtype=dtype), torch.empty(m, n, dtype=dtype), capability=capability)
     config = chosen.configs(packed, loop, m, capability)[0]

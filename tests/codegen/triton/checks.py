@@ -21,18 +21,22 @@ def allowed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
 
 def check(
     name: str, loop: str, m: int, n: int, k: int, *, density: float = 0.3, act: str = "", bias: bool = True,
-    seed: int = 0, configs: int = 3,
+    seed: int = 0, configs: int = 3, kind: str = "",
 ) -> None:  # fmt: skip
-    """Pack a random weight of format ``name`` and compare up to ``configs`` configurations with the reference."""
+    """Pack a random weight of format ``name`` and compare up to ``configs`` configurations with the reference.
+
+    ``kind``: the family, where it is not the pattern's.
+    """
     format = Format.parse(name)
+    chosen = family(kind or format.pattern.kind)
     weight = sample_weight(format, n, k, density, seed)
-    packed = pack_verified(weight, format, "test")
+    packed = pack_verified(weight, format, "test", kind)
     torch.manual_seed(seed)
     x = torch.randn(m, k).to(x_dtype(format))
     b = torch.randn(n).to(x.dtype) if bias else None
     expected = reference.linear(x, weight, b, act).float()
-    for config in list(family(format.pattern.kind).configs(packed, loop, m, 90))[:configs]:
+    for config in list(chosen.configs(packed, loop, m, 90))[:configs]:
         y = torch.full((m, n), float("nan"), dtype=x.dtype)
-        run(family(format.pattern.kind).launches(packed, loop, Call(x, y, b, act), config))
+        run(chosen.launches(packed, loop, Call(x, y, b, act), config))
         off = (y.float() - expected).abs() - allowed(x, weight, b)
         assert bool((off <= 0).all()), (name, loop, dict(config), float(off.max()))
