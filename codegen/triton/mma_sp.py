@@ -23,11 +23,14 @@ import triton
 import triton.language as tl
 
 TILES = 8  # k-tiles of 32 columns in a step: what one 16-byte load of metadata serves
-MMA_CONSTRAINTS = ",".join(["=f"] * 4 + ["r"] * 8 + ["f"] * 4 + ["r"] * 4)
-DECODE_CONSTRAINTS = ",".join(["=&r"] * 4 + ["r"] * 4)  # written before all inputs are read: early clobber
-FOLD_CONSTRAINTS = ",".join(["=&f"] * 4 + ["f"] * 12)
+MMA_CONSTRAINTS = tl.constexpr(",".join(["=f"] * 4 + ["r"] * 8 + ["f"] * 4 + ["r"] * 4))
+DECODE_CONSTRAINTS = tl.constexpr(
+    ",".join(["=&r"] * 4 + ["r"] * 4)
+)  # written before all inputs are read: early clobber
+FOLD_CONSTRAINTS = tl.constexpr(",".join(["=&f"] * 4 + ["f"] * 12))
 
 
+@triton.constexpr_function
 def mma_text(tile: int, half: bool) -> str:
     """d = a * b + c for k-tile ``tile`` of a step. Operands: d, a, b, c, and the four words of metadata."""
     kind = "f16" if half else "bf16"
@@ -37,6 +40,7 @@ def mma_text(tile: int, half: bool) -> str:
     )
 
 
+@triton.constexpr_function
 def decode_text(tile: int, bits: int, half: bool) -> str:
     """Registers a of k-tile ``tile`` from four words of integers, without a conversion instruction.
 
@@ -63,44 +67,41 @@ def decode_text(tile: int, bits: int, half: bool) -> str:
     return "{" + " ".join(lines) + "}"
 
 
+@triton.constexpr_function
 def fold_text(group: int) -> str:
     """d = part * scale + c, in fp32. Operands: d, c, part, and four scales: of group 0 in rows g, g + 8, of group 1."""
     return " ".join(f"fma.rn.f32 ${r}, ${8 + r}, ${12 + 2 * group + r // 2}, ${4 + r};" for r in range(4))
 
 
-def texts(bits: int, half: bool) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """The assembly of a step: ``mma`` and ``decode`` for each k-tile, ``fold`` for each group of 128."""
-    decode = tuple(decode_text(j, bits, half) for j in range(TILES)) if bits < 16 else ()
-    return tuple(mma_text(j, half) for j in range(TILES)), decode, tuple(fold_text(u) for u in range(2))
-
-
 @triton.jit
-def mma(a, b, acc, meta, J: tl.constexpr, TEXT: tl.constexpr, CONSTRAINTS: tl.constexpr, HALF: tl.constexpr):
-    """acc + A @ B of k-tile ``J``; ``TEXT``: one text a k-tile, or empty for the twin."""
-    if len(TEXT) > 0:
+def mma(a, b, acc, meta, J: tl.constexpr, HALF: tl.constexpr, ASM: tl.constexpr):
+    """acc + A @ B of k-tile ``J`` of a step."""
+    if ASM:
+        text: tl.constexpr = mma_text(J, HALF)
         return tl.inline_asm_elementwise(
-            TEXT[J], CONSTRAINTS, [a, b, acc, meta], dtype=tl.float32, is_pure=True, pack=4
+            text, MMA_CONSTRAINTS, [a, b, acc, meta], dtype=tl.float32, is_pure=True, pack=4
         )  # fmt: skip
     else:
         return mma_twin(a, b, acc, meta, J, HALF)
 
 
 @triton.jit
-def decode(words, J: tl.constexpr, TEXT: tl.constexpr, CONSTRAINTS: tl.constexpr, BITS: tl.constexpr,
-           HALF: tl.constexpr):  # fmt: skip
-    """Registers a of k-tile ``J`` from words of ``BITS``-bit integers."""
-    if len(TEXT) > 0:
-        return tl.inline_asm_elementwise(TEXT[J], CONSTRAINTS, [words], dtype=tl.int32, is_pure=True, pack=4)
+def decode(words, J: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, ASM: tl.constexpr):
+    """Registers a of k-tile ``J`` from the load of ``BITS``-bit integers that holds it."""
+    if ASM:
+        text: tl.constexpr = decode_text(J, BITS, HALF)
+        return tl.inline_asm_elementwise(text, DECODE_CONSTRAINTS, [words], dtype=tl.int32, is_pure=True, pack=4)
     else:
         return decode_twin(words, J, BITS, HALF)
 
 
 @triton.jit
-def fold(acc, part, scale, U: tl.constexpr, TEXT: tl.constexpr, CONSTRAINTS: tl.constexpr):
+def fold(acc, part, scale, U: tl.constexpr, ASM: tl.constexpr):
     """acc + part * (scale of group ``U`` of the step)."""
-    if len(TEXT) > 0:
+    if ASM:
+        text: tl.constexpr = fold_text(U)
         return tl.inline_asm_elementwise(
-            TEXT[U], CONSTRAINTS, [acc, part, scale], dtype=tl.float32, is_pure=True, pack=4
+            text, FOLD_CONSTRAINTS, [acc, part, scale], dtype=tl.float32, is_pure=True, pack=4
         )  # fmt: skip
     else:
         r = tl.arange(0, 4)[None, :]

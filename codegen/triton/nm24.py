@@ -12,9 +12,10 @@
 in 16-byte loads that are issued a trip ahead, and nothing is reordered on the way to the tensor core: weights are the
 A operand, so rows of x are the side of eight, and up to eight such tiles share one load of the weights.
 
-Warps of a program stand along the rows (``rows``) or along K (``parts``, added up through shared memory), and programs
-may split K too (``splits``, added by ``reduce``). Where parts do not divide the blocks of a row, a warp without work
-reads the zero block, which costs no memory traffic and no mask in the loop: assembly must not be predicated.
+Warps of a program stand along the rows (``rows``, each with ``each`` tiles) or along K (``parts``, added up through
+shared memory), and programs may split K too (``splits``, added by ``reduce``). Where parts do not divide the blocks of
+a row, a warp without work reads the zero block, which costs no memory traffic and no mask in the loop: assembly must
+not be predicated.
 
 x: either its pairs of columns are read in place (``direct``: four 4-byte loads a k-tile, one cache line for each row
 of x), or a small kernel before brings it into register order (one 16-byte load a k-tile and eight rows).
@@ -37,13 +38,9 @@ from sparsec.codegen.triton.contract import Call, Config
 from sparsec.codegen.triton.epilogue import finish, reduction
 from sparsec.codegen.triton.launch import Launch, Loop
 from sparsec.codegen.triton.mma_sp import (
-    DECODE_CONSTRAINTS,
-    FOLD_CONSTRAINTS,
-    MMA_CONSTRAINTS,
     decode,
     fold,
     mma,
-    texts,
 )
 from sparsec.codegen.triton.nm24_pack import COLUMNS, ROWS
 from sparsec.formats import Format, value_kind
@@ -78,24 +75,24 @@ def fetch(A, block, i, LOADS: tl.constexpr):
 @triton.jit
 def skinny(
     A, E, SCALE, X, OUT, BIAS, m, n, blocks, steps, stride_x, stride_out,
-    MMA: tl.constexpr, DECODE: tl.constexpr, FOLD: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr,
-    SCALED: tl.constexpr, TILES: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
-    SPLITS: tl.constexpr, DIRECT: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    MMA_CONSTRAINTS: tl.constexpr, DECODE_CONSTRAINTS: tl.constexpr, FOLD_CONSTRAINTS: tl.constexpr,
+    BITS: tl.constexpr, HALF: tl.constexpr, SCALED: tl.constexpr, TILES: tl.constexpr, COLS: tl.constexpr,
+    ROWS: tl.constexpr, EACH: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, DIRECT: tl.constexpr,
+    ACT: tl.constexpr, HAS_BIAS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     LOADS: tl.constexpr = BITS // 2
     PER: tl.constexpr = 16 // BITS  # k-tiles of a load
     SIZE: tl.constexpr = ROWS * PARTS * 128
     i = tl.arange(0, SIZE)
     group, split = tl.program_id(0), tl.program_id(1)
-    # Programs at the edge repeat the last rows, and do not store them.
-    first = tl.minimum(group * ROWS + i // (128 * PARTS), blocks - 1) * steps
+    top = (group * ROWS + i // (128 * PARTS)) * EACH
     step = split * PARTS + i // 128 % PARTS
-    block = tl.where(step < steps, first + step, blocks * steps)
-    words = fetch(A, block, i, LOADS)
-    meta = tl.load(E + block.to(tl.int64) * 128 + i % 128)
-    accs = ()
-    for _t in tl.static_range(TILES):
+    words, meta, block, accs = (), (), (), ()
+    for r in tl.static_range(EACH):
+        # Programs at the edge repeat the last rows, and do not store them.
+        block = block + (tl.where(step < steps, tl.minimum(top + r, blocks - 1) * steps + step, blocks * steps),)
+        words = words + fetch(A, block[r], i, LOADS)
+        meta = meta + (tl.load(E + block[r].to(tl.int64) * 128 + i % 128),)
+    for _ in tl.static_range(TILES * EACH):
         accs = accs + (tl.zeros((SIZE,), tl.float32),)
     for _trip in tl.range(0, steps - split * PARTS, SPLITS * PARTS):
         here = tl.minimum(step, steps - 1)
@@ -103,51 +100,59 @@ def skinny(
             x = X + i // 16 % COLS * stride_x + here * 128 + i // 4 % 4 + i % 4 * 4
         else:
             x = X + here * (TILES * 128 * COLS) + i % (16 * COLS)
-        if SCALED == 2:
-            scale = tl.load(SCALE + block.to(tl.int64) * 32 + i // 16 % 8 * 4 + i % 4)
         step += SPLITS * PARTS
-        block = tl.where(step < steps, first + step, blocks * steps)
-        ahead = fetch(A, block, i, LOADS)
-        meta_ahead = tl.load(E + block.to(tl.int64) * 128 + i % 128)
-        sums = accs
-        for j in tl.static_range(8):
-            if BITS == 16:
-                a = words[j]
-            else:
-                a = decode(words[j // PER], j, DECODE, DECODE_CONSTRAINTS, BITS, HALF)
+        ahead, meta_ahead, block_ahead, scale = (), (), (), ()
+        for r in tl.static_range(EACH):
+            if SCALED == 2:
+                scale = scale + (tl.load(SCALE + block[r].to(tl.int64) * 32 + i // 16 % 8 * 4 + i % 4),)
+            live = tl.minimum(top + r, blocks - 1) * steps + step
+            block_ahead = block_ahead + (tl.where(step < steps, live, blocks * steps),)
+            ahead = ahead + fetch(A, block_ahead[r], i, LOADS)
+            meta_ahead = meta_ahead + (tl.load(E + block_ahead[r].to(tl.int64) * 128 + i % 128),)
+        for u in tl.static_range(2):  # four k-tiles, which share a scale
+            a = ()
+            for r in tl.static_range(EACH):
+                for j in tl.static_range(4):
+                    if BITS == 16:
+                        a = a + (words[r * LOADS + u * 4 + j],)
+                    else:
+                        a = a + (decode(words[r * LOADS + (u * 4 + j) // PER], u * 4 + j, BITS, HALF, ASM),)
             added = ()
             for t in tl.static_range(TILES):
-                if DIRECT:
-                    b = tl.load(x + j * 16)
-                else:
-                    b = tl.load(x + (t * 8 + j) * 16 * COLS)
-                if SCALED == 2 and j % 4 == 0:
-                    old = tl.zeros((SIZE,), tl.float32)
-                else:
-                    old = accs[t]
-                new = mma(a, b, old, meta, j, MMA, MMA_CONSTRAINTS, HALF)
-                if SCALED == 2 and j % 4 == 3:
-                    new = fold(sums[t], new, scale, j // 4, FOLD, FOLD_CONSTRAINTS)
-                added = added + (new,)
+                b = ()
+                for j in tl.static_range(4):
+                    if DIRECT:
+                        b = b + (tl.load(x + (u * 4 + j) * 16),)
+                    else:
+                        b = b + (tl.load(x + (t * 8 + u * 4 + j) * 16 * COLS),)
+                for r in tl.static_range(EACH):
+                    if SCALED == 2:
+                        y = tl.zeros((SIZE,), tl.float32)
+                    else:
+                        y = accs[t * EACH + r]
+                    for j in tl.static_range(4):
+                        y = mma(a[r * 4 + j], b[j], y, meta[r], u * 4 + j, HALF, ASM)
+                    if SCALED == 2:
+                        y = fold(accs[t * EACH + r], y, scale[r], u, ASM)
+                    added = added + (y,)
             accs = added
-            if SCALED == 2 and j % 4 == 3:
-                sums = accs
-        words = ahead
-        meta = meta_ahead
+        words, meta, block = ahead, meta_ahead, block_ahead
     for t in tl.static_range(TILES):
-        y = tl.sum(tl.reshape(accs[t], (ROWS, PARTS, 128)), 1)
-        lane = tl.arange(0, 128)[None, :]
-        column = (group * ROWS + tl.arange(0, ROWS)[:, None]) * 16 + lane // 16 + lane // 2 % 2 * 8
-        row = t * 8 + lane // 4 % 4 * 2 + lane % 2
-        mask = (column < n) & (row < m)
-        if SCALED == 1:
-            y *= tl.load(SCALE + column, mask=column < n, other=0.0)
-        if SPLITS == 1:
-            y = finish(y, BIAS, column, ACT, HAS_BIAS, column < n)
-            at = tl.cast(row, tl.int64) * stride_out + column
-        else:
-            at = (tl.cast(split, tl.int64) * m + row) * n + column
-        tl.store(OUT + at, y.to(OUT.dtype.element_ty), mask=mask)
+        for r in tl.static_range(EACH):
+            y = tl.sum(tl.reshape(accs[t * EACH + r], (ROWS, PARTS, 128)), 1)
+            lane = tl.arange(0, 128)[None, :]
+            above = (group * ROWS + tl.arange(0, ROWS)[:, None]) * EACH + r
+            column = above * 16 + lane // 16 + lane // 2 % 2 * 8
+            row = t * 8 + lane // 4 % 4 * 2 + lane % 2
+            mask = (column < n) & (row < m)
+            if SCALED == 1:
+                y *= tl.load(SCALE + column, mask=column < n, other=0.0)
+            if SPLITS == 1:
+                y = finish(y, BIAS, column, ACT, HAS_BIAS, column < n)
+                at = tl.cast(row, tl.int64) * stride_out + column
+            else:
+                at = (tl.cast(split, tl.int64) * m + row) * n + column
+            tl.store(OUT + at, y.to(OUT.dtype.element_ty), mask=mask)
 
 
 NATIVE = isinstance(skinny, triton.JITFunction)  # the interpreter runs no assembly
@@ -165,12 +170,17 @@ class NM24:
         return nm24_pack.unpack(packed)
 
     def configs(self, packed: Packed, loop: str, m: int, capability: int) -> Sequence[Config]:
-        """Some 2000 warps in flight and few of them idle; more rows a program where x is large; splits cost a launch."""
+        """Some 2000 warps in flight and few of them idle; more rows a program where x is large; splits cost a launch.
+
+        ``rows`` and ``parts``: warps along N and K. ``each``: row tiles that a warp holds, so that a load of x serves
+        more. ``direct``: x is read in place.
+        """
         blocks, steps = _blocks(packed)
         wide = m > 16
         made = [
-            {"rows": rows, "parts": parts, "splits": splits, "direct": direct}
+            {"rows": rows, "each": each, "parts": parts, "splits": splits, "direct": direct}
             for rows in ((2, 4, 8) if wide else (1, 2, 4))
+            for each in ((1, 2) if wide else (1,))
             for parts in (1, 2, 4, 8)
             for splits in (1, 2, 4, 8)
             for direct in ((1, 0) if m <= 4 else (0,))
@@ -178,47 +188,45 @@ class NM24:
         ]
 
         def cost(c: Config) -> float:
-            parallel = c["parts"] * c["splits"]
-            warps = -(-blocks // c["rows"]) * c["rows"] * parallel
+            parallel, tall = c["parts"] * c["splits"], c["rows"] * c["each"]
+            warps = -(-blocks // tall) * c["rows"] * parallel
             idle = -(-steps // parallel) * parallel / steps
-            shared = c["rows"] / (4 if wide else 1)  # programs read x once each
-            return abs(log2(warps / 2000)) + 2 * log2(idle) + (c["splits"] > 1) + 0.3 * abs(log2(shared))
+            return (
+                abs(log2(warps / 2000)) + 2 * log2(idle) + (c["splits"] > 1)
+                + 0.3 * abs(log2(tall / (8 if wide else 1))) + (m > 32) * (2 - c["each"])
+            )  # fmt: skip
 
         return sorted(made, key=cost)[:24]
 
     def launches(self, packed: Packed, loop: str, call: Call, config: Config) -> list[Launch]:
-        m, (n, k) = call.m, packed.shape
+        m, n = call.m, packed.shape[0]
         if m > self.loops[loop]:
             raise ValueError(f"{loop} takes at most {self.loops[loop]} rows, not {m}")
         values, meta, scale, like = packed.tensors
         kind, size = value_kind(packed.format.values)
-        if BITS[kind] == 16 and call.x.dtype != like.dtype or call.x.dtype not in (torch.bfloat16, torch.float16):
+        bits = BITS[kind]
+        if (bits == 16 and call.x.dtype != like.dtype) or call.x.dtype not in (torch.bfloat16, torch.float16):
             raise ValueError(f"x of {call.x.dtype} with a weight of {packed.format}")
         blocks, steps = _blocks(packed)
-        rows, parts, splits = config["rows"], config["parts"], config["splits"]
+        rows, each, parts, splits = config["rows"], config["each"], config["parts"], config["splits"]
         out = call.y if splits == 1 else call.x.new_empty((splits, m, n), dtype=torch.float32)
         tiles, cols = triton.next_power_of_2(-(-m // 8)), min(triton.next_power_of_2(m), 8)
-        before, x = [], _pairs(call.x) if config["direct"] and tiles == 1 and m == cols else None
-        direct = x is not None
-        if x is None:
-            before, x = _arranged(call.x, steps, tiles, cols)
-        half = call.x.dtype == torch.float16
-        text, decode_text, fold_text = texts(BITS[kind], half) if NATIVE else ((), (), ())
+        pairs = _pairs(call.x) if config["direct"] and m == cols else None
+        before, x = ([], pairs) if pairs is not None else _arranged(call.x, steps, tiles, cols)
         args = {
-            "A": values, "E": meta, "SCALE": scale, "X": x, "OUT": out, "BIAS": call.y if call.bias is None else call.bias,
+            "A": values, "E": meta, "SCALE": scale, "X": x, "OUT": out,
+            "BIAS": call.y if call.bias is None else call.bias,
             "m": m, "n": n, "blocks": blocks, "steps": steps, "stride_x": x.stride(0), "stride_out": out.stride(-2),
         }  # fmt: skip
         constants = {
-            "MMA": text, "DECODE": decode_text, "FOLD": fold_text, "BITS": BITS[kind], "HALF": half,
-            "SCALED": 0 if BITS[kind] == 16 else 2 if size else 1, "TILES": tiles, "COLS": cols,
-            "ROWS": rows, "PARTS": parts, "SPLITS": splits, "DIRECT": direct,
-            "ACT": ACTS.index(call.act), "HAS_BIAS": call.bias is not None, "MMA_CONSTRAINTS": MMA_CONSTRAINTS,
-            "DECODE_CONSTRAINTS": DECODE_CONSTRAINTS, "FOLD_CONSTRAINTS": FOLD_CONSTRAINTS,
+            "BITS": bits, "HALF": call.x.dtype == torch.float16, "SCALED": 0 if bits == 16 else 2 if size else 1,
+            "TILES": tiles, "COLS": cols, "ROWS": rows, "EACH": each, "PARTS": parts, "SPLITS": splits,
+            "DIRECT": pairs is not None, "ACT": ACTS.index(call.act), "HAS_BIAS": call.bias is not None, "ASM": NATIVE,
         }  # fmt: skip
-        bits = BITS[kind] / 2 + 1 + (0.25 if size else 0)
-        counted = Loop("weight", rows * parts * ROWS * COLUMNS, BYTE * bits / 8)
+        stored = bits / 2 + 1 + (0.25 if size else 0)
+        counted = Loop("weight", rows * each * parts * ROWS * COLUMNS, BYTE * stored / 8)
         main = Launch(
-            skinny, (triton.cdiv(blocks, rows), splits), args, constants,
+            skinny, (triton.cdiv(blocks, rows * each), splits), args, constants,
             warps=rows * parts, loop=counted, expects={"mma.sp": "HMMA.SP"},
         )  # fmt: skip
         after = [] if splits == 1 else [reduction(out, call.y, call.bias, call.act)]
