@@ -23,6 +23,7 @@ of x), or a small kernel before brings it into register order (one 16-byte load 
 Integers are multiplied as such, exact in bf16 and fp16. Scales multiply fp32 sums: of 128 columns, or of a whole row.
 """
 
+# mypy: disable-error-code="assignment"
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -73,14 +74,73 @@ def fetch(A, block, i, LOADS: tl.constexpr):
 
 
 @triton.jit
+def multiply(
+    accs, words, meta, scale, x,
+    BITS: tl.constexpr, HALF: tl.constexpr, SCALED: tl.constexpr, TILES: tl.constexpr, COLS: tl.constexpr,
+    EACH: tl.constexpr, DIRECT: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """One block for each warp; accs: of x tile t and row tile r at t * EACH + r."""
+    LOADS: tl.constexpr = BITS // 2
+    PER: tl.constexpr = 16 // BITS  # k-tiles of a load
+    for u in tl.static_range(2):  # four k-tiles, which share a scale
+        a = ()
+        for r in tl.static_range(EACH):
+            for j in tl.static_range(4):
+                if BITS == 16:
+                    a = a + (words[r * LOADS + u * 4 + j],)
+                else:
+                    a = a + (decode(words[r * LOADS + (u * 4 + j) // PER], u * 4 + j, BITS, HALF, ASM),)
+        added = ()
+        for t in tl.static_range(TILES):
+            b = ()
+            for j in tl.static_range(4):
+                if DIRECT:
+                    b = b + (tl.load(x + (u * 4 + j) * 16),)
+                else:
+                    b = b + (tl.load(x + (t * 8 + u * 4 + j) * 16 * COLS),)
+            for r in tl.static_range(EACH):
+                old = accs[t * EACH + r]
+                if SCALED == 2:
+                    y = tl.zeros(old.shape, tl.float32)
+                else:
+                    y = old
+                for j in tl.static_range(4):
+                    y = mma(a[r * 4 + j], b[j], y, meta[r], u * 4 + j, HALF, ASM)
+                if SCALED == 2:
+                    y = fold(old, y, scale[r], u, ASM)
+                added = added + (y,)
+        accs = added
+    return accs
+
+
+@triton.jit
+def write(
+    acc, SCALE, OUT, BIAS, m, n, stride_out, tile, t, split,
+    SCALED: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr,
+    ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Parts added up; tile: of rows of the weight [ROWS, 1]. With splits the sums alone go out, [SPLITS, m, n]."""
+    y = tl.sum(tl.reshape(acc, (ROWS, PARTS, 128)), 1)
+    lane = tl.arange(0, 128)[None, :]
+    column = tile * 16 + lane // 16 + lane // 2 % 2 * 8
+    row = t * 8 + lane // 4 % 4 * 2 + lane % 2
+    if SCALED == 1:
+        y *= tl.load(SCALE + column, mask=column < n, other=0.0)
+    if SPLITS == 1:
+        y = finish(y, BIAS, column, ACT, HAS_BIAS, column < n)
+        at = tl.cast(row, tl.int64) * stride_out + column
+    else:
+        at = (tl.cast(split, tl.int64) * m + row) * n + column
+    tl.store(OUT + at, y.to(OUT.dtype.element_ty), mask=(column < n) & (row < m))
+
+
+@triton.jit
 def skinny(
     A, E, SCALE, X, OUT, BIAS, m, n, blocks, steps, stride_x, stride_out,
     BITS: tl.constexpr, HALF: tl.constexpr, SCALED: tl.constexpr, TILES: tl.constexpr, COLS: tl.constexpr,
     ROWS: tl.constexpr, EACH: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, DIRECT: tl.constexpr,
     ACT: tl.constexpr, HAS_BIAS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    LOADS: tl.constexpr = BITS // 2
-    PER: tl.constexpr = 16 // BITS  # k-tiles of a load
     SIZE: tl.constexpr = ROWS * PARTS * 128
     i = tl.arange(0, SIZE)
     group, split = tl.program_id(0), tl.program_id(1)
@@ -90,7 +150,7 @@ def skinny(
     for r in tl.static_range(EACH):
         # Programs at the edge repeat the last rows, and do not store them.
         block = block + (tl.where(step < steps, tl.minimum(top + r, blocks - 1) * steps + step, blocks * steps),)
-        words = words + fetch(A, block[r], i, LOADS)
+        words = words + fetch(A, block[r], i, BITS // 2)
         meta = meta + (tl.load(E + block[r].to(tl.int64) * 128 + i % 128),)
     for _ in tl.static_range(TILES * EACH):
         accs = accs + (tl.zeros((SIZE,), tl.float32),)
@@ -107,52 +167,17 @@ def skinny(
                 scale = scale + (tl.load(SCALE + block[r].to(tl.int64) * 32 + i // 16 % 8 * 4 + i % 4),)
             live = tl.minimum(top + r, blocks - 1) * steps + step
             block_ahead = block_ahead + (tl.where(step < steps, live, blocks * steps),)
-            ahead = ahead + fetch(A, block_ahead[r], i, LOADS)
+            ahead = ahead + fetch(A, block_ahead[r], i, BITS // 2)
             meta_ahead = meta_ahead + (tl.load(E + block_ahead[r].to(tl.int64) * 128 + i % 128),)
-        for u in tl.static_range(2):  # four k-tiles, which share a scale
-            a = ()
-            for r in tl.static_range(EACH):
-                for j in tl.static_range(4):
-                    if BITS == 16:
-                        a = a + (words[r * LOADS + u * 4 + j],)
-                    else:
-                        a = a + (decode(words[r * LOADS + (u * 4 + j) // PER], u * 4 + j, BITS, HALF, ASM),)
-            added = ()
-            for t in tl.static_range(TILES):
-                b = ()
-                for j in tl.static_range(4):
-                    if DIRECT:
-                        b = b + (tl.load(x + (u * 4 + j) * 16),)
-                    else:
-                        b = b + (tl.load(x + (t * 8 + u * 4 + j) * 16 * COLS),)
-                for r in tl.static_range(EACH):
-                    if SCALED == 2:
-                        y = tl.zeros((SIZE,), tl.float32)
-                    else:
-                        y = accs[t * EACH + r]
-                    for j in tl.static_range(4):
-                        y = mma(a[r * 4 + j], b[j], y, meta[r], u * 4 + j, HALF, ASM)
-                    if SCALED == 2:
-                        y = fold(accs[t * EACH + r], y, scale[r], u, ASM)
-                    added = added + (y,)
-            accs = added
+        accs = multiply(accs, words, meta, scale, x, BITS, HALF, SCALED, TILES, COLS, EACH, DIRECT, ASM)
         words, meta, block = ahead, meta_ahead, block_ahead
     for t in tl.static_range(TILES):
         for r in tl.static_range(EACH):
-            y = tl.sum(tl.reshape(accs[t * EACH + r], (ROWS, PARTS, 128)), 1)
-            lane = tl.arange(0, 128)[None, :]
-            above = (group * ROWS + tl.arange(0, ROWS)[:, None]) * EACH + r
-            column = above * 16 + lane // 16 + lane // 2 % 2 * 8
-            row = t * 8 + lane // 4 % 4 * 2 + lane % 2
-            mask = (column < n) & (row < m)
-            if SCALED == 1:
-                y *= tl.load(SCALE + column, mask=column < n, other=0.0)
-            if SPLITS == 1:
-                y = finish(y, BIAS, column, ACT, HAS_BIAS, column < n)
-                at = tl.cast(row, tl.int64) * stride_out + column
-            else:
-                at = (tl.cast(split, tl.int64) * m + row) * n + column
-            tl.store(OUT + at, y.to(OUT.dtype.element_ty), mask=mask)
+            tile = (group * ROWS + tl.arange(0, ROWS)[:, None]) * EACH + r
+            write(
+                accs[t * EACH + r], SCALE, OUT, BIAS, m, n, stride_out, tile, t, split,
+                SCALED, ROWS, PARTS, SPLITS, ACT, HAS_BIAS,
+            )  # fmt: skip
 
 
 NATIVE = isinstance(skinny, triton.JITFunction)  # the interpreter runs no assembly
@@ -170,33 +195,19 @@ class NM24:
         return nm24_pack.unpack(packed)
 
     def configs(self, packed: Packed, loop: str, m: int, capability: int) -> Sequence[Config]:
-        """Some 2000 warps in flight and few of them idle; more rows a program where x is large; splits cost a launch.
-
-        ``rows`` and ``parts``: warps along N and K. ``each``: row tiles that a warp holds, so that a load of x serves
-        more. ``direct``: x is read in place.
+        """``rows`` and ``parts``: warps along N and K. ``each``: row tiles that a warp holds, so that a load of x
+        serves more. ``direct``: x is read in place.
         """
-        blocks, steps = _blocks(packed)
-        wide = m > 16
         made = [
             {"rows": rows, "each": each, "parts": parts, "splits": splits, "direct": direct}
-            for rows in ((2, 4, 8) if wide else (1, 2, 4))
-            for each in ((1, 2) if wide else (1,))
+            for rows in (1, 2, 4, 8)
+            for each in ((1, 2) if m > 16 else (1,))
             for parts in (1, 2, 4, 8)
             for splits in (1, 2, 4, 8)
             for direct in ((1, 0) if m <= 4 else (0,))
-            if rows * parts <= 8 and (splits * parts <= steps or splits * parts == 1)
+            if rows * parts <= 8 and (splits * parts <= _blocks(packed)[1] or splits * parts == 1)
         ]
-
-        def cost(c: Config) -> float:
-            parallel, tall = c["parts"] * c["splits"], c["rows"] * c["each"]
-            warps = -(-blocks // tall) * c["rows"] * parallel
-            idle = -(-steps // parallel) * parallel / steps
-            return (
-                abs(log2(warps / 2000)) + 2 * log2(idle) + (c["splits"] > 1)
-                + 0.3 * abs(log2(tall / (8 if wide else 1))) + (m > 32) * (2 - c["each"])
-            )  # fmt: skip
-
-        return sorted(made, key=cost)[:24]
+        return sorted(made, key=lambda config: _cost(packed, m, config))[:24]
 
     def launches(self, packed: Packed, loop: str, call: Call, config: Config) -> list[Launch]:
         m, n = call.m, packed.shape[0]
@@ -231,6 +242,23 @@ class NM24:
         )  # fmt: skip
         after = [] if splits == 1 else [reduction(out, call.y, call.bias, call.act)]
         return [*before, main, *after]
+
+
+def _cost(packed: Packed, m: int, config: Config) -> float:
+    """In powers of two of time: what flows from L2, idle warps, fewer or more than 2000 warps, a launch and its sums.
+
+    Each program reads all of its x through L2, which gives an SM some 1.3 times what memory does.
+    """
+    (blocks, steps), splits = _blocks(packed), config["splits"]
+    parallel, tall = config["parts"] * splits, config["rows"] * config["each"]
+    columns = triton.next_power_of_2(m)
+    stored = BITS[value_kind(packed.format.values)[0]] / 2 + 1
+    flow = 1 + columns * 2 / (tall * stored * 2)
+    warps = -(-blocks // tall) * config["rows"] * parallel
+    idle = -(-steps // parallel) * parallel / steps
+    few = log2(2000 / warps)
+    more = 0.7 + log2(1 + splits * m * 8 / (steps * COLUMNS * stored / 8)) if splits > 1 else 0.0  # written, then read
+    return 2 * max(0.0, log2(flow / 1.3)) + 2 * log2(idle) + max(few, -few / 4) + more - 0.1 * config["direct"]
 
 
 def _blocks(packed: Packed) -> tuple[int, int]:

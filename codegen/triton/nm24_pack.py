@@ -87,13 +87,13 @@ def _half(x: torch.Tensor) -> torch.Tensor:
 
 def _int8(x: torch.Tensor) -> torch.Tensor:
     """-> [n, k, j / 2, g, t, j % 2, q, (v, h)] as int32 of four bytes."""
-    pairs = x.unflatten(4, (4, 2))  # n h g k J j q t v
+    pairs = x.reshape(*x.shape[:4], 4, 2, 2, 4, 2)  # n h g k J j q t v
     return pairs.permute(0, 3, 4, 2, 7, 5, 6, 8, 1).reshape(-1, 4).contiguous().view(torch.int32)
 
 
 def _int4(x: torch.Tensor) -> torch.Tensor:
     """-> [n, k, j / 4, g, t, j % 4, (v, q, h)] as int32 of eight nibbles, each plus 8."""
-    fours = x.unflatten(4, (2, 4)).permute(0, 3, 4, 2, 7, 5, 8, 6, 1).reshape(-1, 4, 2)
+    fours = x.reshape(*x.shape[:4], 2, 4, 2, 4, 2).permute(0, 3, 4, 2, 7, 5, 8, 6, 1).reshape(-1, 4, 2)
     low, high = (fours + 8).to(torch.uint8).unbind(2)
     return (low | high << 4).contiguous().view(torch.int32)
 

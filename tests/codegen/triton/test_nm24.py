@@ -56,7 +56,7 @@ def assert_close(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None
     assert bool((off <= 0).all())
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     values=st.sampled_from(VALUES),
     m=st.sampled_from([1, 2, 3, 7, 8, 9, 17, 33, 64]),
@@ -77,7 +77,7 @@ def test_parts_and_splits_that_do_not_divide_the_blocks_read_zeros(parts: int, s
     assert_close(product(packed_of(weight, "int4g128"), x, rows=2, parts=parts, splits=splits), x, weight)
 
 
-@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("values", ["bf16", "int4g128"])
 def test_warps_with_two_row_tiles_share_x(values: str) -> None:
     weight, x = sample(values, 20, 70, 300)
     assert_close(product(packed_of(weight, values), x, rows=2, each=2), x, weight)
@@ -98,7 +98,7 @@ def test_the_assembly_multiplies_integers_with_fp16_too(half: bool, monkeypatch:
     x = x.half() if half else x
     y = product(packed_of(weight, "int8"), x, asm=True)
     assert_close(y, x, weight)
-    assert bool((y == product(packed_of(weight, "int8"), x)).all())
+    assert bool((y == product(packed_of(weight, "int8"), x)).all())  # integers times x: no rounding but of the sums
 
 
 def run_by_model(monkeypatch: pytest.MonkeyPatch) -> None:
