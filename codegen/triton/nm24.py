@@ -20,6 +20,11 @@ not be predicated.
 x: either its pairs of columns are read in place (``direct``: four 4-byte loads a k-tile, one cache line for each row
 of x), or a small kernel before brings it into register order (one 16-byte load a k-tile and eight rows).
 
+Lane instructions a weight on sm_90, of 8.8 (16 bits), 4.9 (int8) and 3.2 (int4) that an H200 can issue while the
+weight arrives: 0.4, 1.2, 1.1 for 8 rows of x; 0.6, 1.4, 1.3 for one row read in place; 1.1, 1.9, 2.3 for 64. ptxas
+sinks the loads of the next trip below the products of this one, which saves registers: 64 of them for few rows, so an
+SM holds 32 warps.
+
 Integers are multiplied as such, exact in bf16 and fp16. Scales multiply fp32 sums: of 128 columns, or of a whole row.
 """
 
@@ -157,7 +162,7 @@ def skinny(
     for _trip in tl.range(0, steps - split * PARTS, SPLITS * PARTS):
         here = tl.minimum(step, steps - 1)
         if DIRECT:
-            x = X + i // 16 % COLS * stride_x + here * 128 + i // 4 % 4 + i % 4 * 4
+            x = X + tl.minimum(i // 16 % COLS, m - 1) * stride_x + here * 128 + i // 4 % 4 + i % 4 * 4
         else:
             x = X + here * (TILES * 128 * COLS) + i % (16 * COLS)
         step += SPLITS * PARTS
@@ -222,7 +227,7 @@ class NM24:
         rows, each, parts, splits = config["rows"], config["each"], config["parts"], config["splits"]
         out = call.y if splits == 1 else call.x.new_empty((splits, m, n), dtype=torch.float32)
         tiles, cols = triton.next_power_of_2(-(-m // 8)), min(triton.next_power_of_2(m), 8)
-        pairs = _pairs(call.x) if config["direct"] and m == cols else None
+        pairs = _pairs(call.x) if config["direct"] and tiles == 1 else None
         before, x = ([], pairs) if pairs is not None else _arranged(call.x, steps, tiles, cols)
         args = {
             "A": values, "E": meta, "SCALE": scale, "X": x, "OUT": out,
@@ -245,9 +250,10 @@ class NM24:
 
 
 def _cost(packed: Packed, m: int, config: Config) -> float:
-    """In powers of two of time: what flows from L2, idle warps, fewer or more than 2000 warps, a launch and its sums.
+    """In powers of two of time: what flows from L2, idle warps, few or many warps, a launch and its sums.
 
-    Each program reads all of its x through L2, which gives an SM some 1.3 times what memory does.
+    Each program reads all of its x through L2, which gives an SM some 1.3 times what memory does. 2000 warps that each
+    wait for 4.5 KiB keep an H200's memory busy; blocks of integers are smaller, so it takes more of them.
     """
     (blocks, steps), splits = _blocks(packed), config["splits"]
     parallel, tall = config["parts"] * splits, config["rows"] * config["each"]
@@ -256,7 +262,7 @@ def _cost(packed: Packed, m: int, config: Config) -> float:
     flow = 1 + columns * 2 / (tall * stored * 2)
     warps = -(-blocks // tall) * config["rows"] * parallel
     idle = -(-steps // parallel) * parallel / steps
-    few = log2(2000 / warps)
+    few = log2(min(2000 * 9 / stored, 4000) / (warps * config["each"]))
     more = 0.7 + log2(1 + splits * m * 8 / (steps * COLUMNS * stored / 8)) if splits > 1 else 0.0  # written, then read
     return 2 * max(0.0, log2(flow / 1.3)) + 2 * log2(idle) + max(few, -few / 4) + more - 0.1 * config["direct"]
 

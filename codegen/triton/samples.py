@@ -23,7 +23,7 @@ N, K = 256, 1024
 
 @dataclass(frozen=True)
 class Sample:
-    """One kernel on one format. ``m``: rows of x. ``launches``: the weight's reader first."""
+    """One kernel on one format. ``m``: rows of x. ``launches``: in order; the one with a ``loop`` reads the weight."""
 
     format: str
     loop: str

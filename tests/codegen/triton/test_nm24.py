@@ -84,7 +84,7 @@ def test_warps_with_two_row_tiles_share_x(values: str) -> None:
 
 
 @pytest.mark.parametrize("values", VALUES)
-@pytest.mark.parametrize("m", [1, 4, 9])
+@pytest.mark.parametrize("m", [1, 3, 9])
 def test_the_assembly_computes_what_the_reference_does(values: str, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
     run_by_model(monkeypatch)
     weight, x = sample(values, m, 40, 512)
