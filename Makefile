@@ -29,7 +29,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## the first five minutes: a pruned real model against Inductor, into demo_report/
 	$(BIN)/sparsec demo $(ARGS)
 
-test: check ## make check, then every test
+test: check ## make check, then every test; kernels of GPUs in Triton's interpreter, in a process of their own
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/codegen/triton
 	$(BIN)/python -m pytest -q $(ARGS)
 
 check: $(STAMP) ## ruff, mypy strict, layout tests

@@ -232,39 +232,13 @@ def worker(said: str) -> None:
 
 
 def arithmetic(setup: Setup, method: str) -> dict[str, int]:
-    """Bytes that must be held beside the model, part by part, from shapes alone.
+    """Bytes that must be held beside the model, part by part; their ``sum`` is what a dry run says."""
+    from sparsec.forecast import memory_parts
+    from sparsec.sparsify import prepare
 
-    ``block``: an fp32 copy and a mask of each weight of one block. ``statistics``: of its distinct inputs, what they
-    are summed up in (fp64) and 512 sampled rows. ``layer``: what the largest layer needs while its mask is made.
-    ``activations``: what enters a block and what leaves it, for all tokens.
-    """
-    from torch import nn
-
-    model = setup.load()
-    block = blocks_of(model)[1][0]
-    layers = {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
-    shapes = [tuple(m.weight.shape) for m in layers.values()]
-    hidden = int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
-    inputs = _inputs(layers)
-    second = method == "sparsegpt"
-    parts = {
-        "block": sum(5 * n * k for n, k in shapes),
-        "statistics": sum((8 * k * k if second else 8 * k) + 4 * 512 * k for k in inputs),
-        "layer": max((4 * 4 * n * k + 4 * 8 * k * k) if second else 4 * 4 * n * k for n, k in shapes),
-        "activations": 2 * 4 * hidden * setup.samples * setup.seqlen,
-    }
+    prepared = prepare(setup.load(), recipe(method, setup.sparsity))
+    parts = memory_parts(prepared, setup.samples * setup.seqlen)
     return {**parts, "sum": sum(parts.values())}
-
-
-def _inputs(layers: Mapping[str, Any]) -> list[int]:
-    """In-features of each distinct input of a block: layers of one parent and width read the same one, or so a
-    gated decoder is built (q, k and v; gate and up); ``o_proj`` and ``down_proj`` have their own."""
-    found: dict[object, int] = {}
-    for name, module in layers.items():
-        parent, _, last = name.rpartition(".")
-        own = last if last.startswith(("o_", "down", "out")) else ""
-        found[parent, own, module.in_features] = module.in_features
-    return list(found.values())
 
 
 # --------------------------------------------------------------------------------------------------------------- report

@@ -15,20 +15,25 @@ from torch.fx import Node
 from sparsec.compat import is_fake, source_name, static_input
 from sparsec.facts import Declined
 
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+TAKES = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "bf16", "fp16")}  # dtypes of x that kernels of a device exist for
 
 
 @dataclass(frozen=True)
 class View:
-    """A graph as rules see it. ``examples`` maps placeholder nodes to the real values Dynamo gave."""
+    """A graph as rules see it. ``examples`` maps placeholder nodes to the real values Dynamo gave.
+
+    ``device``: the kind of device that weights must be on, ``cpu`` or ``cuda``.
+    """
 
     graph: torch.fx.Graph
     examples: Mapping[Node, Any]
+    device: str = "cpu"
 
     @classmethod
-    def of(cls, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> View:
+    def of(cls, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], device: str = "cpu") -> View:
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-        return cls(gm.graph, dict(zip(placeholders, example_inputs, strict=True)))
+        return cls(gm.graph, dict(zip(placeholders, example_inputs, strict=True)), device)
 
     def stored(self, node: Any) -> bool:
         """Whether a node is a parameter, buffer or attribute of a module: an input that outlives the call."""
@@ -53,8 +58,9 @@ class View:
             return Declined("the weight is an argument of the function, not a parameter of a module", node.name)
         if type(value) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
             return Declined(f"the weight is a {type(value).__name__}, a tensor subclass", node.name)
-        if value.device.type != "cpu":
-            return Declined(f"the weight is on {value.device}; this target runs on the CPU", node.name)
+        if value.device.type != self.device:
+            where = {"cpu": "the CPU", "cuda": "a GPU"}[self.device]
+            return Declined(f"the weight is on {value.device}; this target runs on {where}", node.name)
         if value.layout != torch.strided:
             return Declined(f"the weight already has the layout {value.layout}", node.name)
         return value
@@ -72,11 +78,13 @@ def _computed(node: Node) -> str:
 
 
 def checked_dtype(x: torch.Tensor, weight: torch.Tensor) -> str | Declined:
-    """``fp32`` or ``bf16`` when x and weight agree on one of them."""
+    """``fp32``, ``bf16`` or, on a GPU, ``fp16`` when x and weight agree on one of them."""
     if x.dtype != weight.dtype:
         return Declined(f"x is {short(x.dtype)} and the weight {short(weight.dtype)}; they must be the same")
-    if x.dtype not in DTYPES:
-        return Declined(f"{short(x.dtype)} has no CPU kernel yet; float32 and bfloat16 have")
+    kind = "cuda" if weight.is_cuda else "cpu"
+    if DTYPES.get(x.dtype) not in TAKES[kind]:
+        others = {"cpu": "float32 and bfloat16", "cuda": "float32, bfloat16 and float16"}[kind]
+        return Declined(f"{short(x.dtype)} has no {kind.upper()} kernel yet; {others} have")
     return DTYPES[x.dtype]
 
 

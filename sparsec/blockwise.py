@@ -9,8 +9,7 @@ untouched one. Plain forward hooks, no tracing. Activations stay in memory up to
 from __future__ import annotations
 
 import inspect
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial, wraps
@@ -19,9 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsec.collecting import collect, given, marked
 from sparsec.errors import BadRecipe
 from sparsec.passes.masks.block import Batch, LayerState
-from sparsec.passes.masks.statistics import Collector
 from sparsec.spill import Spilled
 
 Data = Sequence[Mapping[str, Any]]  # one dict of keyword arguments of the model's forward for each batch
@@ -76,7 +75,10 @@ def _entries(name: str, module: nn.Module) -> tuple[tuple[str, nn.Module], ...]:
 
 @dataclass
 class BlockRun:
-    """One block with its calibration data; the ``Block`` of ``sparsec.passes.masks.block``."""
+    """One block with its calibration data; the ``Block`` of ``sparsec.passes.masks.block``.
+
+    ``masks``: of each batch the positions that are no padding, None where all count; () where no batch has any.
+    """
 
     name: str
     module: nn.Module
@@ -85,6 +87,8 @@ class BlockRun:
     inputs: Spilled
     dense: Spilled | None = None
     layers: list[LayerState] = field(default_factory=list)
+    masks: Sequence[torch.Tensor | None] = ()
+    held: Set[tuple[str, str]] = frozenset()
 
     def batches(self) -> Iterator[Batch]:
         for i, (args, kwargs) in enumerate(self.calls):
@@ -108,11 +112,15 @@ class BlockRun:
     def collect(self, modules: Mapping[str, nn.Module], needs: Sequence[str]) -> dict[str, dict[str, torch.Tensor]]:
         """Statistics of the inputs of ``modules`` (name -> module of this block) over all batches."""
 
-        def forward() -> None:
-            for _ in self.outputs():
-                pass
+        mask: torch.Tensor | None = None
 
-        return collect(modules, needs, forward)
+        def forward() -> None:
+            nonlocal mask
+            for i, batch in enumerate(self.batches()):
+                mask = self.masks[i] if self.masks else None
+                self.run(batch)
+
+        return collect(modules, needs, forward, lambda: mask)
 
     def groups(self, modules: Mapping[str, nn.Module]) -> list[list[str]]:
         """The names in the order in which the modules run; those that read one and the same input together."""
@@ -120,11 +128,11 @@ class BlockRun:
         with ExitStack() as stack, torch.no_grad():
             for name, module in modules.items():
 
-                def see(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                def see(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str = name) -> None:
                     if all(name != seen for seen, _ in order):
-                        order.append((name, args[0]))
+                        order.append((name, given(args, kwargs)))
 
-                stack.callback(module.register_forward_pre_hook(see).remove)
+                stack.callback(module.register_forward_pre_hook(see, with_kwargs=True).remove)
             kept = next(iter(self.batches()))
             self.run(kept)
         grouped: list[list[str]] = []
@@ -139,107 +147,29 @@ class BlockRun:
         return [*grouped, *([missed] if missed else [])]
 
 
-def collect(
-    modules: Mapping[str, nn.Module], needs: Sequence[str], forward: Callable[[], None]
-) -> dict[str, dict[str, torch.Tensor]]:
-    """Run ``forward`` with a hook on each module that reduces its inputs. A module that is never called gives zeros.
-
-    Modules that are always given the very same tensor (q, k and v; gate and up) share one reduction, and the tensors
-    of their statistics. Should they part on a later batch, ``forward`` is run again with one for each.
-    """
-    for shared in (True, False):
-        streams: list[_Stream] = []
-        homes: dict[str, _Stream] = {}
-        with ExitStack() as stack, torch.no_grad():
-            for name, module in modules.items():
-                see = _seer(name, needs, streams, homes, shared)
-                stack.callback(module.register_forward_pre_hook(see).remove)
-            forward()
-        if not shared or all(stream.together for stream in streams):
-            break
-    found: dict[str, dict[str, torch.Tensor]] = {}
-    while streams:
-        stream = streams.pop()  # its accumulators go before those of the next become statistics
-        result = stream.collector.result()
-        found.update((name, dict(result)) for name in stream.calls)
-    unseen = {
-        name: Collector(_in_features(m), needs, name).result() for name, m in modules.items() if name not in homes
-    }
-    return {name: found[name] if name in found else unseen[name] for name in modules}
-
-
-@dataclass
-class _Stream:
-    """One reduction of what the modules in ``calls`` (name -> times called) read; the first of them leads."""
-
-    leader: str
-    collector: Collector
-    calls: dict[str, int]
-    last: weakref.ref[torch.Tensor] | None = None
-    version: int = 0
-    parted: bool = False
-
-    @property
-    def together(self) -> bool:
-        return not self.parted and len(set(self.calls.values())) == 1
-
-    def read(self, x: torch.Tensor) -> bool:
-        """Whether ``x`` is what the leader read last, unchanged since."""
-        return self.last is not None and self.last() is x and self.version == x._version
-
-    def lead(self, module: nn.Module, x: torch.Tensor) -> None:
-        self.calls[self.leader] += 1
-        self.collector.add(_rows(module, x))
-        if not x.is_inference():  # those count no versions
-            self.last, self.version = weakref.ref(x), x._version
-
-    def follow(self, name: str, x: torch.Tensor) -> None:
-        self.calls[name] = self.calls.get(name, 0) + 1
-        self.parted |= not self.read(x) or self.calls[name] != self.calls[self.leader]
-
-
-def _seer(
-    name: str, needs: Sequence[str], streams: list[_Stream], homes: dict[str, _Stream], shared: bool
-) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    """The hook of one module; at its first call it joins a stream or opens one."""
-
-    def see(module: nn.Module, args: tuple[Any, ...]) -> None:
-        x: torch.Tensor = args[0]
-        alone = not shared or isinstance(module, nn.Conv2d) or x.is_inference()
-        if name not in homes:
-            joined = None if alone else next((s for s in streams if s.calls[s.leader] == 1 and s.read(x)), None)
-            if joined is None:
-                joined = _Stream(name, Collector(_in_features(module), needs, name), {name: 0})
-                streams.append(joined)
-            homes[name] = joined
-        stream = homes[name]
-        if stream.leader == name:
-            stream.lead(module, x)
-        else:
-            stream.follow(name, x)
-
-    return see
-
-
-def _in_features(module: nn.Module) -> int:
-    weight = module.get_parameter("weight")
-    return int(weight.shape[0] if hasattr(module, "nf") else weight.shape[1])  # HF's Conv1D holds [K, N]
-
-
-def _rows(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Inputs as [tokens, K]; of a 1x1 convolution every position it reads is a token."""
-    x = x.detach()
-    if isinstance(module, nn.Conv2d):
-        (high, wide), x = module.stride, x if x.dim() == 4 else x.unsqueeze(0)
-        x = x[:, :, ::high, ::wide].permute(0, 2, 3, 1)
-    return x.reshape(-1, x.shape[-1])
-
-
 def first_tensor(output: Any) -> torch.Tensor:
     """The hidden states of what a block returns: itself, or the first of a tuple."""
     while not isinstance(output, torch.Tensor):
         output = output[0] if not isinstance(output, Mapping) else next(iter(output.values()))
     return output
+
+
+def masks_of(data: Data) -> list[torch.Tensor | None]:
+    """Of each batch the positions that are no padding; None where all of them count."""
+    return [None if mask is None or bool(mask.all()) else mask for mask in map(marked, data)]
+
+
+class WholeRun(BlockRun):
+    """The model itself as a block: for layers outside the list of blocks, and for models without one."""
+
+    def __init__(self, model: nn.Module, data: Data, memory: int, seed: int) -> None:
+        self._first = next(iter(data[0])) if data else ""
+        calls: list[Any] = [((), {k: v for k, v in sample.items() if k != self._first}) for sample in data]
+        inputs = Spilled(memory, (sample[self._first] for sample in data))
+        super().__init__("", model, seed, calls, inputs, masks=masks_of(data))
+
+    def run(self, batch: Batch) -> torch.Tensor:
+        return first_tensor(self.module(**{self._first: batch.hidden, **(batch.kwargs or {})}))
 
 
 class _Reached(Exception):
@@ -345,6 +275,7 @@ class Walk:
         self.notes: list[str] = []
         self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
         self._inputs = Spilled(memory)
+        self._masks = masks_of(data)
         if self.blocks:
             self._capture()
 
@@ -386,7 +317,7 @@ class Walk:
     def __iter__(self) -> Iterator[BlockRun]:
         inputs = self._inputs
         for i, (name, module) in enumerate(self.blocks):
-            run = BlockRun(name, module, self.seed, self._calls[i], inputs)
+            run = BlockRun(name, module, self.seed, self._calls[i], inputs, masks=self._masks)
             if self.keep_dense or not self.propagate_error:
                 run.dense = Spilled(self.memory, run.outputs())
             yield run

@@ -24,6 +24,7 @@ from torch import nn
 
 from sparsec.cache import digest
 from sparsec.calibration_text import Drawn, draw, named, row_of, tokenize_with
+from sparsec.collecting import marked
 from sparsec.errors import SparsecWarning, UnreadableCalibration
 from sparsec.models import LoadedModel, kind_of
 from sparsec.prunable import survey
@@ -35,7 +36,7 @@ _NO_LIMIT = 1 << 20  # tokenizers without a limit say 10^30
 
 @dataclass(frozen=True)
 class Calibrated:
-    """``samples``: keyword arguments of forward, on the model's device. ``tokens``: positions that layers will see.
+    """``samples``: keyword arguments of forward, on the model's device. ``tokens``: positions that count.
 
     ``sha``: of names, shapes, dtypes and values; the same for the same data, settings and tokenizer.
     """
@@ -288,8 +289,9 @@ def _moved(sample: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
 
 
 def _positions(sample: Mapping[str, Any]) -> int:
-    """How many vectors a linear layer sees: token ids, or all but the last dimension (of images: all but channels)."""
-    if isinstance(mask := sample.get("attention_mask"), torch.Tensor) and mask.dim() == 2:
+    """How many vectors count in the statistics of a linear layer: those that a 2-D attention mask marks, for
+    ``collecting`` leaves padding out; else token ids, or all but the last dimension (of images: all but channels)."""
+    if (mask := marked(sample)) is not None:
         return int(mask.count_nonzero())
     for value in sample.values():
         if isinstance(value, torch.Tensor) and value.dim():

@@ -6,6 +6,7 @@ are: the same facts, rates and decision as the backend's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
@@ -54,7 +55,8 @@ def seconds_of(
         if sparsity <= 0.0:
             return imagined(n, k, dtype, 0)
         # Margins make a staircase of it, whose steps must not go up.
-        return min(imagined(n, k, dtype, percent) for percent in range(0, int(100 * sparsity) + 1, _STEP))
+        whole = math.floor(round(100 * sparsity, 6))  # 100 * 0.58 is below 58 in floating point
+        return min(imagined(n, k, dtype, percent) for percent in range(0, whole + 1, _STEP))
 
     return seconds
 

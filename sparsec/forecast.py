@@ -35,7 +35,9 @@ _TIMED = 1 << 18  # weights of the largest layer that are timed
 _ROWS = 256  # tokens that are timed
 _REST = 2.0  # attention, norms and copies take as long again: 1.8 to 2.6 measured with six recipes on a small model
 _BACKWARD = 3  # a forward with a backward costs so many forwards
-_WIDE = {"xxt": 4, "histogram": 8 * 256, "entropy": 8 * 256, "sample": 4 * 512}  # bytes an in-feature (xxt: a pair)
+_WIDE = {"histogram": 8 * 256, "entropy": 8 * 256, "sample": 4 * 512}  # bytes an in-feature
+_FACTOR = 4 * 8  # bytes a pair: the damped X X^T, its factor, the inverse of that and the products it is made of, fp64
+_OUTPUTS = ("o_", "out", "down", "c_proj", "dense", "fc2", "fc_out")
 _DOES = {"reparam": "rewritten, same outputs", "allocate": "given their shares", "post": "repaired",
          "structure": "made smaller"}  # fmt: skip
 
@@ -64,7 +66,7 @@ def forecast(prepared: Prepared, tokens: int | None = None, memory: int = 4 << 3
     choosing = sum(rates.choice * j.layer.weight.numel() * (4 if j.step.scope == "global" else 1) for _, j in jobs)
     again = 3 if prepared.recipe.true_sequential else 0  # a pass for each group of layers that read the same
     passes = _REST * sum(rates.product * _products(stage, chosen, count, again) for stage, chosen in prepared.stages)
-    held, spilled = _activations(prepared, count, memory)
+    spilled = _activations(prepared, count, memory)[1]
     steps = list(_steps(prepared))
     told = [f"{stage.structure.method}: time and memory are not forecast ({stage.structure.method_object().cost})"
             for stage, _ in prepared.stages if stage.structure]  # fmt: skip
@@ -75,7 +77,7 @@ def forecast(prepared: Prepared, tokens: int | None = None, memory: int = 4 << 3
         "steps": steps,
         "layers": [layer for step in steps for layer in step.pop("layers")],
         "weights": weights,
-        "scratch_bytes": held + max((_stage_bytes(stage, chosen) for stage, chosen in prepared.stages), default=0),
+        "scratch_bytes": sum(memory_parts(prepared, count, memory).values()),
         "spilled_bytes": spilled,
         "seconds": choosing + passes,
         "calibration_seconds": passes,
@@ -202,22 +204,58 @@ def _compares(stage: Stage) -> bool:
 # --------------------------------------------------------------------------------------------------------------- memory
 
 
-def _stage_bytes(stage: Stage, chosen: Selection) -> int:
-    """Beside model and activations: one layer at work, and with data its block in fp32 with statistics."""
-    jobs = chosen.jobs
-    largest = max((job.layer.weight.numel() for job in jobs), default=0)
+def memory_parts(prepared: Prepared, tokens: int, memory: int = 4 << 30) -> dict[str, int]:
+    """Bytes held beside the model where the stage that needs most of them needs most, part by part, from shapes.
+
+    ``activations``: what enters a block and what leaves it, for all tokens. ``block``: an fp32 copy and a mask of each
+    weight of one block. ``statistics``: of its distinct inputs. ``layer``: what is needed while one mask is made.
+    """
+    stages = [_stage_parts(stage, chosen) for stage, chosen in prepared.stages]
+    most = max(stages, key=lambda parts: sum(parts.values()), default={})
+    return {"activations": _activations(prepared, tokens, memory)[0], **most}
+
+
+def _stage_parts(stage: Stage, chosen: Selection) -> dict[str, int]:
     if not stage.walks:
-        return _SCRATCH * largest
+        return {"layer": _SCRATCH * max((job.layer.weight.numel() for job in chosen.jobs), default=0)}
     needs = {need for piece in stage.pieces for need in piece.method_object().needs} | {"sample"}
-    blocks: dict[str, int] = {}
+    put_back = bool(stage.reparams) or (
+        stage.allocate is not None and isinstance(stage.allocate.method_object(), Learns)
+    )
+    blocks: dict[str, list[Job]] = {}
+    for job in chosen.jobs:
+        blocks.setdefault(_block_of(job.layer.name), []).append(job)
+    held = [_block_parts(jobs, needs, put_back) for jobs in blocks.values()]
+    most = max(held, key=lambda parts: sum(parts.values()), default={})
+    gradients = 4 * sum(job.layer.weight.numel() for job in chosen.jobs) * len(needs & set(GRADIENTS))
+    return {**most, **({"gradients": gradients} if gradients else {})}
+
+
+def _block_parts(jobs: Sequence[Job], needs: set[str], put_back: bool) -> dict[str, int]:
+    """Of one block: while its last layer is at work, or while its inputs are summed up, whichever is more."""
+    inputs = _inputs(jobs)
+    pairs = [k * k for k in inputs if "xxt" in needs]
+    per_input = sum(_WIDE.get(need, 4) for need in needs - set(GRADIENTS) - {"xxt"})
+    rest = sum(per_input * k for k in inputs)
+    layer = max(_SCRATCH * job.layer.weight.numel() + (4 * job.layer.shape[1] ** 2 if pairs else 0) for job in jobs)
+    working = {
+        "block": sum((5 + put_back * job.layer.weight.element_size()) * job.layer.weight.numel() for job in jobs),
+        "statistics": 4 * sum(pairs) + rest,
+        "layer": max(layer, _FACTOR * max(pairs, default=0)),
+    }
+    summing = {"statistics": 8 * sum(pairs) + 4 * max(pairs, default=0) + rest}
+    return max(working, summing, key=lambda parts: sum(parts.values()))
+
+
+def _inputs(jobs: Sequence[Job]) -> list[int]:
+    """In-features of each distinct input of a block. Layers of one parent and width read the same one (q, k and v;
+    gate and up), or so it is in decoders; those that give a parent's output have their own."""
+    found: dict[object, int] = {}
     for job in jobs:
-        n, k = job.layer.shape
-        size = (4 + job.layer.weight.element_size() + 1) * n * k  # the dense copy, what an error puts back, the mask
-        size += sum(_WIDE.get(need, 4) * (k * k if need == "xxt" else k) for need in needs if need not in GRADIENTS)
-        home = _block_of(job.layer.name)
-        blocks[home] = blocks.get(home, 0) + size
-    gradients = sum(4 * job.layer.weight.numel() for job in jobs) * len(needs & set(GRADIENTS))
-    return _SCRATCH * largest + max(blocks.values(), default=0) + gradients
+        parent, _, last = job.layer.name.rpartition(".")
+        own = last if last.startswith(_OUTPUTS) or last.isdigit() else ""
+        found[parent, own, job.layer.shape[1]] = job.layer.shape[1]
+    return list(found.values())
 
 
 def _block_of(name: str) -> str:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sparsec.facts import WeightFact
 
 PATTERN_KINDS = ("dense", "panel", "bitmap", "index", "nm", "vnm", "block")
-VALUE_BYTES = {"fp32": 4, "bf16": 2}  # of the values that CPU kernels take
+VALUE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of real values; CPU kernels take the first two
 VALUE_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "int4": 4, "ternary": 2, "codebook": 4}
 _DEFAULT_PARAMS = {"nm": (2, 4), "vnm": (64, 2, 8), "block": (16, 1)}
 
@@ -91,6 +91,9 @@ def stored_values(pattern: Pattern, fact: WeightFact) -> int:
         return fact.n * fact.k
     if pattern.kind == "nm" and not _few(pattern):
         n, m = pattern.params
+        return fact.n * -(-fact.k // m) * n
+    if pattern.kind == "vnm":
+        _, n, m = pattern.params
         return fact.n * -(-fact.k // m) * n
     if pattern.kind == "block":
         found = fact.block_fact(*pattern.params)

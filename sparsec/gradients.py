@@ -19,8 +19,8 @@ from sparsec.errors import NoLoss, NonFinite, listed
 from sparsec.passes.masks import METHODS, method_class
 from sparsec.passes.masks.contract import GRADIENTS
 from sparsec.passes.masks.evaluating import evaluating
+from sparsec.passes.masks.scaled import loss_scale, scaled_gradients
 
-_HALF_SCALE = 1024.0  # keeps small float16 gradients from vanishing; a power of two, so that it changes no bit
 _IGNORED = -100  # the label that cross_entropy leaves out
 
 
@@ -117,12 +117,8 @@ def _add_gradients(
     totals: Mapping[str, Mapping[nn.Parameter, torch.Tensor]],
     where: str,
 ) -> None:
-    scale = _HALF_SCALE if any(weight.dtype == torch.float16 for weight in names) else 1.0
     with torch.enable_grad():
-        loss = _loss(model, sample, where)
-        if not loss.requires_grad:  # no chosen weight took part: experts that this sample does not reach
-            return
-        found = torch.autograd.grad(loss * scale, list(names), allow_unused=True)
+        found, scale = scaled_gradients(lambda: _loss(model, sample, where), list(names), loss_scale(names))
     for (weight, name), gradient in zip(names.items(), found, strict=True):
         if gradient is None:
             continue

@@ -7,6 +7,7 @@ later call brings (regional compilation, updates) go through the same functions 
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,8 +25,9 @@ from sparsec.passes.rewrite.contract import Rule
 from sparsec.passes.rewrite.group import group_calls
 from sparsec.plan import Plan
 from sparsec.records import CompileRecord, LayerRecord, StageRecord
-from sparsec.runtime import library
+from sparsec.runtime import gpu, library
 from sparsec.runtime.store import STORE, needed
+from sparsec.targets.base import Target
 
 
 @dataclass
@@ -44,13 +46,19 @@ class Compilation:
     decisions: list[Decision] = field(default_factory=list)
     compiled: Callable[..., Any] | None = None
 
+    @functools.cached_property
+    def target(self) -> Target:
+        """The machine of this graph: the GPU, where the policy leaves it open and weights are there."""
+        on_gpu = any(isinstance(x, torch.Tensor) and x.is_cuda for x in self.example_inputs)
+        return targets.for_weights(self.options.policy.target, on_gpu)
+
     def weight(self, site: Site) -> torch.Tensor:
         return self.weights[site.weight]
 
 
 def capture(c: Compilation) -> int:
     """Find the sites; everything linear that is not one keeps its reason."""
-    view = View.of(c.gm, c.example_inputs)
+    view = View.of(c.gm, c.example_inputs, c.target.device)
     refusal = _refusal(c)
     for node in c.gm.graph.nodes:
         found, rule = _match(node, view)
@@ -100,20 +108,22 @@ def rewrite(c: Compilation) -> int:
     the kernel that Inductor would call. An activation is folded only where the weight at hand is sparse.
     """
     graph = c.gm.graph
+    ops = torch.ops.sparsec if not c.target.gpu else torch.ops.sparsec_gpu
     for i, (site, rule) in enumerate(c.sites):
         node = c.nodes[site.node]
         folded = activation_of(node) if needed(c.decisions[i], c.plans[i]) else None
         if folded:
             c.plans[i] = replace(c.plans[i], act=folded[1])
         with graph.inserting_before(node):
-            new = rule.emit(graph, node, c.plans[i].encode())
+            new = rule.emit(graph, node, c.plans[i].encode(), ops)
         last = folded[0] if folded else node
         new.meta = dict(last.meta)
         last.replace_all_uses_with(new)
         if folded:
             graph.erase_node(last)
         graph.erase_node(node)
-    group_calls(graph)
+    if not c.target.gpu:
+        group_calls(graph)
     graph.lint()
     c.gm.recompile()
     return len(c.sites)
@@ -121,6 +131,8 @@ def rewrite(c: Compilation) -> int:
 
 def generate(c: Compilation) -> int:
     """Write and compile the kernels that the decisions name, those that this machine has not compiled before."""
+    if c.target.gpu:
+        return 0  # Triton compiles a kernel at its first launch, which packing makes
     found = zip(c.sites, c.decisions, c.plans, strict=True)
     parts = [(part, c.weight(site)) for (site, _), decision, plan in found for part in needed(decision, plan)]
     return len({STORE.kernel(part, weight.dtype, c.options.policy).spec for part, weight in parts})
@@ -172,7 +184,11 @@ def run(c: Compilation, stop_after: str = "finish") -> Compilation:
 
 def prepare(options: Options) -> None:
     """Check the target's name and make the ops exist. Raises UnknownTarget, NoCompiler, CompileFailed."""
-    targets.resolve(options.policy.target)
+    if targets.resolve(options.policy.target).gpu:
+        gpu.load()
+        return
+    if torch.cuda.is_available():
+        gpu.load()
     library.load(options.policy.cache_dir)
 
 
@@ -236,7 +252,7 @@ def _refusal(c: Compilation) -> str:
         return "gradients are on; run under torch.no_grad() or torch.inference_mode()"
     if compat.turns_gradients_on(c.gm.graph):
         return "the function turns gradients on inside; only inference is taken"
-    if torch.is_autocast_enabled("cpu") or compat.enters_autocast(c.gm.graph):
+    if torch.is_autocast_enabled(c.target.device) or compat.enters_autocast(c.gm.graph):
         return "autocast is on; convert the model instead: model.to(torch.bfloat16)"
     return ""
 

@@ -141,6 +141,11 @@ class Step(Layers):
             raise BadRecipe(detail=f"{self.method} makes {' and '.join(only)} only, and the pattern is {self.pattern}")
         if aside := Outliers.parse(self.outliers):
             aside.check(MaskPattern.parse(self.pattern))
+            if hasattr(method_class(self.method), "patterns"):
+                raise BadRecipe(
+                    detail=f"{self.method} makes {' and '.join(only)} only, and outliers {aside} stay beside that; "
+                    "drop outliers, or take another method"
+                )
         if fixed is not None and self.sparsity is not None and abs(fixed - self.sparsity) > 1e-6:
             raise BadRecipe(
                 detail=f"pattern {self.pattern} means sparsity {fixed:g}, but sparsity is {self.sparsity:g}; "

@@ -20,13 +20,14 @@ from sparsec import __version__
 from sparsec.cache import digest
 from sparsec.calibration import Calibrated, calibrate
 from sparsec.cli.common import progress as progress_bar
-from sparsec.errors import BadRecipe
+from sparsec.errors import BadRecipe, UnprunableLayer
 from sparsec.journal import Journal
 from sparsec.passes.masks import METHODS, method_class
-from sparsec.passes.masks.contract import Updates
+from sparsec.passes.masks.allocate.contract import Learns
+from sparsec.passes.masks.contract import GRADIENTS, Updates
 from sparsec.prunable import Job, Selection, select_layers, survey
 from sparsec.recipe import Recipe
-from sparsec.recipe_steps import Step, Values
+from sparsec.recipe_steps import Piece, Step, Values
 from sparsec.sparsify_report import PrunedLayer, Report
 from sparsec.sparsify_run import Runner
 from sparsec.sparsify_structure import restructure
@@ -169,6 +170,7 @@ def prepare(model: nn.Module, recipe: object) -> Prepared:
             continue
         selection = select_layers(seen, stage.mask)
         _check_scope(stage, selection)
+        _check_tensors(stage, selection)
         mask = selection.step
         assert isinstance(mask, (Step, Values))
         stages.append((replace(stage, mask=mask), selection))
@@ -199,6 +201,24 @@ def _check_scope(stage: Stage, selection: Selection) -> None:
             detail=f"method {stage.mask.method} goes layer by layer here, so scope global has no meaning; "
             "use layer or row, and owl to spread the sparsity"
         )
+
+
+def _check_tensors(stage: Stage, selection: Selection) -> None:
+    """Weights of inference mode take no gradients, and only plain copies of new values."""
+    made = next((job.layer.name for job in selection.jobs if job.layer.weight.is_inference()), None)
+    needy = next((piece.method for piece in stage.pieces if _learns_or_folds(piece)), None)
+    if made is not None and needy is not None:
+        raise UnprunableLayer(
+            name=made,
+            why=f"it was made in inference mode, where {needy} can neither learn nor fold",
+            help="Load the model outside torch.inference_mode.",
+        )
+
+
+def _learns_or_folds(piece: Piece) -> bool:
+    method = piece.method_object()
+    learns = isinstance(method, Learns) or getattr(method, "trains", False) or set(method.needs) & set(GRADIENTS)
+    return piece.role == "reparam" or bool(learns)
 
 
 def fingerprint(model: nn.Module) -> str:

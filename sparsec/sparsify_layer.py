@@ -22,9 +22,9 @@ from sparsec.sparsify_report import PrunedLayer
 def state_of(job: Job, stats: Statistics, sparsity: float | torch.Tensor) -> LayerState:
     share = float(sparsity.mean()) if isinstance(sparsity, torch.Tensor) else sparsity
     pattern = MaskPattern.parse(job.step.pattern)
-    if pattern.kind == "nm" and pattern.sparsity != share:  # an allocator's: see ``keep_of_m``
+    if pattern.kind == "nm" and pattern.sparsity != share:  # an allocator's: see ``sparsify_spread``
         m = pattern.params[1]
-        kept = round(m * (1.0 - share))
+        kept = max(1, round(m * (1.0 - share)))
         pattern = MaskPattern("nm", (kept, m)) if kept < m else MaskPattern()
     dense = job.layer.matrix.float().clone()
     choose = chooser(job, sparsity, pattern)
@@ -33,12 +33,20 @@ def state_of(job: Job, stats: Statistics, sparsity: float | torch.Tensor) -> Lay
 
 def prune_state(job: Job, state: LayerState) -> None:
     """Choose one layer's mask and write its weight; ``state.keep`` is the mask."""
-    method: Any = state.method
-    if method.needs and not int(state.stats["tokens"]):
-        method = Magnitude()  # an expert that no token reached: nothing is known of its inputs
+    method: Any = Magnitude() if unknown_inputs(state) else state.method
     pruned = prune(method, state.dense, state.stats, Finite(state.choose, job.layer.name))
     state.keep = pruned.keep
-    write(job, written(state.dense, pruned))
+    write(job, written(state.weight, pruned))  # not of the fp32 copy: kept weights of float64 stay what they are
+
+
+def unknown_inputs(state: LayerState) -> str:
+    """Why the method of a layer has nothing to go by; "" where it has."""
+    if not state.method.needs:
+        return ""
+    if not int(state.stats["tokens"]):
+        return "no token reached it"  # an expert
+    zero = "xxt" in state.method.needs and not bool(state.stats["xxt"].diagonal().any())
+    return "all of its inputs were zero" if zero else ""
 
 
 def row_of(job: Job, state: LayerState, sample: torch.Tensor, number: int, notes: Sequence[str]) -> PrunedLayer:
@@ -46,9 +54,7 @@ def row_of(job: Job, state: LayerState, sample: torch.Tensor, number: int, notes
     size, lost = torch.linalg.vector_norm(state.dense), torch.linalg.vector_norm(state.dense - new)
     out = torch.linalg.vector_norm(sample @ state.dense.t()).item() if len(sample) else 0.0
     moved = torch.linalg.vector_norm(sample @ (state.dense - new).t()).item() if len(sample) else 0.0
-    unseen = (
-        ("no token reached it: pruned by magnitude",) if state.method.needs and not int(state.stats["tokens"]) else ()
-    )
+    unseen = (f"{why}: pruned by magnitude",) if (why := unknown_inputs(state)) else ()
     return PrunedLayer(
         **{**_about(job, number), "asked": state.sparsity},
         achieved=1.0 - new.count_nonzero().item() / new.numel(),
@@ -82,26 +88,28 @@ def chooser(job: Job, sparsity: float | torch.Tensor, pattern: MaskPattern | Non
 
 
 def choosers_of(jobs: Sequence[Job]) -> dict[Job, Choose]:
-    """A ``Choose`` for each job. Jobs of scope global with the same method, pattern and sparsity share a threshold."""
+    """A ``Choose`` for each job. Jobs of scope global with the same settings share a threshold."""
     choosers: dict[Job, Choose] = {}
-    pools: dict[tuple[Any, MaskPattern, float], list[Job]] = {}
+    pools: dict[tuple[Any, MaskPattern, float, Outliers | None], list[Job]] = {}
     for job in jobs:
         pattern, step = MaskPattern.parse(job.step.pattern), job.step
         method, sparsity = step.method_object(), float(step.sparsity or 0.0)
         if step.scope == "global" and pattern.sparsity is None:
-            pools.setdefault((method, pattern, sparsity), []).append(job)
+            pools.setdefault((method, pattern, sparsity, Outliers.parse(step.outliers)), []).append(job)
         else:
             choosers[job] = chooser(job, sparsity)
-    for (method, pattern, sparsity), members in pools.items():
-        selectors = select_pool([_scorer(method, job) for job in members], pattern, sparsity, norm=method.norm)
-        choosers.update(zip(members, selectors, strict=True))
+    for (method, pattern, sparsity, outliers), members in pools.items():
+        scores = [_scorer(method, job, outliers) for job in members]
+        selectors = select_pool(scores, pattern, sparsity, norm=method.norm)
+        choosers.update(zip(members, [with_outliers(one, outliers) for one in selectors], strict=True))
     return choosers
 
 
-def _scorer(method: Scores, job: Job) -> Callable[[], torch.Tensor]:
+def _scorer(method: Scores, job: Job, outliers: Outliers | None) -> Callable[[], torch.Tensor]:
     def score() -> torch.Tensor:
         with torch.no_grad():
-            return method.score(job.layer.matrix, {})
+            found = method.score(job.layer.matrix, {})
+            return found if outliers is None else outliers.rest(found)
 
     return score
 

@@ -10,29 +10,30 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 import torch
 from torch import nn
 
-from sparsec.blockwise import BlockRun, Data, Found, Walk, find_blocks, first_tensor
+from sparsec.blockwise import BlockRun, Data, Found, Walk, WholeRun, find_blocks
 from sparsec.errors import SparsecWarning
 from sparsec.journal import Journal
-from sparsec.passes.masks.allocate.contract import Dense, Learns, Measured, Measures
-from sparsec.passes.masks.allocate.spread import keep_of_m
-from sparsec.passes.masks.block import Batch, LayerState
+from sparsec.passes.masks.allocate.contract import Measures
+from sparsec.passes.masks.block import LayerState
 from sparsec.passes.masks.contract import GRADIENTS
 from sparsec.passes.masks.evaluating import evaluating
 from sparsec.passes.masks.pattern import MaskPattern
+from sparsec.passes.reparam.contract import held_by
 from sparsec.prunable import Job, Selection
 from sparsec.recipe import Recipe
 from sparsec.sparsify_layer import choosers_of, prune_job, prune_state, row_of, state_of
 from sparsec.sparsify_report import PrunedLayer
+from sparsec.sparsify_spread import Sparsities, learned, learner_of, left_out, measured, unlearned
 from sparsec.spill import Spilled
 from sparsec.stages import Stage
 
 Tick = Callable[[int, int, str], None]
-Sparsities = Mapping[str, "float | torch.Tensor"]
+Gradients = dict[str, Mapping[str, torch.Tensor]]  # layer -> statistic -> [N, K]
 
 
 @dataclass
@@ -47,6 +48,7 @@ class Runner:
     journal: Journal | None = None
     memory: int = 4 << 30
     notes: list[str] = field(default_factory=list)
+    held: set[tuple[str, str]] = field(default_factory=set)  # what masks so far keep in its order, see ``Block``
     _done: int = 0
     _at: str = ""
     _stored: int = 0
@@ -66,6 +68,7 @@ class Runner:
                 rows = self._blockwise if stage.walks else self._plain
                 for row in rows(stage, selection, number):
                     self._done += 1
+                    self.held |= {(row.name, side) for side in held_by(MaskPattern.parse(row.pattern))}
                     yield row
             self.at("")
         except GeneratorExit:
@@ -99,7 +102,7 @@ class Runner:
         jobs = {job.layer.name: job for job in selection.jobs}
         with evaluating(self.model):
             found = find_blocks(self.model, list(jobs), self.recipe.blocks)
-            gradients = self._gradients(stage, jobs)
+            gradients = self._gradients(stage, jobs, number)
             spread = self._allocated(stage, jobs, found)
             work = _Work(self, stage, number, gradients, spread)
             walk = Walk(
@@ -107,7 +110,7 @@ class Runner:
                 found,
                 self.data,
                 propagate_error=self.recipe.propagate_error,
-                keep_dense=_compares(stage) or _learner(stage) is not None,
+                keep_dense=_compares(stage) or learner_of(stage) is not None,
                 memory=self.memory,
                 seed=self.recipe.seed,
             )
@@ -119,74 +122,48 @@ class Runner:
                 yield from work.block(run, mine)
             rest = {n: job for n, job in jobs.items() if n not in inside}
             if rest:
-                yield from work.block(self._whole(stage), rest)
+                work.outside = bool(inside)
+                if work.outside:
+                    self.notes += unlearned(stage, rest)
+                yield from work.block(self._whole(stage, learns=not work.outside), rest)
 
-    def _whole(self, stage: Stage) -> BlockRun:
+    def _whole(self, stage: Stage, learns: bool) -> BlockRun:
         run = WholeRun(self.model, self.data, self.memory, self.recipe.seed)
-        if _compares(stage):
+        if _compares(stage) or (learns and learner_of(stage) is not None):
             run.dense = Spilled(self.memory, run.outputs())
         return run
 
-    def _gradients(self, stage: Stage, jobs: Mapping[str, Job]) -> Mapping[str, Mapping[str, torch.Tensor]]:
+    def _gradients(self, stage: Stage, jobs: Mapping[str, Job], number: int) -> Gradients:
+        """Of the model as the stages before left it: they may have moved its channels, and the gradients with them."""
         wanted = [n for piece in stage.pieces for n in piece.method_object().needs if n in GRADIENTS]
         if not wanted:
             return {}
         from sparsec.gradients import gradients
 
+        if stage is not self.stages[0][0]:
+            self.notes.append(f"step {number}: its gradients are those of the model that the steps before it left")
         modules = {name: self.model.get_submodule(name) for name in jobs}
-        found: Mapping[str, Mapping[str, torch.Tensor]] = gradients(self.model, self.data, modules, tuple(wanted))
-        return found
+        return dict(
+            gradients(
+                self.model,
+                self.data,
+                modules,
+                tuple(wanted),
+                seed=self.recipe.seed,
+                tick=lambda i, of, what: self.at(f"{what}, sample {i} of {of}"),
+            )
+        )
 
     def _allocated(self, stage: Stage, jobs: Mapping[str, Job], found: Found) -> Sparsities:
         """Layer -> sparsity from an allocator that measures the dense model; {} where none does."""
-        method = stage.allocate.method_object() if stage.allocate else None
-        if not isinstance(method, Measures):
+        self.notes += left_out(stage, jobs)
+        if stage.allocate is None or not isinstance(stage.allocate.method_object(), Measures):
             return {}
-        measured = []
         walk = Walk(self.model, found, self.data, memory=self.memory)
-        names = set(jobs)
-        for run in walk:
-            mine = [n for n in jobs if n.startswith(f"{run.name}.") or n == run.name]
-            names -= set(mine)
-            measured.append(self._measure(method, run, mine))
-        if names:
-            measured.append(self._measure(method, self._whole(stage), [n for n in jobs if n in names]))
-        assert stage.mask is not None
-        assert stage.mask.sparsity is not None
-        allocation = method.allocate([m for m in measured if m.layers], stage.mask.sparsity)
+        whole = partial(WholeRun, self.model, self.data, self.memory, self.recipe.seed)
+        allocation = measured(stage, jobs, walk, whole)
         self.notes += allocation.notes
-        pattern = MaskPattern.parse(stage.mask.pattern)
-        if pattern.kind != "nm":
-            return dict(allocation.sparsity)
-        m = pattern.params[1]
-        weights = {name: job.layer.weight.numel() for name, job in jobs.items()}
-        kept = keep_of_m(allocation.sparsity, weights, m)
-        return {name: 1.0 - n / m for name, n in kept.items()}
-
-    def _measure(self, method: Any, run: BlockRun, names: Sequence[str]) -> Measured:
-        layers = [job for _, s in self.stages for job in s.jobs if job.layer.name in set(names)]
-        by_name = {job.layer.name: job.layer for job in layers}
-        stats = run.collect({n: self.model.get_submodule(n) for n in names}, method.needs) if names else {}
-        dense = [Dense(n, by_name[n].matrix.float(), stats[n]) for n in names]
-        sizes = tuple((n, by_name[n].weight.numel()) for n in names)
-        times = None
-        if method.keeps == "time":
-            from sparsec.expected_time import seconds_of
-
-            times = seconds_of({n: by_name[n].matrix for n in names}, method.target, method.rows)
-        return Measured(run.name, sizes, method.measure(dense) if dense else {}, times)
-
-
-class WholeRun(BlockRun):
-    """The model itself as a block: for layers outside the list of blocks, and for models without one."""
-
-    def __init__(self, model: nn.Module, data: Data, memory: int, seed: int) -> None:
-        self._first = next(iter(data[0])) if data else ""
-        calls: list[Any] = [((), {k: v for k, v in sample.items() if k != self._first}) for sample in data]
-        super().__init__("", model, seed, calls, Spilled(memory, (sample[self._first] for sample in data)))
-
-    def run(self, batch: Batch) -> torch.Tensor:
-        return first_tensor(self.module(**{self._first: batch.hidden, **(batch.kwargs or {})}))
+        return allocation.sparsity
 
 
 @dataclass
@@ -196,8 +173,9 @@ class _Work:
     runner: Runner
     stage: Stage
     number: int
-    gradients: Mapping[str, Mapping[str, torch.Tensor]]
+    gradients: Gradients  # of each layer's weight as it lies now: a rewrite of the stage moves them
     spread: Sparsities
+    outside: bool = False  # the layers are outside the list of blocks, and what blocks learn is not for them
 
     def block(self, run: BlockRun, jobs: Mapping[str, Job]) -> Iterator[PrunedLayer]:
         if not jobs:
@@ -232,7 +210,7 @@ class _Work:
 
     def _copied(self, tensor: torch.Tensor) -> bool:
         """Whether what an error puts back needs a copy: else a layer's own fp32 copy holds the same values."""
-        return bool(self.stage.reparams) or _learner(self.stage) is not None or tensor.dtype == torch.float64
+        return bool(self.stage.reparams) or learner_of(self.stage) is not None or tensor.dtype == torch.float64
 
     def _written(self, run: BlockRun, jobs: Mapping[str, Job]) -> dict[str, torch.Tensor]:
         """What this stage may have changed in the block: its weights; what a reparametrisation folds is anywhere."""
@@ -243,9 +221,11 @@ class _Work:
     def _compress(self, run: BlockRun, jobs: Mapping[str, Job], states: list[LayerState]) -> list[PrunedLayer]:
         """Rows of the report; ``states`` gets each layer before its weight is written."""
         modules = {name: self.runner.model.get_submodule(name) for name in jobs}
+        run.held = self.runner.held
         notes = self._reparam(run, jobs, modules)
-        spread = {**self.spread, **self._learned(run, jobs, modules)}
-        groups = run.groups(modules) if self.runner.recipe.true_sequential else [list(jobs)]
+        spread = {**self.spread, **({} if self.outside else learned(self.stage, jobs, run))}
+        ordered = self.runner.recipe.true_sequential and run.calls  # without data nothing runs that has an order
+        groups = run.groups(modules) if ordered else [list(jobs)]
         samples: dict[str, torch.Tensor] = {}
         for names in groups:
             stats = run.collect({n: modules[n] for n in names}, self._needs)
@@ -275,34 +255,23 @@ class _Work:
         for step in self.stage.reparams:
             method = step.method_object()
             stats = run.collect(modules, tuple(method.needs))
-            run.layers = [state_of(jobs[n], stats[n], float(jobs[n].step.sparsity or 0.0)) for n in jobs]
+            run.layers = [
+                state_of(jobs[n], {**stats[n], **self.gradients.get(n, {})}, float(jobs[n].step.sparsity or 0.0))
+                for n in jobs
+            ]
             folded = method.apply(run)
+            for state in run.layers:
+                if held := self.gradients.get(state.name):
+                    self.gradients[state.name] = {kind: state.stats[kind] for kind in held}
             notes += [*folded.notes]
             if folded.gathers:
                 notes.append(f"{step.method} left {folded.gathers} layers alone: their inputs cannot be folded into")
             run.layers = []
         return notes
 
-    def _learned(self, run: BlockRun, jobs: Mapping[str, Job], modules: Mapping[str, nn.Module]) -> Sparsities:
-        learner = _learner(self.stage)
-        if learner is None or not run.name:
-            return {}
-        assert self.stage.allocate is not None
-        assert self.stage.mask is not None
-        stats = run.collect(modules, tuple(self.stage.allocate.method_object().needs))
-        run.layers = [state_of(jobs[n], stats[n], float(jobs[n].step.sparsity or 0.0)) for n in jobs]
-        found = learner.learn(run, float(self.stage.mask.sparsity or 0.0))
-        run.layers = []
-        return found
-
 
 def _compares(stage: Stage) -> bool:
     return any(post.method_object().compares for post in stage.posts)
-
-
-def _learner(stage: Stage) -> Learns | None:
-    method = stage.allocate.method_object() if stage.allocate else None
-    return method if isinstance(method, Learns) else None
 
 
 def _check(name: str, before: Sequence[tuple[int, LayerState]]) -> None:

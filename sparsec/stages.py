@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparsec.errors import BadRecipe
+from sparsec.passes.masks.contract import Updates
 from sparsec.passes.masks.pattern import MaskPattern
 from sparsec.recipe_steps import DEFAULT_SPARSITY, Piece, Spread, Step, Values
 
@@ -48,6 +49,7 @@ def stages_of(steps: Sequence[Piece], quantize_first: bool = False) -> tuple[Sta
     """
     if not quantize_first:
         _sparsified_first(steps)
+    _kept_on_grids(steps)
     found: list[Stage] = []
     reparams: list[Piece] = []
     allocate: Spread | None = None
@@ -94,6 +96,17 @@ def _sparsified_first(steps: Sequence[Piece]) -> None:
         )
 
 
+def _kept_on_grids(steps: Sequence[Piece]) -> None:
+    """What moves the weights that stay may not end a recipe that has put them on a grid."""
+    last = max((i for i, step in enumerate(steps) if step.role == "quantize"), default=len(steps))
+    for step in steps[last + 1 :]:
+        if step.role == "post" or (step.role == "mask" and isinstance(step.method_object(), Updates)):
+            raise BadRecipe(
+                detail=f"{step.method} moves the weights that stay, off the grid that {steps[last].method} has put "
+                f"them on; put {steps[last].method} after it, or use a method that only chooses, such as wanda"
+            )
+
+
 def _followed(found: list[Stage], step: Piece, waiting: str) -> Stage:
     if not found or not isinstance(found[-1].mask, Step) or waiting:
         raise BadRecipe(detail=f"{step.method} works on masks: put it after the step of a mask method")
@@ -112,13 +125,25 @@ def _allocated(step: Step, allocate: Spread | None) -> Step:
     pattern = MaskPattern.parse(step.pattern)
     if pattern.kind == "vnm":
         raise BadRecipe(detail=f"{allocate.method} gives each layer its own sparsity, and {pattern} has only one")
-    if pattern.kind == "nm" and getattr(allocate.method_object(), "keeps", "mean") == "time":
+    method = allocate.method_object()
+    if pattern.kind != "unstructured" and getattr(method, "per", "layer") == "row":
+        raise BadRecipe(
+            detail=f"{allocate.method} learns a sparsity for each row, which {pattern} cannot hold; say per: layer"
+        )
+    if pattern.kind == "nm" and getattr(method, "keeps", "mean") == "time":
         raise BadRecipe(
             detail=f"{allocate.method} sets shares that N of {pattern} can only come near; use unstructured"
         )
     if step.scope == "global":
         raise BadRecipe(detail=f"{allocate.method} gives each layer its own sparsity; scope global would overrule it")
-    if allocate.sparsity is None or pattern.sparsity is not None:
+    if allocate.sparsity is None:
+        return step
+    if pattern.sparsity is not None:
+        if abs(pattern.sparsity - allocate.sparsity) > 1e-6:
+            raise BadRecipe(
+                detail=f"{allocate.method} asks for sparsity {allocate.sparsity:g}, and {pattern} means "
+                f"{pattern.sparsity:g}; drop one of the two"
+            )
         return step
     if "sparsity" in step.model_fields_set and step.sparsity not in (allocate.sparsity, DEFAULT_SPARSITY):
         raise BadRecipe(

@@ -25,7 +25,7 @@ TARGETS: dict[str, tuple[str, tuple[str, ...], str]] = {
     ),
     "reference": ("sparsec.targets.reference:make", (), "portable kernels, fixed costs: the same plan everywhere"),
 }
-DEFAULT = "cpu"  # what "auto" means
+DEFAULT = "cpu"  # what "auto" means where no weight says otherwise
 
 
 def names() -> tuple[str, ...]:
@@ -40,6 +40,11 @@ def resolve(name: str) -> Target:
     Raises UnknownTarget, and BadOptionValue where this machine cannot run its code.
     """
     return _resolve(name, os.environ.get("SPARSEC_ISA", ""))
+
+
+def for_weights(name: str, on_gpu: bool) -> Target:
+    """``resolve``, where ``auto`` means the machine that the weights are on: the GPU where they are there."""
+    return resolve("cuda" if name == "auto" and on_gpu else name)
 
 
 @functools.lru_cache(maxsize=64)

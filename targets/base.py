@@ -18,6 +18,16 @@ class Target:
     l3_bytes: int = 0
 
     @property
+    def device(self) -> str:
+        """Where weights must be for its kernels: ``cpu`` or ``cuda``."""
+        return "cpu"
+
+    @property
+    def gpu(self) -> bool:
+        """Whether its kernels are those of GPUs; in Triton's interpreter they take weights on the CPU."""
+        return self.name == "cuda"
+
+    @property
     def fingerprint(self) -> str:
         flags = "+bf16" if self.bf16_dot else ""
         return f"{self.name}/{self.model}/{self.isa}{flags}/{self.cores}c"
@@ -44,6 +54,8 @@ class KernelRate:
     dtype: str
     points: tuple[tuple[int, float, float, float], ...]  # ((M, column, position, nonzero), ...), M ascending
     bandwidth: float = 0.0  # bytes/s at which this kernel streams weights that are in no cache; 0: as memory does
+    stored: tuple[float, float] = (0.0, 0.0)  # bytes of a position and of a kept value; 0, 0: as ``storage_bytes`` says
+    most: int = 0  # rows that the kernel takes at most; 0: any number
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Sources: NVIDIA's data sheets and tuning guides; sparse tensor-core instructions
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 
 from sparsec.errors import BadOptionValue, did_you_mean, listed
@@ -25,8 +26,12 @@ class GpuTarget(Target):
     copy: float = 0.9
     dense_flops: tuple[tuple[str, float], ...] = ()
     clock: float = 0.0
-    native: frozenset[str] = frozenset()
+    native: tuple[str, ...] = ()
     here: bool = False
+
+    @property
+    def device(self) -> str:
+        return "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
     @property
     def fingerprint(self) -> str:
@@ -42,7 +47,7 @@ def _arch(capability: int, model: str, sms: int, bandwidth: float, l2: int, cloc
     flops = (("bf16", bf16), ("fp16", bf16), ("fp8", fp8), ("int8", max(fp8, 2 * bf16)), ("fp32", fp32))
     return GpuTarget(
         name="cuda", isa=f"sm_{capability}", bf16_dot=True, cores=sms, model=model, l2_bytes=l2, capability=capability,
-        bandwidth=bandwidth, dense_flops=flops, clock=clock, native=frozenset(native.split()),
+        bandwidth=bandwidth, dense_flops=flops, clock=clock, native=tuple(native.split()),
     )  # fmt: skip
 
 

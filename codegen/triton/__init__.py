@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from sparsec.codegen.triton.contract import Family
 
 FAMILIES = {kind: f"sparsec.codegen.triton.{kind}:FAMILY" for kind in ("index", "nm24")}
+# family -> its loops and the most rows of x each takes (0: any), so that a plan can be made without triton
+LOOPS: dict[str, dict[str, int]] = {"index": {"gather": 8}, "nm24": {"skinny": 64}}
+_TENSOR_CORES = {"nm:2:4": "nm24"}
 KNOWN = ("3.6", "3.9")  # versions of Triton that the kernels were compiled with, first and last
 
 
@@ -28,6 +31,24 @@ def family(kind: str) -> Family:
     module, _, name = FAMILIES[kind].partition(":")
     need_triton()
     return cast("Family", getattr(importlib.import_module(module), name))
+
+
+def kinds_of(format: Format) -> tuple[str, ...]:
+    """The families that pack a format, by kind; 2:4 has one on tensor cores besides that of N:M."""
+    kind = format.pattern.kind
+    return tuple(k for k in (_TENSOR_CORES.get(str(format.pattern)), kind) if k in FAMILIES)
+
+
+def kind_of(format: Format, loop: str) -> str:
+    """The family that has this loop for the format. Raises KeyError where none has."""
+    for kind in kinds_of(format):
+        if loop in LOOPS[kind]:
+            return kind
+    raise KeyError(f"{format} has no loop {loop}")
+
+
+def family_of(format: Format, loop: str) -> Family:
+    return family(kind_of(format, loop))
 
 
 def need_triton() -> str:
@@ -42,15 +63,15 @@ def need_triton() -> str:
     return version
 
 
-def pack_verified(weight: torch.Tensor, format: Format, source_key: str, kind: str = "") -> Packed:
+def pack_verified(weight: torch.Tensor, format: Format, source_key: str, loop: str = "") -> Packed:
     """Pack a [N, K] weight on its device and prove it: unpacking must give every bit back, but -0.0 may become 0.0.
 
-    ``kind``: the family, where it is not that of the pattern's own name (2:4 has one on sparse tensor cores, ``nm24``).
+    ``loop``: where several families pack the format, the one that has this loop.
     Raises PatternMismatch, RoundTripMismatch, NoTriton; torch.OutOfMemoryError where the GPU has no room for it.
     """
     import torch
 
-    chosen = family(kind or format.pattern.kind)
+    chosen = family_of(format, loop) if loop else family(kinds_of(format)[-1])
     packed = chosen.pack(weight.detach(), format, source_key)
     back = chosen.unpack(packed)
     same = (back == weight) | (back.isnan() & weight.isnan())

@@ -14,13 +14,14 @@ few rows and for high sparsity (MACKO, 2025, has the same trade with 4-bit delta
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 
 from sparsec.codegen.spec import ACTS, Packed
+from sparsec.codegen.triton import LOOPS
 from sparsec.codegen.triton.contract import Call, Config
 from sparsec.codegen.triton.epilogue import finish, reduction
 from sparsec.codegen.triton.launch import Launch, Loop
@@ -70,7 +71,7 @@ def gather(
 class Index:
     kind = "index"
     formats = ("index+bf16", "index+fp16", "index+fp32")
-    loops: Mapping[str, int] = {"gather": 8}
+    loops = LOOPS["index"]
 
     def pack(self, weight: torch.Tensor, format: Format, source_key: str) -> Packed:
         n, k = weight.shape

@@ -18,12 +18,14 @@ class Loop:
     """What the main loop of a kernel does in one trip, to count its instructions by.
 
     ``unit``: "weight" (a position of the dense matrix) or "nonzero". ``count``: units that one program handles a trip.
-    ``budget``: lane instructions that a unit may take so that an H200 still waits for memory.
+    ``budget``: lane instructions that a unit may take so that an H200 still waits for memory. ``repeats``: how many
+    programs handle each unit, where the rows of x are split over programs.
     """
 
     unit: str
     count: int
     budget: float
+    repeats: int = 1
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ Integers are multiplied as such, exact in bf16 and fp16. Scales multiply fp32 su
 # mypy: disable-error-code="assignment"
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import log2
 
 import torch
@@ -39,7 +39,7 @@ import triton
 import triton.language as tl
 
 from sparsec.codegen.spec import ACTS, Packed
-from sparsec.codegen.triton import nm24_pack
+from sparsec.codegen.triton import LOOPS, nm24_pack
 from sparsec.codegen.triton.contract import Call, Config
 from sparsec.codegen.triton.epilogue import finish, reduction
 from sparsec.codegen.triton.launch import Launch, Loop
@@ -191,7 +191,7 @@ NATIVE = isinstance(skinny, triton.JITFunction)  # the interpreter runs no assem
 class NM24:
     kind = "nm24"
     formats = ("nm:2:4+bf16", "nm:2:4+fp16", "nm:2:4+int8", "nm:2:4+int4g128")
-    loops: Mapping[str, int] = {"skinny": 64}
+    loops = LOOPS["nm24"]
 
     def pack(self, weight: torch.Tensor, format: Format, source_key: str) -> Packed:
         return nm24_pack.pack(weight, format, source_key)

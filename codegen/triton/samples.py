@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from sparsec.codegen.spec import Packed
-from sparsec.codegen.triton import FAMILIES, family, pack_verified
+from sparsec.codegen.triton import FAMILIES, family, family_of, pack_verified
 from sparsec.codegen.triton.contract import Call
 from sparsec.codegen.triton.launch import Launch
 from sparsec.formats import Format, value_kind
@@ -23,12 +23,13 @@ N, K = 256, 1024
 
 @dataclass(frozen=True)
 class Sample:
-    """One kernel on one format. ``m``: rows of x. ``launches``: in order; the one with a ``loop`` reads the weight."""
+    """One kernel on one format. ``m``: rows of x. ``launches``: the weight's reader first."""
 
     format: str
     loop: str
     m: int
     launches: tuple[Launch, ...]
+    bytes_kept: float = 0.0  # bytes of the pack for each non-zero weight
 
     @property
     def name(self) -> str:
@@ -41,14 +42,16 @@ def samples(capability: int = 90, kinds: tuple[str, ...] = (), rows: tuple[int, 
         chosen = family(kind)
         for name in chosen.formats:
             format = Format.parse(name)
-            packed = pack_verified(sample_weight(format), format, "sample", kind)
+            weight = sample_weight(format)
+            packed = pack_verified(weight, format, "sample", next(iter(chosen.loops)))
+            each = packed.bytes / max(int(weight.count_nonzero()), 1)
             for loop, most in chosen.loops.items():
                 for m in (m for m in rows if not most or m <= most):
-                    yield Sample(name, loop, m, _launches(kind, packed, loop, m, capability))
+                    yield Sample(name, loop, m, _launches(packed, loop, m, capability), each)
 
 
-def _launches(kind: str, packed: Packed, loop: str, m: int, capability: int) -> tuple[Launch, ...]:
-    chosen, dtype = family(kind), x_dtype(packed.format)
+def _launches(packed: Packed, loop: str, m: int, capability: int) -> tuple[Launch, ...]:
+    chosen, dtype = family_of(packed.format, loop), x_dtype(packed.format)
     n, k = packed.shape
     call = Call(torch.zeros(m, k, dtype=dtype), torch.empty(m, n, dtype=dtype), capability=capability)
     config = chosen.configs(packed, loop, m, capability)[0]

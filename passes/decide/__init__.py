@@ -24,7 +24,7 @@ from sparsec.passes.decide.candidates import (
     our_ways,
     ways_for,
 )
-from sparsec.passes.decide.cost import turning_points
+from sparsec.passes.decide.cost import NEVER_S, turning_points
 from sparsec.passes.decide.measured import Measured, bucket, by_measurement
 from sparsec.targets.base import Rates, Target
 
@@ -93,7 +93,8 @@ def cheapest(dense: Way, ways: list[Way], least: float) -> tuple[Range, ...]:
     ranges: list[Range] = []
     last: Way | None = None
     for lo in sorted(starts):
-        good = [w for w in ways if not least or w.cost.at(lo) * least * w.margin < dense.cost.at(lo)]
+        limit = dense.cost.at(lo) if least else NEVER_S
+        good = [w for w in ways if w.cost.at(lo) * (least * w.margin or 1.0) < limit]
         chosen = min(good, key=partial(_order, m=lo, last=last), default=dense)
         last = chosen if chosen.ours else last
         if ranges and (ranges[-1].format, ranges[-1].kernel) == (chosen.format, chosen.kernel):

@@ -79,14 +79,22 @@ def our_ways(fact: WeightFact, dtype: str, rates: Rates, formats: tuple[str, ...
         if not allowed(pattern, formats):
             continue
         name = Format(pattern, dtype)
-        read = storage_bytes(name, fact)
-        if read >= whole and not any_size and pattern.kind != "panel":
-            continue
         for rate in kernel_rates(rates, pattern, dtype):
+            read = read_bytes(rate, name, fact)
+            if read >= whole and not any_size and pattern.kind != "panel":
+                continue
             cost = kernel_cost(rate, rates, fact.n, fact.k, stored_values(pattern, fact), read)
             margin = PANEL_MARGIN if pattern.kind == "panel" else MODEL_MARGIN
             ways.append(Way(str(name), rate.loop, read, cost, margin))
     return ways
+
+
+def read_bytes(rate: KernelRate, format: Format, fact: WeightFact) -> int:
+    """Bytes of weight that the kernel reads a call."""
+    if not any(rate.stored):
+        return storage_bytes(format, fact)
+    a_position, a_value = rate.stored
+    return round(a_position * fact.n * fact.k + a_value * stored_values(format.pattern, fact))
 
 
 def ways_for(fact: WeightFact, dtype: str, rates: Rates, policy: Policy) -> list[Way]:
@@ -118,6 +126,9 @@ def patterns(fact: WeightFact) -> Iterator[Pattern]:
         if f.exact and f.n / f.m <= FULLEST_NM and not implied:
             taken.append((f.n, f.m))
             yield Pattern("nm", (f.n, f.m))
+    tall = next((f for f in fact.vnm if f.exact), None)  # the tallest blocks that hold share their columns most
+    if tall is not None:
+        yield Pattern("vnm", (tall.v, tall.n, tall.m))
     for b in fact.blocks:
         has_layout = b.rows % 2 == 0 or b.cols % 16 == 0  # the kernels have nothing better than index for the others
         if has_layout and b.nonzero <= FULLEST_BLOCKS * b.total:

@@ -16,6 +16,7 @@ from typing import Any
 
 from sparsec.targets.base import DenseRate, KernelRate, Rates
 
+NEVER_S = 1e9  # what a kernel costs for more rows than it takes
 FURTHEST = 2**31  # a crossover beyond this many rows is none
 
 
@@ -105,11 +106,15 @@ def dense_cost(rate: DenseRate, weights: int, overhead: float) -> Cost:
 def kernel_cost(rate: KernelRate, rates: Rates, n: int, k: int, stored: int, read: int) -> Cost:
     """A sparse kernel on a weight [n, k] that stores ``stored`` values in ``read`` bytes.
 
-    It either waits for memory or follows straight lines between the measured M.
+    It either waits for memory or follows straight lines between the measured M, up to the rows it takes.
     """
     memory = Line(rates.overhead + read / (rate.bandwidth or rates.bandwidth), 0.0)
     points = [(m, rates.overhead + c * k + p * n * k + nonzero * stored) for m, c, p, nonzero in rate.points]
-    return Cost(tuple(Piece(lo, hi, (memory, line)) for lo, hi, line in through(points, rates.overhead)))
+    pieces = [Piece(lo, hi, (memory, line)) for lo, hi, line in through(points, rates.overhead)]
+    if rate.most:
+        pieces = [Piece(p.lo, min(p.hi, rate.most), p.lines) for p in pieces if p.lo <= rate.most]
+        pieces.append(Piece(float(rate.most), math.inf, (Line(NEVER_S, 0.0),)))
+    return Cost(tuple(pieces))
 
 
 def through(points: list[tuple[int, float]], start: float) -> Iterator[tuple[float, float, Line]]:

@@ -6,7 +6,7 @@ statistics of the block's inputs, then the masks, then the post-passes, then the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -53,12 +53,17 @@ class Batch:
 
 
 class Block(Protocol):
-    """The block with its layers and its calibration data. Iterating again gives the same batches in the same order."""
+    """The block with its layers and its calibration data. Iterating again gives the same batches in the same order.
+
+    ``held``: (layer, "in" or "out") whose features an earlier step of the recipe gave a mask in groups or blocks: they
+    may be scaled, and not reordered.
+    """
 
     name: str
     module: nn.Module
     layers: list[LayerState]
     seed: int
+    held: Set[tuple[str, str]]
 
     def batches(self) -> Iterator[Batch]:
         """What enters the block: the outputs of the compressed blocks before it (or of the dense ones, as asked)."""

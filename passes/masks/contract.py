@@ -38,11 +38,11 @@ STATISTICS: Mapping[str, str] = {
     "histogram": "[K, bins] int64: counts of x in equal bins over [-r, r), r the power of two above the absmax",
     "entropy": "[K] fp32: entropy of the column's histogram, nats",
     "sample": "[rows, K] fp32: up to 512 rows of X, evenly spaced over the tokens",
-    "grad2": "[N, K] fp32: sum over samples of g^2, g the gradient of the model's loss in the dense model",
+    "grad2": "[N, K] fp32: sum over samples of g^2, g the gradient of the model's loss before the step",
     "grad_abs": "[N, K] fp32: sum over samples of |g|",
     "spsa": "[N, K] fp32: sum over samples of a forward-only (SPSA) estimate of g",
 }
-GRADIENTS = ("grad2", "grad_abs", "spsa")  # of the whole dense model, taken before the first weight changes
+GRADIENTS = ("grad2", "grad_abs", "spsa")  # of the whole model, taken before the step (and its rewrites) changes it
 SCOPES = ("layer", "global", "row")
 
 Statistics: TypeAlias = "Mapping[str, torch.Tensor]"
@@ -54,8 +54,9 @@ class Choose(Protocol):
     def __call__(self, score: torch.Tensor, start: int = 0) -> torch.Tensor:
         """Scores [N, width] of the in-features from ``start`` on; gives a bool keep-mask of that shape.
 
-        A method that walks over column blocks calls it once a block and the quota holds in each. ``start`` must be a
-        multiple of the pattern's group. A fixed mask is just another ``Choose`` ("keep the mask, update the rest").
+        A method that walks over column blocks calls it once a block, and the quota holds in each up to rounding, which
+        ``start`` carries on from block to block: it holds for the whole to the weight. ``start`` must be a multiple
+        of the pattern's group. A fixed mask is just another ``Choose`` ("keep the mask, update the rest").
         """
         ...
 

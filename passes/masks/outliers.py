@@ -72,7 +72,7 @@ class Outliers:
         from sparsec.passes.masks.select import select
 
         if not self.width:
-            return select(score, MaskPattern(), 1.0 - self.share)
+            return select(score, MaskPattern(), 1.0 - self.share, start=start)
         keep = torch.zeros(score.shape, dtype=torch.bool, device=score.device)
         for first, last, count in self._groups(start, start + score.shape[1]):
             columns = slice(first - start, last - start)

@@ -27,7 +27,7 @@ _PAIRWISE = 32  # up to this group size, counting who beats whom is faster than 
 
 @dataclass(frozen=True)
 class Selector:
-    """``Choose`` for one layer: the quota holds within the columns it is called with.
+    """``Choose`` for one layer: column blocks handed in from left to right make up the layer's quota together.
 
     ``sparsity`` may be a tensor [N], one share for each row.
     """
@@ -40,7 +40,7 @@ class Selector:
     def __call__(self, score: torch.Tensor, start: int = 0) -> torch.Tensor:
         if start % self.pattern.group:
             raise ValueError(f"a column block starts at {start}, inside a group of {self.pattern.group}")
-        return select(score, self.pattern, self.sparsity, self.scope, norm=self.norm)
+        return select(score, self.pattern, self.sparsity, self.scope, norm=self.norm, start=start)
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,16 @@ def select(
     scope: str = "layer",
     *,
     norm: str = "l2",
+    start: int = 0,
 ) -> torch.Tensor:
     """The keep-mask, bool, of one layer's scores [N, K] (any floating dtype, compared as fp32; NaN-free).
 
     ``sparsity`` in [0, 1) is the share that goes; N:M and V:N:M fix their own and do not read it, nor ``scope``. A
     tensor [N] is the share of each row, for unstructured masks.
     ``scope`` is ``layer``, ``row`` (for blocks: each row of blocks) or ``global``, which for one layer is ``layer``.
-    ``norm`` says how the scores of a block or column add up: ``l2`` or ``sum``.
+    ``norm`` says how the scores of a block or column add up: ``l2`` or ``sum``. ``start``: how many columns of the
+    layer came before these, in calls of their own; shares are rounded over all columns so far, so that the errors of
+    the single calls do not add up.
     """
     score = score.float()
     if pattern.kind == "nm":
@@ -81,11 +84,13 @@ def select(
     if isinstance(sparsity, torch.Tensor):
         if pattern.kind != "unstructured":
             raise ValueError(f"rows of their own sparsity cannot be {pattern}")
-        return _row_by_row(score, sparsity)
+        return _row_by_row(score, sparsity, start)
     grid = _grid(score, pattern, norm)
+    before = start // pattern.group  # columns of the grid
     if scope == "row":
-        return _spread(_top_per_row(grid, grid.shape[1] - _quota(grid.shape[1], sparsity)), score.shape, pattern)
-    kept = grid.numel() - _quota(grid.numel(), sparsity)
+        goes = _quota(grid.shape[1], sparsity, before)
+        return _spread(_top_per_row(grid, grid.shape[1] - goes), score.shape, pattern)
+    kept = grid.numel() - _quota(grid.numel(), sparsity, len(grid) * before)
     keys = _order(grid)
     cut, (ties,) = _find_cut([lambda: keys], kept)
     return _spread(_above(keys, cut, ties), score.shape, pattern)
@@ -111,9 +116,13 @@ def select_pool(
     return [PoolSelector(pattern, cut, count, norm) for count in ties]
 
 
-def _quota(size: int, sparsity: float) -> int:
-    """How many of ``size`` go: to the nearest, a half upwards. (int() would make 28 of 0.29 * 100.)"""
-    return min(size, math.floor(sparsity * size + 0.5))
+def _quota(size: int, sparsity: float, before: int = 0) -> int:
+    """How many of ``size`` go that follow ``before`` others: what goes of all of them, less what went of those."""
+    return min(size, _until(before + size, sparsity) - _until(before, sparsity))
+
+
+def _until(size: int, sparsity: float) -> int:
+    return math.floor(sparsity * size + 0.5)  # to the nearest, a half upwards; int() would make 28 of 0.29 * 100
 
 
 def _grid(score: torch.Tensor, pattern: MaskPattern, norm: str) -> torch.Tensor:
@@ -210,9 +219,10 @@ def _top_per_row(score: torch.Tensor, kept: int) -> torch.Tensor:
     return keep | (ties & (ties.cumsum(1) <= room))
 
 
-def _row_by_row(score: torch.Tensor, sparsity: torch.Tensor) -> torch.Tensor:
+def _row_by_row(score: torch.Tensor, sparsity: torch.Tensor, start: int = 0) -> torch.Tensor:
     """Each row keeps its own number, lower index first among equals."""
-    kept = torch.tensor([score.shape[1] - _quota(score.shape[1], s) for s in sparsity.tolist()], device=score.device)
+    columns = score.shape[1]
+    kept = torch.tensor([columns - _quota(columns, s, start) for s in sparsity.tolist()], device=score.device)
     order = score.argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(
         1, order, torch.arange(score.shape[1], device=score.device).expand_as(order)

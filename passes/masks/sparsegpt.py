@@ -31,8 +31,8 @@ class SparseGPT:
     min(128, in-features / 8), in whole groups of the pattern. For N:M and V:N:M it is without effect.
 
     Where reference code differs: it prunes one weight too many a block, and all ties; it sets the weights of dead
-    inputs (always zero in calibration) to zero. Here quotas are exact; a dead input's weights have score 0, go first,
-    and keep their values where the quota keeps them.
+    inputs (always zero in calibration) to zero. Here quotas are exact, counted over all columns so far; a dead input's
+    weights have score 0, go first, and keep their values where the quota keeps them.
     """
 
     role: ClassVar[str] = "mask"

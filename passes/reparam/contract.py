@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from sparsec.passes.masks.block import Block
     from sparsec.passes.masks.contract import Statistics
+    from sparsec.passes.masks.pattern import MaskPattern
 
 Side: TypeAlias = Literal["in", "out"]
 
@@ -52,6 +53,15 @@ class Reparam(Protocol):
         says so.
         """
         ...
+
+
+def held_by(pattern: MaskPattern) -> tuple[Side, ...]:
+    """The sides of a layer whose order its mask depends on: groups of N:M lie along in-features, blocks along both."""
+    if pattern.kind == "unstructured":
+        return ()
+    tall = pattern.kind != "nm" and pattern.params[0] > 1
+    wide = pattern.kind != "block" or pattern.params[1] > 1
+    return (*(("in",) if wide else ()), *(("out",) if tall else ()))
 
 
 @dataclass(frozen=True)

@@ -69,16 +69,21 @@ class Permute:
         found, states = wiring(probe), local_states(probe)
         edits: list[Edit] = []
         kept: list[tuple[str, float, float]] = []
+        notes = list(found.notes)
+        held: set[str] = set()
         for feed in found.feeds:
             state = states.get(feed.consumer)
             if state is None or state.name not in grouped or not feed.movable:
                 continue
+            if masked := _held(probe, feed):
+                held.add(state.name)
+                notes.append(f"{state.name}: an earlier step gave {masked} a mask that its order would break")
+                continue
             chosen = self._best(feed, found, states, state)
             kept.append((state.name, chosen.before, chosen.after))
             edits += chosen.edits
-        foldable = {name for name, _, _ in kept}
+        foldable = {name for name, _, _ in kept} | held
         left = [state.name for state in block.layers if state.name in grouped and state.name not in foldable]
-        notes = list(found.notes)
         if left:
             notes.append(f"{block.name}: orders of {briefly(block, left)} would need a gather and are left alone")
         if not write_all(probe, states, edits):
@@ -112,6 +117,13 @@ class Permute:
         if self.search == "ria":
             return reassign(score, order, n, m)
         return swap(score, order, n, m, block=self.block)
+
+
+def _held(probe: Probe, feed: Feed) -> str:
+    """Layers that the feed would reorder and that hold a mask of an earlier step in that order; empty: none."""
+    sides = [(feed.consumer, "in"), *((source.name, "out") for source in feed.sources)]
+    found = [layer for layer, side in sides if (probe.name(layer), side) in probe.block.held]
+    return briefly(probe.block, list(dict.fromkeys(found)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -39,9 +39,9 @@ class Conv1x1Rule:
         n, k = int(weight.shape[0]), int(weight.shape[1])
         return Site(node.name, "conv1x1", w.name, bias, sizes(value), n, k, dtype, name)
 
-    def emit(self, graph: Graph, node: Node, plan: str) -> Node:
+    def emit(self, graph: Graph, node: Node, plan: str, ops: Any) -> Node:
         x, w, b = (argument(node, i, key) for i, key in enumerate(("input", "weight", "bias")))
-        return graph.call_function(torch.ops.sparsec.conv1x1.default, (x, w, b, plan))
+        return graph.call_function(ops.conv1x1.default, (x, w, b, plan))
 
 
 def _not_pointwise(node: Node, weight: torch.Tensor) -> str | None:

@@ -24,9 +24,9 @@ class LinearRule:
         x, w, b = operands(node)
         return site(node, view, x, w, b, kind="linear", transposed=False)
 
-    def emit(self, graph: Graph, node: Node, plan: str) -> Node:
+    def emit(self, graph: Graph, node: Node, plan: str, ops: Any) -> Node:
         x, w, b = operands(node)
-        return graph.call_function(torch.ops.sparsec.linear.default, (x, w, b, plan))
+        return graph.call_function(ops.linear.default, (x, w, b, plan))
 
 
 def operands(node: Node) -> tuple[Any, Any, Any]:

@@ -36,11 +36,11 @@ class MatmulRule:
             return None  # a product of activations or a batched one; the last rule names it
         return site(node, view, x, w, b, kind=kind, transposed=transposed)
 
-    def emit(self, graph: Graph, node: Node, plan: str) -> Node:
+    def emit(self, graph: Graph, node: Node, plan: str, ops: Any) -> Node:
         found = operands(node)
         assert found is not None
         x, w, b, _ = found
-        return graph.call_function(torch.ops.sparsec.linear.default, (x, w, b, plan))
+        return graph.call_function(ops.linear.default, (x, w, b, plan))
 
 
 def operands(node: Node) -> tuple[Any, Any, Any, bool] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from torch.fx import Graph, Node
 
@@ -41,7 +42,7 @@ class UntakenRule:
             reason = f"the stored {value.dim()}-D matrix is not on the right as [K, N]" if value is not None else reason
         return Declined(reason.format(word=word), node.name, fqn(node, stored), word)
 
-    def emit(self, graph: Graph, node: Node, plan: str) -> Node:
+    def emit(self, graph: Graph, node: Node, plan: str, ops: Any) -> Node:
         raise AssertionError("untaken never matches a site")
 
 

@@ -34,6 +34,7 @@ COMMANDS = {
     "methods": "The sparsification methods and what each needs.",
     "targets": "The machines kernels can be made for, and this one.",
     "kernels": "The kernel families and where their source is.",
+    "compile-kernels": "The GPU kernels of a model, compiled where there is no GPU.",
     "doctor": "Versions, compiler, caches: a block to paste into an issue.",
 }
 STOPPED = 130  # the shells' code for an interrupt
@@ -122,7 +123,7 @@ def _chosen(argv: Sequence[str]) -> str | None:
 
 
 def _load(name: str) -> Callable[..., Any]:
-    module = f"sparsec.cli.{name}"
+    module = f"sparsec.cli.{name.replace('-', '_')}"
     try:
         function: Callable[..., Any] = importlib.import_module(module).command
         return function

@@ -49,7 +49,7 @@ def _about(name: str) -> dict[str, Any]:
     except SparsecError as error:
         why = str(error).partition(", but ")[2].rpartition(" [")[0]
         return {"name": name, "isa": name.partition(":")[2], "runs_here": False, "line": why.strip(". ")}
-    return {"name": name, "isa": target.isa, "runs_here": True, "line": line}
+    return {"name": name, "isa": target.isa, "runs_here": getattr(target, "here", True), "line": line}
 
 
 def _rates(threads: int, cache: Path | None) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 
 from sparsec import targets
 from sparsec.cache import cache_dir
-from sparsec.codegen import build, cpp, reference
+from sparsec.codegen import build, cpp, reference, triton
 from sparsec.codegen.spec import ACTS, Kernel, KernelSpec, Packed
 from sparsec.compat import is_fake
 from sparsec.errors import SparsecWarning, VerifyError
@@ -30,7 +30,9 @@ from sparsec.passes.graph import DTYPES
 from sparsec.passes.profile.weights import profile
 from sparsec.plan import Plan
 from sparsec.records import CompileRecord, LayerRecord
+from sparsec.runtime import gpu
 from sparsec.targets.base import Rates, Target
+from sparsec.targets.cuda import GpuTarget
 
 # A weight that changed after fewer uses than this is served dense for `uses * 2` calls before it is packed again:
 # packing costs about as much as a hundred dense calls.
@@ -107,11 +109,11 @@ class Store:
         return fact, self.tuned(weight, fact, self.decide(weight, fact, plan), plan)
 
     def profiled(self, weight: torch.Tensor, plan: Plan) -> WeightFact:
-        return profile(matrix(weight, plan))
+        return profile(matrix(weight, plan).cpu())
 
     def decide(self, weight: torch.Tensor, fact: WeightFact, plan: Plan) -> Decision:
         """By the cost model, with the rates of this machine."""
-        target, dtype = targets.resolve(plan.policy.target), DTYPES[weight.dtype]
+        target, dtype = target_of(weight, plan.policy), DTYPES[weight.dtype]
         return decide(fact, dtype, target, _rates(fact, dtype, target, plan.policy), plan.policy)
 
     def tuned(self, weight: torch.Tensor, fact: WeightFact, decision: Decision, plan: Plan) -> Decision:
@@ -121,7 +123,7 @@ class Store:
             return decision
         from sparsec.tune import measured_for
 
-        target, dtype = targets.resolve(policy.target), DTYPES[weight.dtype]
+        target, dtype = target_of(weight, policy), DTYPES[weight.dtype]
         measured = measured_for(matrix(weight, plan), fact, dtype, target, policy, (plan.m,) if plan.m else ())
         return decide(fact, dtype, target, _rates(fact, dtype, target, policy), policy, measured)
 
@@ -130,28 +132,40 @@ class Store:
         plan = Plan.decode(plan_text)
         if is_fake(weight):
             return
+        target = target_of(weight, plan.policy)
+        parts = needed(decision, plan)
+        packs: dict[str, Packed] = {}
+        for part in parts:
+            key = pack_key(part, target)
+            packs[key] = packs.get(key) or self.packed(matrix(weight, plan), fact, part, target)
+        held = self._held.setdefault((weight._cdata, plan_text), Held())
+        held.packs = list(packs.values())
+        if isinstance(target, GpuTarget):
+            routes = tuple(_route_on_gpu(p, packs[pack_key(p, target)], weight, fact, plan, target) for p in parts)
+            self._put_on_gpu(weight, plan_text, routes, target)
+            return
         tensors: list[torch.Tensor] = []
         table: list[int] = []
-        packs: dict[str, Packed] = {}
-        for part in needed(decision, plan):
-            packed = packs.get(part.format)
-            if packed is None:
-                packed = packs[part.format] = self.packed(matrix(weight, plan), fact, part.format)
+        for part in parts:
+            packed = packs[part.format]
             kernel = self.kernel(part, weight.dtype, plan.policy)
             hi = FOREVER if part.m_hi is None else part.m_hi
             table += route(part.m_lo, hi, kernel, packed, len(tensors))
             tensors += [*packed.tensors, packed.work]
-        held = self._held.setdefault((weight._cdata, plan_text), Held())
-        held.packs = list(packs.values())
         self._put(weight, plan_text, tensors, table)
 
-    def packed(self, weight: torch.Tensor, fact: WeightFact, format_name: str) -> Packed:
-        """The proven pack of a [N, K] weight; made once per content and format."""
-        known = self._packs.get((fact.key, format_name))
+    def packed(self, weight: torch.Tensor, fact: WeightFact, part: Range, target: Target) -> Packed:
+        """The proven pack of a [N, K] weight, on its device; made once per content, format and device."""
+        key = (fact.key, f"{pack_key(part, target)} {weight.device}")
+        known = self._packs.get(key)
         if known is not None:
             return known
-        packed = cpp.pack_verified(weight.detach(), Format.parse(format_name), fact.key)
-        self._packs[(fact.key, format_name)] = packed
+        format = Format.parse(part.format)
+        if target.gpu:
+            packed = triton.pack_verified(weight, format, fact.key, part.kernel)
+        else:
+            packed = cpp.pack_verified(weight.detach(), format, fact.key)
+        self._packs[key] = packed
         self.packed_count += 1
         return packed
 
@@ -180,13 +194,31 @@ class Store:
         n, k = matrix(weight, plan).shape
         facts = [ACTS.index(plan.act), int(plan.transposed), int(plan.policy.verify), n, k, wait]
         torch.ops.sparsec.install(weight, plan_text, facts, tensors, table)
+        self._watch(weight, plan_text)
+
+    def _put_on_gpu(
+        self, weight: torch.Tensor, plan_text: str, routes: tuple[gpu.Route, ...], target: GpuTarget, wait: int = 0
+    ) -> None:
+        plan = Plan.decode(plan_text)
+        entry = gpu.Entry(
+            weakref.ref(weight), weight.data_ptr(), gpu.version_of(weight), plan.transposed, plan.act,
+            target.capability, plan.policy.verify, wait, routes,
+        )  # fmt: skip
+        gpu.TABLE.put(weight, plan_text, entry)
+        self._watch(weight, plan_text)
+
+    def _watch(self, weight: torch.Tensor, plan_text: str) -> None:
         if weight._cdata not in self._watched:
             self._watched.add(weight._cdata)
             weakref.finalize(weight, _died, weight._cdata, plan_text).atexit = False
 
     def _install_dense(self, weight: torch.Tensor, plan_text: str, wait: int = 0) -> None:
         self._held.setdefault((weight._cdata, plan_text), Held()).packs = []
-        self._put(weight, plan_text, [], [], wait)
+        target = target_of(weight, Plan.decode(plan_text).policy)
+        if isinstance(target, GpuTarget):
+            self._put_on_gpu(weight, plan_text, (), target, wait)
+        else:
+            self._put(weight, plan_text, [], [], wait)
 
     def _changes_too_fast(self, weight: torch.Tensor, plan_text: str) -> bool:
         """Serve dense, without looking at the values, a weight whose packs never live long enough to pay."""
@@ -196,7 +228,7 @@ class Store:
         held = self._held.get((weight._cdata, plan_text))
         if held is None or not held.packs:
             return False
-        if torch.ops.sparsec.uses(weight._cdata, plan_text) >= MIN_USES:
+        if uses(weight._cdata, plan_text) >= MIN_USES:
             held.wait = MIN_USES
             return False
         held.wait = min(2 * held.wait, MAX_WAIT)
@@ -214,7 +246,8 @@ class Store:
         self._watched.discard(impl)
         for key in [key for key in self._held if key[0] == impl]:
             del self._held[key]
-        return int(torch.ops.sparsec.forget(impl))
+        ours = int(torch.ops.sparsec.forget(impl)) if hasattr(torch.ops.sparsec, "forget") else 0
+        return ours + gpu.TABLE.forget(impl)
 
 
 def _died(impl: int, plan_text: str) -> None:
@@ -230,7 +263,43 @@ def needed(decision: Decision, plan: Plan) -> list[Range]:
     return [r for r in ranges if r.format != "dense"]
 
 
+def target_of(weight: torch.Tensor, policy: Policy) -> Target:
+    """The machine that runs a weight: what the policy names, and with ``auto`` the one that the weight is on."""
+    return targets.for_weights(policy.target, weight.is_cuda)
+
+
+def pack_key(part: Range, target: Target) -> str:
+    """What ranges must have in common to share a pack: the format, and on GPUs also the family that reads it."""
+    if not target.gpu:
+        return part.format
+    return f"{part.format} {triton.kind_of(Format.parse(part.format), part.kernel)}"
+
+
+def _route_on_gpu(
+    part: Range, packed: Packed, weight: torch.Tensor, fact: WeightFact, plan: Plan, target: GpuTarget
+) -> gpu.Route:
+    tuned: tuple[tuple[int, gpu.Config], ...] = ()
+    if plan.policy.tune != "off":
+        from sparsec.tune_gpu import tuned_configs
+
+        dtype = DTYPES[weight.dtype]
+        tuned = tuned_configs(matrix(weight, plan), fact, dtype, part, packed, target, plan.policy)
+    return gpu.Route(part.m_lo, part.m_hi or FOREVER, packed, part.kernel, tuned=tuned)
+
+
+def uses(impl: int, plan_text: str) -> int:
+    """How often a weight was used under a plan; -1 where it is not known."""
+    known = gpu.TABLE.uses(impl, plan_text)
+    if known >= 0 or not hasattr(torch.ops.sparsec, "uses"):
+        return known
+    return int(torch.ops.sparsec.uses(impl, plan_text))
+
+
 def _rates(fact: WeightFact, dtype: str, target: Target, policy: Policy) -> Rates:
+    if isinstance(target, GpuTarget):
+        from sparsec.gpu_rates import rates
+
+        return rates(target)
     from sparsec.measure import rates_for  # it runs kernels, so it imports this package
 
     return rates_for(fact, dtype, target, torch.get_num_threads(), cache_dir(policy.cache_dir), policy.formats)
@@ -258,8 +327,7 @@ def invalidate(model: torch.nn.Module | torch.Tensor) -> int:
     """
     tensors = [model] if isinstance(model, torch.Tensor) else [*model.parameters(), *model.buffers()]
     for tensor in tensors:
-        if hasattr(torch.ops.sparsec, "forget"):
-            STORE.forget(tensor)
+        STORE.forget(tensor)
     return len(tensors)
 
 

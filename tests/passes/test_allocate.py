@@ -572,6 +572,29 @@ def test_besa_copes_with_a_layer_that_no_token_reaches_and_with_sparsity_zero() 
     assert float(spread["useless"]) > float(spread["useful"])
 
 
+def test_besa_learns_from_gradients_too_small_for_float16() -> None:
+    found = []
+    for dtype in (torch.float32, torch.float16):
+        torch.manual_seed(0)
+        module = TwoBranches()
+        with torch.no_grad():
+            module.useful.weight *= 4096  # an output's gradient is 1 / (its size * outputs): below 6e-8 here
+        block = PlantedBlock(module.to(dtype), [torch.randn(8, 512, 32).to(dtype) for _ in range(4)])
+        spread = BESA(per="layer", penalty=0, lr=0.1).learn(block, 0.5)
+        found.append([float(spread["useful"]), float(spread["useless"])])
+    assert found[0][0] < 0.46
+    assert found[1] == pytest.approx(found[0], abs=0.01)
+
+
+def test_besa_passes_over_batches_that_reach_no_layer() -> None:
+    class Sometimes(TwoBranches):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) if x.flatten()[0] > 0 else self.norm(x)
+
+    spread = BESA(per="layer").learn(planted(Sometimes()), 0.5)
+    assert float(spread["useful"]) < 0.5 < float(spread["useless"])
+
+
 def test_besa_says_why_weights_of_inference_mode_cannot_be_learned() -> None:
     block = planted()
     with torch.inference_mode():

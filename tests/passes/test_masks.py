@@ -134,6 +134,19 @@ def test_blocks_go_or_stay_whole_with_an_exact_count(
     assert sum(kept_blocks) == total - pruned_of(total, sparsity) or scope == "row"
 
 
+@unhurried
+@given(scores(), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), sparsities, st.sampled_from(["layer", "row"]))
+def test_column_blocks_handed_in_one_by_one_make_up_the_quota_of_the_whole(
+    score: torch.Tensor, rows: int, cols: int, times: int, sparsity: float, scope: str
+) -> None:
+    for pattern in (MaskPattern(), MaskPattern("block", (rows, cols))):
+        choose, width = Selector(pattern, sparsity, scope), times * pattern.group
+        parts = [choose(part, i * width) for i, part in enumerate(torch.split(score.abs(), width, dim=1))]
+        high, wide = pattern.params or (1, 1)
+        keep, whole = (mask[::high, ::wide] for mask in (torch.cat(parts, 1), choose(score.abs())))
+        assert torch.equal(keep.sum(1), whole.sum(1)) if scope == "row" else int(keep.sum()) == int(whole.sum())
+
+
 def test_blocks_compete_by_their_norm_and_edge_blocks_fairly() -> None:
     score = torch.tensor([[3.0, 0.0, 2.0, 2.0, 2.9]])
     # blocks [3, 0], [2, 2], [2.9]: root mean squares 2.12, 2.00, 2.90; means 1.5, 2.0, 2.9
@@ -238,7 +251,7 @@ def test_every_registered_method_keeps_the_contract(name: str) -> None:
     assert cls.source
     assert cls.cost
     assert (cls.__doc__ or "").splitlines()[0].endswith(".")
-    calls = {"post": ("refine",), "reparam": ("apply",), "structure": ("apply",)}
+    calls = {"post": ("refine",), "reparam": ("apply",), "structure": ("apply",), "quantize": ("update",)}
     if cls.role == "mask":
         assert cls.scope in SCOPES
         assert cls.norm in ("l2", "sum")

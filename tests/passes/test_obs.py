@@ -78,7 +78,7 @@ def slow_sparsegpt(
                 places = sorted(
                     ((r, c) for r in range(n) for c in range(end - j)), key=lambda p: (score[p[0]][p[1]], -p[0], -p[1])
                 )
-                for r, c in places[: math.floor(quota * len(places) + 0.5)]:
+                for r, c in places[: math.floor(quota * (n * end) + 0.5) - math.floor(quota * (n * j) + 0.5)]:
                     keep[r, j + c] = False
         pruned = torch.where(keep[:, j], w[:, j], 0.0)
         error = (w[:, j] - pruned) / upper[j, j]
@@ -185,15 +185,15 @@ def test_sparsegpt_chooses_n_of_m_on_updated_weights(pattern: tuple[int, int], k
 
 @unhurried
 @given(st.integers(1, 20), st.integers(1, 90), st.floats(0, 0.99), st.integers(0, 99))
-def test_the_quota_is_exact_in_each_column_block(n: int, k: int, sparsity: float, seed: int) -> None:
+def test_the_quota_is_exact_up_to_the_end_of_each_column_block(n: int, k: int, sparsity: float, seed: int) -> None:
     weight, x = layer(n, k, seed)
     method = SparseGPT()
     found = method.update(weight, {"xxt": x.t() @ x}, unstructured(sparsity))
     assert found.values is not None
     width = method.width(k, MaskPattern())
     assert width == max(1, min(128, k // 8))
-    for block in torch.split(found.keep, width, dim=1):
-        assert int((~block).sum()) == math.floor(sparsity * block.numel() + 0.5)
+    for end in [*range(width, k, width), k]:
+        assert int((~found.keep[:, :end]).sum()) == math.floor(sparsity * (n * end) + 0.5)
     assert not bool(found.values[~found.keep].any())
     assert bool(torch.isfinite(found.values).all())
 
@@ -206,6 +206,30 @@ def test_the_column_block_is_whole_groups_of_the_pattern() -> None:
     assert SparseGPT(blocksize=50).width(64, MaskPattern.parse("block:1x16")) == 48
     assert method.width(4096, MaskPattern.parse("2:4")) == 4
     assert method.width(64, MaskPattern.parse("64:2:8")) == 8
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sparsity", "n", "k"),
+    [("block:64x8", 0.5, 64, 64), ("block:128x32", 0.3, 128, 320), ("block:16x8", 0.3, 64, 64)],
+)
+def test_blocks_as_wide_as_a_column_block_meet_the_share_of_the_layer(
+    pattern: str, sparsity: float, n: int, k: int
+) -> None:
+    weight, x = layer(n, k)
+    found = SparseGPT().update(weight, {"xxt": x.t() @ x}, of(pattern, sparsity))
+    high, wide = of(pattern).pattern.params
+    blocks = (n // high) * (k // wide)
+    assert int((~found.keep).sum()) == math.floor(sparsity * blocks + 0.5) * high * wide
+
+
+@pytest.mark.parametrize("k", [32, 128, 384])
+def test_rows_meet_their_share_over_all_column_blocks(k: int) -> None:
+    weight, x = layer(4, k)
+    for sparsity in (0.7, torch.tensor([0.7, 0.1, 0.55, 0.9], dtype=torch.float64)):
+        choose = Selector(MaskPattern(), sparsity, "row", "sum")
+        found = SparseGPT().update(weight, {"xxt": x.t() @ x}, choose)
+        shares = torch.as_tensor(sparsity, dtype=torch.float64).expand(4).tolist()
+        assert (~found.keep).sum(1).tolist() == [math.floor(share * k + 0.5) for share in shares]
 
 
 @pytest.mark.parametrize("pattern", ["4:2:8", "block:4x8", "3:32"])
@@ -405,6 +429,7 @@ def test_reconstruction_writes_each_masked_layer_of_a_block(exact: bool) -> None
     block: Any = _Block([_Layer(masked, dense, keep, stats), unseen, unmasked])
     Reconstruct(exact=exact).refine(block)
     assert not bool(masked[~keep].any())
+    assert not bool(torch.signbit(masked[~keep]).any())
     assert output_error(x, dense, masked.detach()) < output_error(x, dense, dense * keep)
     assert torch.equal(unseen.weight, dense * keep)
     assert torch.equal(unmasked.weight, dense)

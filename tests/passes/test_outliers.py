@@ -105,6 +105,12 @@ def test_a_share_of_the_layer_is_set_aside_whatever_the_rows() -> None:
     assert torch.equal(choose(score)[1:], Selector(MaskPattern.parse("2:4"), 0.5)(score[1:]))
 
 
+def test_a_share_asked_for_column_block_by_column_block_is_that_of_the_layer() -> None:
+    spec = Outliers(share=0.05)
+    parts = [spec.aside(scores(1, 8), start) for start in range(0, 800, 8)]
+    assert int(torch.cat(parts, 1).sum()) == 40
+
+
 def test_an_unstructured_quota_counts_what_is_left() -> None:
     score = scores(16, 512)
     assert int(chooser("unstructured", "16:256", 0.7)(score).sum()) == round(16 * 512 * 0.3) + 16 * 32

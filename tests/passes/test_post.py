@@ -271,6 +271,13 @@ def test_swaps_keep_every_quota_and_never_lower_the_score(pattern: str, ties: bo
         assert all(int(group.sum(1).max()) <= 4 for group in torch.split(used, m, 1))
 
 
+def test_a_share_of_swaps_that_is_whole_is_not_rounded_up() -> None:
+    keep, score = torch.arange(50) < 25, (torch.arange(50) >= 25).float()  # 25 swaps pay, and 25 * 0.6 is 15
+    for ratio, pairs in ((0.6, 15), (0.07, 2), (0.2, 5)):
+        made = swapped(keep[None], score[None], ratio, MaskPattern())
+        assert int((made[0] & ~keep).sum()) == pairs
+
+
 def test_one_worthwhile_swap_in_a_row_is_made_however_small_the_ratio() -> None:
     keep = torch.tensor([[True, True, False, False], [True, True, False, False], [False] * 4, [True] * 4])
     score = torch.tensor([[1.0, 5.0, 3.0, 0.0], [4.0, 5.0, 3.0, 0.0], [1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0]])
@@ -540,6 +547,19 @@ def test_steps_too_small_for_bfloat16_add_up() -> None:
     assert block.error() < before
     assert all(layer.weight.dtype == torch.bfloat16 for layer in block.layers)
     assert_zero_where_pruned(block)
+
+
+def test_training_feels_gradients_too_small_for_float16() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(32, 32, bias=False))
+    with torch.no_grad():
+        module[0].weight *= 8192  # type: ignore[operator]
+    mixed = torch.eye(32) + 0.3 * torch.randn(32, 32)
+    data = [Batch((torch.randn(8, 512, 32) @ mixed).half()) for _ in range(4)]
+    block = masked(module.half(), data, sparsity=0.5)
+    before = block.error()
+    Ebft(epochs=5, lr=20.0).refine(block)
+    assert block.error() < 0.95 * before
 
 
 def test_what_does_not_help_the_batches_held_out_is_taken_back() -> None:

@@ -23,7 +23,7 @@ from sparsec.passes.masks.magnitude import Magnitude
 from sparsec.passes.masks.pattern import MaskPattern
 from sparsec.passes.masks.select import Selector
 from sparsec.passes.masks.statistics import Collector
-from sparsec.passes.reparam.contract import Reparam, permuted, scaled
+from sparsec.passes.reparam.contract import Reparam, held_by, permuted, scaled
 from sparsec.passes.reparam.equalize import Equalize
 from sparsec.passes.reparam.fold import Edit, matrix, written
 from sparsec.passes.reparam.neighbours import wiring
@@ -94,6 +94,7 @@ class PlainBlock:
     name: str = "plain"
     seed: int = 0
     layers: list[LayerState] = field(default_factory=list)
+    held: set[tuple[str, str]] = field(default_factory=set)
 
     def batches(self) -> Iterator[Batch]:
         yield Batch(self.hidden)
@@ -577,3 +578,18 @@ def test_rewrites_are_registered_with_what_they_need(name: str) -> None:
     assert isinstance(method, Reparam)
     assert eval(repr(method), {cls.__name__: cls}) == method
     assert len((cls.__doc__ or "").splitlines()[0]) <= 75
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sides"),
+    [
+        ("unstructured", ()),
+        ("2:4", ("in",)),
+        ("16:2:8", ("in", "out")),
+        ("block:4x4", ("in", "out")),
+        ("block:1x8", ("in",)),
+        ("block:8x1", ("out",)),
+    ],
+)
+def test_a_mask_holds_the_sides_along_which_its_groups_lie(pattern: str, sides: tuple[str, ...]) -> None:
+    assert held_by(MaskPattern.parse(pattern)) == sides

@@ -31,7 +31,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from sparsec.errors import BadOptionValue, BadRecipe, ModelWouldGrow, UnfitCalibration, UnfitModel
+from sparsec.errors import BadRecipe, ModelWouldGrow, NonFinite, UnfitCalibration, UnfitModel
 from sparsec.passes.masks import method_class
 from sparsec.passes.masks.structure.bonsai import Bonsai, activity, fit
 from sparsec.passes.masks.structure.choose import choose
@@ -41,6 +41,7 @@ from sparsec.passes.masks.structure.loraprune import Adapter, LoraPrune
 from sparsec.passes.masks.structure.objective import Objective
 from sparsec.passes.masks.structure.slicegpt import SlicedLayer, SliceGPT
 from sparsec.passes.masks.structure.units import Family, Part, Units, masked, remove, zero
+from sparsec.recipe import Recipe
 
 TINY: dict[str, Any] = {
     "vocab_size": 64,
@@ -517,6 +518,38 @@ def test_the_importance_is_that_of_the_formula() -> None:
             assert float(found[n, k]) == pytest.approx(abs(slope * weight), rel=1e-4, abs=1e-6)
 
 
+def test_loraprune_feels_gradients_too_small_for_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, found = batches(1, 8, 32), []
+    start = lively(llama())
+    for dtype in (torch.float32, torch.float16):
+        model = copy.deepcopy(start)
+        with torch.no_grad():
+            model.lm_head.weight *= 2.0**-13
+        model.to(dtype)
+        slopes: list[torch.Tensor] = []
+
+        def see(self: Adapter, to: list[torch.Tensor] = slopes) -> torch.Tensor:
+            assert self.b.grad is not None
+            to.append(self.b.grad.flatten().clone())
+            return torch.ones(len(self.b), self.a.shape[1])
+
+        monkeypatch.setattr(Adapter, "importance", see)
+        LoraPrune(steps=1, merge=False).apply(model, find_units(model, data[0]), data, 0.2, 0)
+        found.append(torch.cat(slopes))
+    assert float((found[1] - found[0]).norm() / found[0].norm()) < 0.05
+
+
+@pytest.mark.parametrize(("lr", "dtype"), [(1e37, torch.float32), (1e6, torch.float16)])
+def test_adapters_that_are_not_finite_are_not_merged(lr: float, dtype: torch.dtype) -> None:
+    data, model = batches(), lively(llama())
+    units = find_units(model, data[0])
+    model.to(dtype)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(NonFinite, match="the trained adapter of"):
+        LoraPrune(steps=4, every=2, lr=lr).apply(model, units, data, 0.2, 0)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_the_ramp_is_cubic_between_warm_up_and_cool_down() -> None:
     method = LoraPrune(steps=100)
     assert [method.ramp(step) for step in (0, 10, 50, 90, 100)] == [0, 0, 1 - 0.5**3, 1, 1]
@@ -665,10 +698,36 @@ def test_models_that_a_rotation_does_not_pass_through_are_refused() -> None:
     model.model.layers[1] = Scaled(model.model.layers[1])
     with pytest.raises(UnfitModel, match="its layers are not h \\+ attention"):
         method.apply(model, NO_UNITS, data, 0.25, 0)
-    with pytest.raises(BadOptionValue, match="block or shared"):
-        SliceGPT(rotation="none").apply(llama(), NO_UNITS, data, 0.25, 0)
     with pytest.raises(UnfitCalibration, match="there is none"):
         method.apply(llama(), NO_UNITS, [], 0.25, 0)
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        ({"method": "bonsai", "fraction": 0}, "fraction of step 1 is 0, but must be greater than 0"),
+        ({"method": "bonsai", "rounds": -1}, "rounds"),
+        ({"method": "bonsai", "samples": -3}, "samples"),
+        ({"method": "bonsai", "batches": 0}, "batches"),
+        ({"method": "bonsai", "multiple": 0}, "multiple"),
+        ({"method": "bonsai", "utility": "lo"}, "'loss' or 'match'"),
+        ({"method": "loraprune", "rank": 0}, "rank"),
+        ({"method": "loraprune", "alpha": 0}, "alpha"),
+        ({"method": "loraprune", "lr": 0}, "lr"),
+        ({"method": "loraprune", "steps": 0}, "steps"),
+        ({"method": "loraprune", "every": 0}, "every"),
+        ({"method": "loraprune", "decay": 1}, "decay"),
+        ({"method": "loraprune", "warm": 0.6}, "warm"),
+        ({"method": "loraprune", "frozen": 2}, "frozen"),
+        ({"method": "loraprune", "multiple": 0}, "multiple"),
+        ({"method": "slicegpt", "rotation": "none"}, "'block' or 'shared'"),
+        ({"method": "slicegpt", "orientation": "x"}, "'pca' or 'random'"),
+        ({"method": "slicegpt", "multiple": 0}, "multiple"),
+    ],
+)
+def test_options_out_of_bounds_are_refused_as_the_recipe_is_read(step: dict[str, Any], words: str) -> None:
+    with pytest.raises(BadRecipe, match=words):
+        Recipe.load(step)
 
 
 def test_structured_methods_are_registered_and_report_json() -> None:

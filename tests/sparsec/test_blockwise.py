@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sparsec import spill
-from sparsec.blockwise import Walk, collect, find_blocks, first_tensor
+from sparsec.blockwise import Walk, WholeRun, collect, find_blocks, first_tensor
 from sparsec.errors import BadRecipe, SpillFailed
 from sparsec.passes.masks.evaluating import evaluating
 from sparsec.spill import Spilled
@@ -113,6 +113,34 @@ def test_statistics_of_a_block_are_those_of_the_whole_model() -> None:
             for name, stats in run.collect(inside, ("sum_x2", "tokens")).items():
                 assert torch.equal(stats["sum_x2"], whole[name]["sum_x2"])
                 assert int(stats["tokens"]) == 36
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "bert"])
+def test_padding_has_no_part_in_the_statistics(name: str) -> None:
+    model, (first, second, _) = made(name)
+    short = {"input_ids": second["input_ids"][:, :5], "attention_mask": torch.ones(1, 5, dtype=torch.long)}
+    padded = {
+        "input_ids": torch.cat([first["input_ids"], second["input_ids"]]),
+        "attention_mask": torch.tensor([[1] * 12, [1] * 5 + [0] * 7]),
+    }
+    names = list(layers_of(model))
+    found: list[dict[str, torch.Tensor]] = []
+    with evaluating(model):
+        for data in ([first, short], [padded]):
+            for run in Walk(model, find_blocks(model, names), data):
+                mine = {n: m for n, m in layers_of(model).items() if n.startswith(f"{run.name}.")}
+                found += run.collect(mine, ("tokens", "sum_x2", "sample")).values()
+    apart, together = found[: len(found) // 2], found[len(found) // 2 :]
+    for a, b in zip(apart, together, strict=True):
+        assert int(b["tokens"]) == len(b["sample"]) == 17
+        torch.testing.assert_close(a["sum_x2"], b["sum_x2"])
+
+
+def test_padding_has_no_part_in_the_statistics_of_a_model_without_blocks() -> None:
+    model, (first, _, _) = made("llama")
+    data = [{**first, "attention_mask": torch.tensor([[1] * 3 + [0] * 9])}]
+    run = WholeRun(model, data, 1 << 20, 0)
+    assert {int(stats["tokens"]) for stats in run.collect(layers_of(model), ("tokens",)).values()} == {3}
 
 
 @pytest.mark.parametrize("propagate", [True, False])
@@ -225,3 +253,26 @@ def test_a_model_in_training_is_put_back_as_it_was(training: nn.Module) -> None:
         assert not config.use_cache
     assert {name: m.training for name, m in training.named_modules()} == modes
     assert config.use_cache
+
+
+@pytest.fixture
+def llava() -> nn.Module:
+    """Only the config of its text model says use_cache."""
+    torch.manual_seed(0)
+    text = transformers.LlamaConfig(**SIZES, intermediate_size=48, num_key_value_heads=2)
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, image_size=28, patch_size=14
+    )
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=60)
+    return transformers.LlavaForConditionalGeneration(config).eval()  # type: ignore[no-any-return]
+
+
+def test_no_block_of_a_model_of_images_and_text_is_given_a_cache(llava: nn.Module) -> None:
+    config: Any = llava.config
+    layers = [name for name in layers_of(llava) if "language_model" in name]
+    data = [{"input_ids": torch.arange(12).view(1, 12)} for _ in range(2)]
+    with evaluating(llava):
+        runs = list(Walk(llava, find_blocks(llava, layers), data, keep_dense=True))
+        given = [value for run in runs for _, kwargs in run.calls for value in kwargs.values()]
+        assert not any(isinstance(value, transformers.Cache) for value in given)
+    assert config.text_config.use_cache

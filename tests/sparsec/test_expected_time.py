@@ -31,6 +31,12 @@ def test_times_are_those_of_the_decision_and_never_rise_with_zeros() -> None:
     assert seconds("wide", 0.8) == pytest.approx(ran.ours_s, rel=0.02)
 
 
+def test_a_share_of_whole_percents_is_taken_at_its_own_percent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparsec.expected_time._decided", lambda n, k, dtype, percent, known, rows: -float(percent))
+    seconds = seconds_of({"x": torch.ones(64, 64)}, "reference")
+    assert [seconds("x", percent / 100) for percent in range(100)] == [-(percent // 2 * 2) for percent in range(100)]
+
+
 def test_more_rows_take_longer_and_an_unknown_dtype_gains_nothing() -> None:
     layers = {"x": torch.ones(256, 256), "half": torch.ones(256, 256, dtype=torch.float16)}
     assert seconds_of(layers, "reference", rows=64)("x", 0.0) > seconds_of(layers, "reference")("x", 0.0)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from sparsec import sparsify
 from sparsec.cli import run
-from sparsec.forecast import forecast, forecast_table
+from sparsec.errors import SparsecWarning
+from sparsec.forecast import forecast, forecast_table, memory_parts
 from sparsec.sparsify import prepare
 from sparsec.tiny import tiny_model
 
@@ -106,7 +111,44 @@ def test_a_recipe_without_data_has_no_calibration_in_its_forecast() -> None:
 def test_statistics_of_pairs_take_their_square_of_memory() -> None:
     model = nn.Sequential(nn.Linear(512, 8), nn.Linear(8, 8))
     wanda, sparsegpt = (forecast(prepare(model, name), 64)["scratch_bytes"] for name in ("wanda", "sparsegpt"))
-    assert sparsegpt - wanda == pytest.approx(4 * 512 * 512, rel=0.05)
+    assert sparsegpt - wanda == pytest.approx((4 + 32) * 512 * 512, rel=0.05)
+
+
+def test_inputs_of_many_experts_weigh_more_than_the_layer_at_work() -> None:
+    experts = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(64, 8), "down": nn.Linear(8, 64)}) for _ in range(20))
+    parts = memory_parts(prepare(nn.ModuleDict({"blocks": nn.ModuleList([experts])}), "sparsegpt"), 0)
+    inputs = 20 * (64 + 8)
+    assert sum(parts.values()) == 8 * 20 * (64**2 + 8**2) + 4 * 64**2 + 4 * 512 * inputs
+
+
+def test_layers_that_read_one_input_share_its_statistics_and_only_rewrites_copy_what_they_change() -> None:
+    model = tiny_model("tiny:llama").model
+    wanda, rewritten = (memory_parts(prepare(model, steps), 0) for steps in ("wanda", ["equalize", "wanda"]))
+    shapes = [tuple(m.weight.shape) for m in model.model.layers[0].modules() if isinstance(m, nn.Linear)]
+    size = sum(n * k for n, k in shapes)
+    assert wanda["block"] == 5 * size
+    assert rewritten["block"] == 9 * size
+    wide = model.config.intermediate_size
+    assert wanda["statistics"] == (4 * 512 + 4) * (3 * model.config.hidden_size + wide)
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_the_forecast_of_memory_is_near_the_tensors_that_a_run_makes(method: str) -> None:
+    """By torch's own count of what its allocator hands out and takes back, so that malloc has no part in it."""
+    config = {"hidden_size": 160, "intermediate_size": 480, "num_attention_heads": 4, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(**config, vocab_size=64, max_position_embeddings=64)).eval()
+    data = [torch.randint(0, 64, (1, 32)) for _ in range(8)]
+    said = sum(memory_parts(prepare(model, method), 8 * 32).values())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SparsecWarning)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+            sparsify(model, method, data, progress=False)
+    now = peak = 0
+    for event in found.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    assert 0.7 * peak < said < 1.5 * peak
 
 
 def test_a_structured_step_says_that_its_time_is_not_known() -> None:

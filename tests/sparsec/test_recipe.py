@@ -314,6 +314,11 @@ def test_the_schema_names_every_key_with_its_type() -> None:
         ({**ONE, "notes": ["x"]}, UnknownRecipeKey, "'notes'"),
         ({"metod": "magnitude"}, BadRecipe, "names no method .it has 'metod'"),
         ({}, BadRecipe, "names no method; known methods are"),
+        (
+            {"method": "proximal", "pattern": "2:4", "outliers": "16:256"},
+            BadRecipe,
+            "2:4 only, and outliers 16:256 stay",
+        ),
         ({**ONE, "sparsity": 1.0}, BadRecipe, "sparsity of step 1 is 1.0, but must be less than 1"),
         ({**ONE, "sparsity": -0.1}, BadRecipe, "greater than or equal to 0"),
         ({**ONE, "sparsity": float("nan")}, BadRecipe, "finite"),

@@ -17,7 +17,15 @@ import torch
 from torch import nn
 
 from sparsec import sparsify
-from sparsec.errors import BadRecipe, NonFinite, OtherRun, SparsecWarning, UnreadableCalibration, Unsavable
+from sparsec.errors import (
+    BadRecipe,
+    NonFinite,
+    OtherRun,
+    SparsecWarning,
+    UnprunableLayer,
+    UnreadableCalibration,
+    Unsavable,
+)
 from sparsec.io import save
 from sparsec.passes.masks import METHODS
 from sparsec.passes.masks.contract import Statistics
@@ -128,6 +136,54 @@ def test_an_expert_that_saw_no_token_is_pruned_by_magnitude_and_says_so() -> Non
     assert kept.sum(1).tolist() == [8] * 16
     rows = dense["experts.1.weight"].abs()
     assert bool((rows.masked_fill(~kept, 9.0).amin(1) >= rows.masked_fill(kept, 0.0).amax(1)).all())
+
+
+class Gated(nn.Module):
+    """A stack whose second block only gets zeros in one of its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)) for _ in range(2))
+        nn.init.constant_(self.layers[1][0].bias, -100.0)  # type: ignore[index, arg-type]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "pgb", "proximal"])
+def test_a_layer_that_only_saw_zeros_is_pruned_by_magnitude_and_says_so(method: str) -> None:
+    model = Gated()
+    dense = weights(model)
+    recipe = {"method": method, **({"pattern": "2:4"} if method == "proximal" else {})}
+    report = sparsify(model, recipe, [torch.randn(64, 16)], progress=False)
+    told = {layer.name: "all of its inputs were zero: pruned by magnitude" in layer.notes for layer in report.layers}
+    assert told == {"layers.0.0": False, "layers.0.2": False, "layers.1.0": False, "layers.1.2": True}
+    new = weights(model)["layers.1.2.weight"]
+    kept = new != 0
+    assert int(kept.sum()) == 128
+    assert torch.equal(new[kept], dense["layers.1.2.weight"][kept])
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [["besa", "wanda"], ["wanda", "ebft"], ["gblm"], ["minillm"], ["equalize", "wanda"], ["permute", "magnitude"]],
+)
+def test_what_inference_mode_does_not_allow_is_refused_before_anything_changes(steps: list[str]) -> None:
+    with torch.inference_mode():
+        model = llama()
+    dense = {name: value.clone() for name, value in weights(model).items()}
+    with pytest.raises(UnprunableLayer, match=r"made in inference mode, where [a-z]+ can neither learn nor fold"):
+        sparsify(model, steps, tokens(), progress=False)
+    assert same(weights(model), dense)
+    assert sparsify(model, ["wanda", "variance"], tokens(), progress=False).achieved == 0.5
+
+
+def test_groups_of_a_block_need_no_data_where_its_steps_need_none() -> None:
+    recipe = {"true_sequential": True, "steps": ["magnitude", "variance"]}
+    assert sparsify(Gated(), recipe, progress=False).achieved == 0.5
 
 
 def test_activations_that_are_not_finite_are_refused_and_change_nothing_there() -> None:

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from sparsec.errors import UnprunableLayer
 from sparsec.passes.masks.allocate.spread import HIGH, Judge, counts_of, importance, shift_to_mean
+from sparsec.passes.masks.scaled import loss_scale, scaled_gradients
 
 if TYPE_CHECKING:
     from torch import nn
@@ -72,17 +73,23 @@ class BESA:
     def _train(self, block: Block, layers: Sequence[_Layer], sparsity: float) -> None:
         optimizer = torch.optim.Adam([layer.logits for layer in layers], lr=self.lr)
         sizes = torch.cat([layer.sizes for layer in layers])
+        owners = [layer.owner for layer in layers]
         for _ in range(self.epochs):
             for batch, target in zip(block.batches(), block.targets(), strict=True):
                 kept = [layer.prune() for layer in layers]  # writes the weights; holds what they depend on
-                error = _error(block.run(batch), target)
-                gradients = torch.autograd.grad(error, [layer.owner for layer in layers], allow_unused=True)
+                gradients, scale = scaled_gradients(
+                    lambda b=batch, t=target: _error(block.run(b), t),  # type: ignore[misc]
+                    owners,
+                    loss_scale(owners, target.numel()),
+                )
+                if all(gradient is None for gradient in gradients):  # experts that this batch does not reach
+                    continue
                 shares = torch.cat([layer.shares() for layer in layers])
                 missed = (shares @ sizes / sizes.sum() - sparsity) / sparsity
                 optimizer.zero_grad()
                 torch.autograd.backward(
                     [self.penalty * missed.square(), *kept],
-                    [None, *(layer.pull(g) for layer, g in zip(layers, gradients, strict=True))],
+                    [None, *(layer.pull(g) / scale for layer, g in zip(layers, gradients, strict=True))],
                 )
                 optimizer.step()
 
@@ -163,8 +170,8 @@ def _trainable(module: nn.Module, layers: Sequence[_Layer]) -> Iterator[None]:
         if layer.state.weight.is_inference():
             raise UnprunableLayer(
                 name=layer.state.name,
-                why="it was made in inference mode, where nothing can be learned",
-                help="Load the model outside torch.inference_mode, or use owl.",
+                why="it was made in inference mode, where besa can neither learn nor fold",
+                help="Load the model outside torch.inference_mode.",
             )
         layer.owner = by_storage[layer.state.weight.untyped_storage().data_ptr()]
     before = [layer.state.weight.clone() for layer in layers]

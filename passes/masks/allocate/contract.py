@@ -84,6 +84,7 @@ class Learns(Protocol):
     def learn(self, block: Block, sparsity: float) -> Mapping[str, float | torch.Tensor]:
         """Layer name -> sparsity, or one for each row [N]; their weighted mean over the block is ``sparsity``.
 
-        Called with dense weights still in place, and leaves them so.
+        Called with dense weights still in place, and leaves them so. A method that gives rows their own says so by an
+        option ``per`` that is "row": patterns other than unstructured are then refused.
         """
         ...

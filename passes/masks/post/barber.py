@@ -97,7 +97,8 @@ def swapped(keep: torch.Tensor, score: torch.Tensor, ratio: float, pattern: Mask
     )
     drop, drop_at = grouped(score, ~keep, math.inf).sort(dim=-1, stable=True)
     pays = grow > drop
-    swaps = (pays.sum((1, 2)) * (ratio * (1 - 1e-12))).double().ceil()  # 0.07 * 100 is above 7 in floating point
+    # Counts in fp64: 25 * 0.6 is above 15 in fp32. And 0.07 * 100 is above 7 even there.
+    swaps = (pays.sum((1, 2)).double() * (ratio * (1 - 1e-12))).ceil()
     # a group's pairs come best first, so the best of the row are the first few of each group
     order = grow.masked_fill(~pays, -math.inf).flatten(1).argsort(dim=1, descending=True, stable=True)
     chosen = torch.arange(order.shape[1], device=keep.device) < swaps[:, None]

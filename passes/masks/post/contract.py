@@ -3,7 +3,7 @@
 Its step follows that of the mask method: ``steps: [{method: wanda, pattern: 2:4}, {method: variance}]``. Registered in
 ``sparsec.passes.masks.METHODS`` with ``role = "post"``. It may change kept values, and masks where ``moves_masks`` is
 True; the executor checks afterwards that what the masks prune is zero and that the pattern and each layer's number of
-kept weights are what they were.
+kept weights are what they were. One that takes gradients of the block's weights says ``trains = True``.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from torch import nn
 
 from sparsec.passes.masks.block import Batch, Block
 from sparsec.passes.masks.post.layers import owners
+from sparsec.passes.masks.scaled import loss_scale, scaled_gradients
 
 _WINDOW = 8  # batches are drawn in random order among so many: all of them may not fit in memory
 _HELD_OUT = 4  # one of so many batches judges and is not trained on
@@ -39,6 +40,7 @@ class Ebft:
     needs: ClassVar[tuple[str, ...]] = ("tokens",)
     moves_masks: ClassVar[bool] = False
     compares: ClassVar[bool] = True
+    trains: ClassVar[bool] = True
     source: ClassVar[str] = "Guo et al., 2024"
     cost: ClassVar[str] = "minutes to hours; training, block by block"
 
@@ -101,13 +103,15 @@ def _step(
     optimizer: torch.optim.Optimizer,
     scale: float,
 ) -> None:
+    parameters = [w.parameter for w in weights]
     with torch.enable_grad():
-        loss = _mse(block.run(batch), target) / scale
-    if not loss.requires_grad:  # experts that this batch does not reach
+        grads, times = scaled_gradients(
+            lambda: _mse(block.run(batch), target) / scale, parameters, loss_scale(parameters, target.numel())
+        )
+    if all(grad is None for grad in grads):  # experts that this batch does not reach
         return
-    grads = torch.autograd.grad(loss, [w.parameter for w in weights], allow_unused=True)
     for w, grad in zip(weights, grads, strict=True):
-        w.master.grad = None if grad is None else grad.to(w.master.dtype).masked_fill(w.pruned, 0.0)
+        w.master.grad = None if grad is None else (grad.to(w.master.dtype) / times).masked_fill(w.pruned, 0.0)
     optimizer.step()
     with torch.no_grad():
         for w in weights:

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from sparsec.errors import SingularHessian
 from sparsec.passes.masks import obs
+from sparsec.passes.masks.post.layers import write
 
 if TYPE_CHECKING:
     from sparsec.passes.masks.block import Block
@@ -47,7 +48,7 @@ class Reconstruct:
         for layer in block.layers:
             xxt = layer.stats["xxt"]
             if layer.keep is not None and bool(xxt.any()):
-                layer.weight.copy_(self.values(layer.dense, xxt, layer.keep))
+                write(layer, self.values(layer.dense, xxt, layer.keep))
 
     def values(self, dense: torch.Tensor, xxt: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         """The kept weights' new values, fp32 [N, K], zero elsewhere."""

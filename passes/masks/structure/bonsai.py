@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from sparsec.passes.masks.evaluating import evaluating
@@ -41,13 +42,25 @@ class Bonsai:
     source: ClassVar[str] = "Dery et al., 2024, algorithm 1"
     cost: ClassVar[str] = "rounds x samples x batches forwards"
 
-    fraction: float = field(default=0.05, metadata={"doc": "share of the parameters that goes in a round"})
-    rounds: int = field(default=0, metadata={"doc": "number of rounds; 0: as many as fraction makes"})
-    samples: int = field(default=200, metadata={"doc": "sub-models a round, half of them complements"})
-    batches: int = field(default=32, metadata={"doc": "calibration batches that a sub-model is evaluated on"})
-    utility: str = field(default="loss", metadata={"doc": "loss, or match: stay near the dense model's outputs"})
+    fraction: Annotated[float, Field(gt=0, le=1)] = field(
+        default=0.05, metadata={"doc": "share of the parameters that goes in a round"}
+    )
+    rounds: Annotated[int, Field(ge=0)] = field(
+        default=0, metadata={"doc": "number of rounds; 0: as many as fraction makes"}
+    )
+    samples: Annotated[int, Field(ge=2)] = field(
+        default=200, metadata={"doc": "sub-models a round, half of them complements"}
+    )
+    batches: Annotated[int, Field(ge=1)] = field(
+        default=32, metadata={"doc": "calibration batches that a sub-model is evaluated on"}
+    )
+    utility: Literal["loss", "match"] = field(
+        default="loss", metadata={"doc": "loss, or match: stay near the dense model's outputs"}
+    )
     uniform: bool = field(default=False, metadata={"doc": "take the same share from every layer, so layers stay alike"})
-    multiple: int = field(default=8, metadata={"doc": "neurons left in a layer are rounded up to a multiple of this"})
+    multiple: Annotated[int, Field(ge=1)] = field(
+        default=8, metadata={"doc": "neurons left in a layer are rounded up to a multiple of this"}
+    )
     as_zeros: bool = field(default=False, metadata={"doc": "write zeros and keep the shapes"})
 
     def apply(

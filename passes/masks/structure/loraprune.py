@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from functools import partial
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import nn
 from torch.nn.functional import linear
 
-from sparsec.errors import BadRecipe, UnfitModel
+from sparsec.errors import BadRecipe, NonFinite, UnfitModel
 from sparsec.passes.masks.evaluating import evaluating
+from sparsec.passes.masks.scaled import loss_scale, scaled_gradients
 from sparsec.passes.masks.structure.choose import choose
 from sparsec.passes.masks.structure.contract import Data, Structured, Tick, parameters, silent
 from sparsec.passes.masks.structure.objective import Objective, has_loss
@@ -42,16 +45,26 @@ class LoraPrune:
     source: ClassVar[str] = "Zhang et al., 2023, equations 6 to 9"
     cost: ClassVar[str] = "a short LoRA training"
 
-    rank: int = field(default=8, metadata={"doc": "rank of the adapters"})
-    alpha: float = field(default=16.0, metadata={"doc": "adapters count alpha / rank times"})
-    lr: float = field(default=3e-4, metadata={"doc": "learning rate of AdamW"})
-    steps: int = field(default=200, metadata={"doc": "training steps, a calibration batch each"})
-    every: int = field(default=10, metadata={"doc": "steps from one pruning to the next"})
-    decay: float = field(default=0.9, metadata={"doc": "how much of the averaged importance stays in a step"})
-    warm: float = field(default=0.1, metadata={"doc": "share of the steps before the ramp, and after it"})
-    frozen: float = field(default=0.1, metadata={"doc": "share of first layers left whole; above 0, also the last"})
+    rank: Annotated[int, Field(ge=1)] = field(default=8, metadata={"doc": "rank of the adapters"})
+    alpha: Annotated[float, Field(gt=0)] = field(default=16.0, metadata={"doc": "adapters count alpha / rank times"})
+    lr: Annotated[float, Field(gt=0)] = field(default=3e-4, metadata={"doc": "learning rate of AdamW"})
+    steps: Annotated[int, Field(ge=1)] = field(
+        default=200, metadata={"doc": "training steps, a calibration batch each"}
+    )
+    every: Annotated[int, Field(ge=1)] = field(default=10, metadata={"doc": "steps from one pruning to the next"})
+    decay: Annotated[float, Field(ge=0, lt=1)] = field(
+        default=0.9, metadata={"doc": "how much of the averaged importance stays in a step"}
+    )
+    warm: Annotated[float, Field(ge=0, le=0.5)] = field(
+        default=0.1, metadata={"doc": "share of the steps before the ramp, and after it"}
+    )
+    frozen: Annotated[float, Field(ge=0, le=1)] = field(
+        default=0.1, metadata={"doc": "share of first layers left whole; above 0, also the last"}
+    )
     merge: bool = field(default=True, metadata={"doc": "add the trained adapters to the weights"})
-    multiple: int = field(default=8, metadata={"doc": "neurons left in a layer are rounded up to a multiple of this"})
+    multiple: Annotated[int, Field(ge=1)] = field(
+        default=8, metadata={"doc": "neurons left in a layer are rounded up to a multiple of this"}
+    )
     as_zeros: bool = field(default=False, metadata={"doc": "write zeros and keep the shapes"})
 
     def apply(
@@ -71,6 +84,7 @@ class LoraPrune:
         adapters = _adapters(model, units, self.rank, self.alpha, seed)
         keep = self._train(model, units, adapters, objective, share, frozen, tick)
         if self.merge:
+            _refuse_nonfinite(adapters, merged=True)  # all of them before the first: the model is as it was
             for adapter in adapters.values():
                 adapter.merge()
         with evaluating(model), masked(model, units, keep):
@@ -114,16 +128,17 @@ class LoraPrune:
     ) -> dict[str, torch.Tensor]:
         keep = units.all()
         worth = {family.key: torch.zeros(family.count, dtype=torch.float64) for family in units.families}
-        optimizer = torch.optim.AdamW([p for a in adapters.values() for p in (a.a, a.b)], lr=self.lr)
+        trained = [p for a in adapters.values() for p in (a.a, a.b)]
+        optimizer, scale = torch.optim.AdamW(trained, lr=self.lr), loss_scale(model.parameters())
         with evaluating(model), _frozen(model), _attached(model, adapters), torch.enable_grad():
             for first in range(0, self.steps, self.every):
                 with masked(model, units, keep):
                     for step in range(first, min(first + self.every, self.steps)):
                         tick(step, self.steps, "adapters")
-                        optimizer.zero_grad()
-                        objective(model, step % len(objective.data)).backward()  # type: ignore[no-untyped-call]
+                        _set_gradients(trained, partial(objective, model, step % len(objective.data)), scale)
                         _average(worth, units, adapters, self.decay)
                         optimizer.step()
+                _refuse_nonfinite(adapters)
                 done = min(first + self.every, self.steps)
                 last = done == self.steps
                 ranked = {key: value.where(keep[key], value - 2.0) for key, value in worth.items()}  # gone stay gone
@@ -165,16 +180,35 @@ class Adapter:
         return (slope * (matrix(self.module).float() + self.scale * self.b @ self.a)).abs()
 
     @torch.no_grad()
+    def merged(self) -> torch.Tensor:
+        """The weight with the term added, [N, K] in the weight's dtype."""
+        weight = matrix(self.module)
+        return (weight.float() + self.scale * self.b @ self.a).to(weight.dtype)
+
+    @torch.no_grad()
     def merge(self) -> None:
         """Add the term to the weight."""
-        weight = matrix(self.module)
-        weight.copy_(weight.float() + self.scale * self.b @ self.a)
+        matrix(self.module).copy_(self.merged())
 
 
 def _adapters(model: nn.Module, units: Units, rank: int, alpha: float, seed: int) -> dict[str, Adapter]:
     generator = torch.Generator().manual_seed(seed)
     names = dict.fromkeys(part.module for family in units.families for part in family.parts)
     return {name: Adapter(model.get_submodule(name), rank, alpha, generator) for name in names}
+
+
+def _set_gradients(trained: Sequence[torch.Tensor], loss: Callable[[], torch.Tensor], scale: float) -> None:
+    found, scale = scaled_gradients(loss, trained, scale)
+    for parameter, gradient in zip(trained, found, strict=True):
+        parameter.grad = None if gradient is None else gradient / scale
+
+
+def _refuse_nonfinite(adapters: Mapping[str, Adapter], merged: bool = False) -> None:
+    """Raise NonFinite for the first adapter (or its weight with it, ``merged``) that is not finite."""
+    for name, adapter in adapters.items():
+        made = [adapter.merged()] if merged else [adapter.a, adapter.b]
+        if not all(bool(tensor.isfinite().all()) for tensor in made):
+            raise NonFinite(what="the trained adapter", name=repr(name), where=" while it was trained")
 
 
 @contextmanager

@@ -16,8 +16,6 @@ from sparsec.errors import UnfitCalibration
 from sparsec.passes.masks.evaluating import evaluating
 from sparsec.passes.masks.structure.contract import Data
 
-UTILITIES = ("loss", "match")
-
 
 def has_loss(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     """Whether the batch brings labels, or the model predicts the tokens of the batch."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 
-from sparsec.errors import BadOptionValue, ModelWouldGrow, UnfitCalibration
+from sparsec.errors import ModelWouldGrow, UnfitCalibration
 from sparsec.passes.masks.structure.config import tell_config
 from sparsec.passes.masks.structure.contract import Data, Row, Structured, Tick, parameters, silent
 from sparsec.passes.masks.structure.llama import (
@@ -51,9 +52,13 @@ class SliceGPT:
     source: ClassVar[str] = "Ashkboos et al., 2024, sections 3.1 to 3.4"
     cost: ClassVar[str] = "a forward and two eigendecompositions a layer"
 
-    rotation: str = field(default="block", metadata={"doc": "block: a rotation for each norm; shared: one for all"})
-    orientation: str = field(default="pca", metadata={"doc": "pca, or random: turn the kept dimensions at random"})
-    multiple: int = field(default=8, metadata={"doc": "the width left is a multiple of this"})
+    rotation: Literal["block", "shared"] = field(
+        default="block", metadata={"doc": "block: a rotation for each norm; shared: one for all"}
+    )
+    orientation: Literal["pca", "random"] = field(
+        default="pca", metadata={"doc": "pca, or random: turn the kept dimensions at random"}
+    )
+    multiple: Annotated[int, Field(ge=1)] = field(default=8, metadata={"doc": "the width left is a multiple of this"})
     slice_head: bool = field(default=False, metadata={"doc": "slice what lm_head reads, too (rotation: shared does)"})
     allow_growth: bool = field(default=False, metadata={"doc": "slice even where the model gets larger"})
 
@@ -61,9 +66,6 @@ class SliceGPT:
         self, model: nn.Module, units: Units, forward_data: Data, sparsity: float, seed: int, *, tick: Tick = silent
     ) -> Structured:
         """Rotate and slice, in place; ``units`` is not read. Raises UnfitModel and ModelWouldGrow, first."""
-        for key, known in (("rotation", ("block", "shared")), ("orientation", ("pca", "random"))):
-            if getattr(self, key) not in known:
-                raise BadOptionValue(key=key, value=getattr(self, key), expected=f"it must be {' or '.join(known)}")
         decoder = decoder_of(model, "slicegpt")
         widths = self._widths(model, decoder, sparsity)
         rows = _rows(decoder, widths, self.rotation == "block")

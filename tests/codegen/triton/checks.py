@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sparsec.codegen import reference
-from sparsec.codegen.triton import family, pack_verified
+from sparsec.codegen.triton import family_of, pack_verified
 from sparsec.codegen.triton.contract import Call
 from sparsec.codegen.triton.launch import run
 from sparsec.codegen.triton.samples import sample_weight, x_dtype
@@ -21,16 +21,13 @@ def allowed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
 
 def check(
     name: str, loop: str, m: int, n: int, k: int, *, density: float = 0.3, act: str = "", bias: bool = True,
-    seed: int = 0, configs: int = 3, kind: str = "",
+    seed: int = 0, configs: int = 3,
 ) -> None:  # fmt: skip
-    """Pack a random weight of format ``name`` and compare up to ``configs`` configurations with the reference.
-
-    ``kind``: the family, where it is not the pattern's.
-    """
+    """Pack a random weight of format ``name`` and compare up to ``configs`` configurations with the reference."""
     format = Format.parse(name)
-    chosen = family(kind or format.pattern.kind)
+    chosen = family_of(format, loop)
     weight = sample_weight(format, n, k, density, seed)
-    packed = pack_verified(weight, format, "test", kind)
+    packed = pack_verified(weight, format, "test", loop)
     torch.manual_seed(seed)
     x = torch.randn(m, k).to(x_dtype(format))
     b = torch.randn(n).to(x.dtype) if bias else None

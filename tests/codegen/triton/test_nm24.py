@@ -28,7 +28,7 @@ CONFIG = {"rows": 1, "each": 1, "parts": 1, "splits": 1, "direct": 0}
 
 
 def packed_of(weight: torch.Tensor, values: str) -> Packed:
-    return pack_verified(weight, Format.parse(f"nm:2:4+{values}"), "test", "nm24")
+    return pack_verified(weight, Format.parse(f"nm:2:4+{values}"), "test", "skinny")
 
 
 def product(packed: Packed, x: torch.Tensor, bias: torch.Tensor | None = None, asm: bool = False, **config: int) -> Any:
@@ -67,7 +67,7 @@ def assert_close(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None
     seed=st.integers(0, 99),
 )
 def test_the_product_is_the_references(values: str, m: int, n: int, k: int, act: str, bias: bool, seed: int) -> None:
-    check(f"nm:2:4+{values}", "skinny", m, n, k, act=act, bias=bias, seed=seed, configs=1, kind="nm24")
+    check(f"nm:2:4+{values}", "skinny", m, n, k, act=act, bias=bias, seed=seed, configs=1)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])

@@ -1,0 +1,207 @@
+"""The ops of a graph on a GPU: sparsec_gpu::linear and ::conv1x1, and the table that serves them.
+
+As on the CPU (``op.cpp``) a call receives the original weight and finds what was decided for it by identity: the
+TensorImpl (held weakly), data pointer and version. It is Python, since a kernel launch is; a CUDA graph records the
+launches and runs them without it, and packs are made when the graph is compiled, before anything is recorded. No C++
+compiler is needed on a GPU machine.
+
+Kernels run on the device of the weight, where its pack lies. What cannot be served runs dense, by the same
+``F.linear`` that Inductor would have called.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch.nn import functional as F
+
+from sparsec.codegen import reference
+from sparsec.codegen.spec import Packed
+
+_libraries: list[torch.library.Library] = []  # a Library unregisters its ops when it is collected
+
+
+Config: TypeAlias = "tuple[tuple[str, int], ...]"  # tile sizes, splits and warps; see ``codegen/triton/contract``
+
+
+@dataclass(frozen=True)
+class Route:
+    """One range of M and what serves it.
+
+    ``config``: for every M. ``tuned``: (M, config) as measured, M ascending; a config serves the M up to its own that
+    no smaller one does. Beyond them, and where nothing is said, the family's best guess for each M.
+    """
+
+    m_lo: int
+    m_hi: int
+    packed: Packed
+    loop: str
+    config: Config | None = None
+    tuned: tuple[tuple[int, Config], ...] = ()
+
+    def config_at(self, m: int) -> Config | None:
+        return self.config or next((config for most, config in self.tuned if m <= most), None)
+
+
+@dataclass
+class Entry:
+    """What was decided for one weight under one plan. No route: dense."""
+
+    weight: weakref.ref[torch.Tensor]
+    data: int
+    version: int
+    transposed: bool
+    act: str
+    capability: int
+    verify: bool
+    retry_after: int = 0
+    routes: tuple[Route, ...] = ()
+    uses: int = 0
+
+    def fresh(self, weight: torch.Tensor) -> bool:
+        if self.weight() is not weight:  # another tensor at the address of one that died
+            return False
+        if self.retry_after:
+            return self.uses < self.retry_after
+        return self.data == weight.data_ptr() and self.version == version_of(weight)
+
+    def at(self, m: int) -> Route | None:
+        return next((r for r in self.routes if r.m_lo <= m <= r.m_hi), None)
+
+
+def version_of(weight: torch.Tensor) -> int:
+    return 0 if weight.is_inference() else int(weight._version)
+
+
+@dataclass
+class Table:
+    """Entries by the address of the TensorImpl and the plan; every method may be called from several threads."""
+
+    entries: dict[tuple[int, str], Entry] = field(default_factory=dict)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def find(self, weight: torch.Tensor, plan: str) -> Entry | None:
+        entry = self.entries.get((weight._cdata, plan))
+        return entry if entry is not None and entry.fresh(weight) else None
+
+    def put(self, weight: torch.Tensor, plan: str, entry: Entry) -> None:
+        with self.lock:
+            self.entries[weight._cdata, plan] = entry
+
+    def uses(self, impl: int, plan: str) -> int:
+        entry = self.entries.get((impl, plan))
+        return entry.uses if entry else -1
+
+    def forget(self, impl: int) -> int:
+        """Drop what is known about the weight at this address; returns how often it was used."""
+        with self.lock:
+            gone = [key for key in self.entries if key[0] == impl]
+            return sum(self.entries.pop(key).uses for key in gone)
+
+
+TABLE = Table()
+
+
+def entry_of(weight: torch.Tensor, plan_text: str) -> Entry:
+    found = TABLE.find(weight, plan_text)
+    if found is None:
+        from sparsec.runtime.store import STORE
+
+        STORE.resolve(weight, plan_text)
+        found = TABLE.find(weight, plan_text)
+    assert found is not None, "the resolver installed nothing for this weight; please report this"
+    found.uses += 1
+    return found
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, plan: str) -> torch.Tensor:
+    """act(x @ W.T + bias): x [..., K] -> [..., N], of x's dtype, on the weight's device."""
+    entry = entry_of(weight, plan)
+    matrix = weight.t() if entry.transposed else weight
+    if x.shape[-1] != matrix.shape[1] or x.dtype != weight.dtype or x.device != weight.device:
+        raise RuntimeError(
+            f"sparsec_gpu::linear: x is {tuple(x.shape)} {x.dtype} on {x.device}, the weight {tuple(matrix.shape)} "
+            f"{weight.dtype} on {weight.device}"
+        )
+    y = _rows(entry, x.reshape(-1, matrix.shape[1]), matrix, bias, plan)
+    return y.view(*x.shape[:-1], matrix.shape[0])
+
+
+def conv1x1(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, plan: str) -> torch.Tensor:
+    """x [B, C, H, W], weight [N, C, 1, 1] -> [B, N, H, W], in the memory format of x."""
+    entry = entry_of(weight, plan)
+    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
+    b, c, h, w = x.shape
+    if entry.at(b * h * w) is None:
+        return reference.ACT[entry.act](F.conv2d(x, weight, bias)).contiguous(memory_format=layout)
+    rows = x.permute(0, 2, 3, 1).reshape(-1, c)
+    y = _rows(entry, rows, weight.reshape(weight.shape[0], c), bias, plan)
+    return y.view(b, h, w, -1).permute(0, 3, 1, 2).contiguous(memory_format=layout)
+
+
+def _rows(entry: Entry, x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, plan: str) -> torch.Tensor:
+    """x [M, K] @ matrix [N, K].T."""
+    m = x.shape[0]
+    route = entry.at(m) if m else None
+    if route is None:
+        y = reference.ACT[entry.act](F.linear(x, matrix, bias))
+    else:
+        x = x if x.stride(1) == 1 else x.contiguous()
+        y = product(route, x, bias, entry.act, entry.capability)
+    if entry.verify:
+        from sparsec.runtime.store import STORE
+
+        STORE.verify(x, matrix, bias, y, plan)
+    return y
+
+
+def product(
+    route: Route, x: torch.Tensor, bias: torch.Tensor | None = None, act: str = "", capability: int = 90
+) -> torch.Tensor:
+    """One kernel on one packed weight: x [M, K], unit inner stride -> [M, N]. Raises what Triton raises."""
+    from sparsec.codegen.triton import family_of
+    from sparsec.codegen.triton.contract import Call
+    from sparsec.codegen.triton.launch import run
+
+    family = family_of(route.packed.format, route.loop)
+    y = x.new_empty((x.shape[0], route.packed.shape[0]))
+    said = route.config_at(len(x))
+    config = dict(said) if said else family.configs(route.packed, route.loop, len(x), capability)[0]
+    with device_of(x):
+        run(family.launches(route.packed, route.loop, Call(x, y, bias, act, capability), config))
+    return y
+
+
+def device_of(x: torch.Tensor) -> Any:
+    """A context in which kernels go to the device of ``x``: Triton launches on the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else torch.device("cpu")
+
+
+@functools.cache
+def load() -> None:
+    """Make ``torch.ops.sparsec_gpu.*`` exist in this process."""
+    library: Any = torch.library.Library("sparsec_gpu", "FRAGMENT")  # type: ignore[no-untyped-call]
+    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+    for name, function, shape in (("linear", linear, _linear_shape), ("conv1x1", conv1x1, _conv_shape)):
+        library.define(f"{name}(Tensor x, Tensor weight, Tensor? bias, str plan) -> Tensor", tags=tags)
+        library.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"sparsec_gpu::{name}", shape, lib=library)
+    _libraries.append(library)
+
+
+def _linear_shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, plan: str) -> torch.Tensor:
+    from sparsec.runtime.library import _linear_shape as shape
+
+    return shape(x, weight, bias, plan)
+
+
+def _conv_shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, plan: str) -> torch.Tensor:
+    from sparsec.runtime.library import _conv_shape as shape
+
+    return shape(x, weight, bias, plan)

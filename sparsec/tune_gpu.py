@@ -1,0 +1,220 @@
+"""Tuning on a GPU: one weight in, how many times faster than dense each kernel and configuration is.
+
+The records, the statistics and the rule that dense wins ties are those of the CPU (``tune.py``); what differs is the
+clock. On a GPU a call is far shorter than its launch, so dense and each kernel are captured in CUDA graphs of several
+calls that walk through copies of the weight which no cache holds, and graphs are replayed in turn between events.
+Without a GPU (Triton's interpreter) the host's clock stands in, so that everything but the times can be tried.
+
+Configurations (tile sizes, splits, warps) are the families' data; one is a record of its own, ``gather@lanes=8,...``.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from sparsec.cache import cache_dir, digest
+from sparsec.codegen import triton
+from sparsec.codegen.spec import Packed
+from sparsec.errors import BuildError, PackError
+from sparsec.facts import Range, WeightFact
+from sparsec.formats import Format
+from sparsec.gpu_rates import rates
+from sparsec.measure_calls import tune_log
+from sparsec.options import Policy
+from sparsec.passes.decide.candidates import dense_way, ways_for
+from sparsec.runtime.gpu import Config, Route, product
+from sparsec.targets.cuda import GpuTarget
+from sparsec.timing import Samples, speedup
+from sparsec.tune_db import Database, Key, Record
+
+CONFIGS = {"quick": 3, "full": 12}  # configurations of each kernel that are tried
+CALLS = 20  # of one graph
+_log = tune_log()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One kernel with one configuration on one pack."""
+
+    packed: Packed
+    loop: str
+    config: Config
+
+    def route(self, packed: Packed | None = None) -> Route:
+        return Route(1, 2**62, packed or self.packed, self.loop, self.config)
+
+
+@dataclass(frozen=True)
+class GpuPoint:
+    """One weight [N, K] on its GPU: which kernels to measure, and their measurement."""
+
+    weight: torch.Tensor
+    fact: WeightFact
+    dtype: str
+    target: GpuTarget
+    policy: Policy
+
+    def ways(self, m: int, effort: Any) -> dict[Key, Run]:
+        """Kernels worth measuring at M = ``m``, cheapest by the model first, each with its first configurations."""
+        expected = rates(self.target)
+        dense = dense_way(self.fact, self.dtype, expected)
+        if dense is None:
+            return {}
+        ways = ways_for(self.fact, self.dtype, expected, self.policy)
+        limit = float("inf") if self.policy.min_speedup == 0 else effort.hopeless * dense.cost.at(m)
+        ways = sorted((w for w in ways if w.cost.at(m) <= limit), key=lambda w: w.cost.at(m))[: effort.candidates]
+        found: dict[Key, Run] = {}
+        for way in ways:
+            try:
+                packed = self._packed(way.format, way.kernel)
+            except (BuildError, PackError, torch.OutOfMemoryError) as error:  # the decision meets it again
+                _log.info("%s is not measured: %s", way.format, error)
+                continue
+            for config in configs_of(packed, way.kernel, m, self.target)[: CONFIGS[self.policy.tune]]:
+                found[self.key(way.format, way.kernel, config, m)] = Run(packed, way.kernel, config)
+        return found
+
+    def key(self, format: str, loop: str, config: Config, m: int) -> Key:
+        said = ",".join(f"{name}={value}" for name, value in config)
+        fact = self.fact
+        return Key(
+            self.target.fingerprint, torch.__version__, 0, kernels_hash(), format, f"{loop}@{said}", self.dtype,
+            fact.n, fact.k, round(40 * fact.density), m, True,
+        )  # fmt: skip
+
+    def measure(self, wanted: Mapping[Key, Run], m: int, effort: Any, budget_s: float) -> Iterator[Record]:
+        """Run the wanted kernels against dense in the same rounds."""
+        x = torch.randn(m, self.fact.k, generator=torch.Generator().manual_seed(0)).to(self.weight)
+        calls: dict[str, Callable[[int], object]] = {"dense": _dense_call(self._copies(self.weight), x)}
+        for key, run in wanted.items():
+            packs = [run.packed, *(_copy(run.packed) for _ in range(self._times(run.packed.bytes) - 1))]
+            calls[key.id] = _our_call(run, packs, x, self.target.capability)
+        samples = timed(calls, effort.rounds, min(effort.point_s, budget_s), self.weight.device)
+        for key in (key for key in wanted if key.id in samples):
+            ours, base = samples[key.id], samples["dense"]
+            yield Record(key, speedup(base, ours), base.best, ours.best, len(ours.seconds), time.time())
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019  a point lives as long as one weight is tuned
+    def _packed(self, format: str, loop: str) -> Packed:
+        return triton.pack_verified(self.weight, Format.parse(format), self.fact.key, loop)
+
+    def _times(self, size: int) -> int:
+        """Copies that together are three times what the L2 cache holds."""
+        return max(1, -(-3 * self.target.l2_bytes // max(size, 1))) if self.weight.is_cuda else 1
+
+    def _copies(self, weight: torch.Tensor) -> list[torch.Tensor]:
+        times = self._times(weight.numel() * weight.element_size())
+        return [weight.detach(), *(weight.detach().clone() for _ in range(times - 1))]
+
+
+def configs_of(packed: Packed, loop: str, m: int, target: GpuTarget) -> list[Config]:
+    family = triton.family_of(packed.format, loop)
+    return [tuple(sorted(c.items())) for c in family.configs(packed, loop, m, target.capability)]
+
+
+@functools.cache
+def kernels_hash() -> str:
+    """Of the text of every GPU kernel, and of the Triton that compiles it."""
+    folder = Path(triton.__file__).parent
+    return digest(triton.need_triton(), *(f.read_bytes() for f in sorted(folder.glob("*.py"))))
+
+
+def tuned_configs(
+    weight: torch.Tensor, fact: WeightFact, dtype: str, part: Range, packed: Packed, target: GpuTarget, policy: Policy
+) -> tuple[tuple[int, Config], ...]:
+    """(M bucket, fastest measured configuration) of one kernel on such weights, from the database; M ascending."""
+    from sparsec.tune import EFFORTS
+
+    point = GpuPoint(weight, fact, dtype, target, policy)
+    found = []
+    for m in EFFORTS["full"].ms:
+        if m < part.m_lo or (part.m_hi is not None and m > part.m_hi):
+            continue
+        configs = configs_of(packed, part.kernel, m, target)[: CONFIGS["full"]]
+        keys = {point.key(part.format, part.kernel, config, m): config for config in configs}
+        known = Database(cache_dir(policy.cache_dir)).load(keys)
+        if known:
+            best = max(known.values(), key=lambda record: record.ratio.low)
+            found.append((m, keys[best.key]))
+    return tuple(found)
+
+
+def _copy(packed: Packed) -> Packed:
+    return replace(packed, tensors=tuple(t.clone() for t in packed.tensors))
+
+
+def _dense_call(copies: Sequence[torch.Tensor], x: torch.Tensor) -> Callable[[int], object]:
+    return lambda i: F.linear(x, copies[i % len(copies)])
+
+
+def _our_call(run: Run, packs: Sequence[Packed], x: torch.Tensor, capability: int) -> Callable[[int], object]:
+    routes = [run.route(packed) for packed in packs]
+    return lambda i: product(routes[i % len(routes)], x, capability=capability)
+
+
+def timed(
+    calls: Mapping[str, Callable[[int], object]], rounds: int, budget_s: float, device: torch.device
+) -> dict[str, Samples]:
+    """Seconds a call, one a round, in rotating order; each call is given its number, to choose its copy by.
+
+    A kernel that fails is left out, with its reason in the log. At least five rounds.
+    """
+    ready: dict[str, Callable[[], float]] = {}
+    for name, call in calls.items():
+        try:
+            ready[name] = _graphed(call, device) if device.type == "cuda" else _hosted(call)
+        except Exception as error:  # whatever Triton or CUDA raises, this kernel is not a candidate here
+            _log.info("%s is not measured: %s", name, error)
+    names, taken, started = list(ready), {name: list[float]() for name in ready}, time.perf_counter()
+    for i in range(rounds):
+        if i >= 5 and time.perf_counter() - started > budget_s:
+            break
+        for name in itertools.islice(itertools.cycle(names), i % len(names), i % len(names) + len(names)):
+            taken[name].append(ready[name]())
+    return {name: Samples(tuple(values)) for name, values in taken.items()} if "dense" in ready else {}
+
+
+def _hosted(call: Callable[[int], object]) -> Callable[[], float]:
+    call(0)
+
+    def once() -> float:
+        before = time.perf_counter()
+        call(0)
+        return time.perf_counter() - before
+
+    return once
+
+
+def _graphed(call: Callable[[int], object], device: torch.device) -> Callable[[], float]:
+    """CALLS calls in one CUDA graph; gives the seconds of one of them. Warm-up compiles what is not compiled."""
+    with torch.cuda.device(device):
+        side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for i in range(3):
+                call(i)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kept = [call(i) for i in range(CALLS)]
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        graph.replay()
+
+    def once() -> float:
+        assert kept
+        first.record()
+        graph.replay()
+        last.record()
+        last.synchronize()
+        return float(first.elapsed_time(last)) / 1e3 / CALLS
+
+    return once

@@ -1,0 +1,96 @@
+"""torch.compile(backend="sparsec") with a GPU target, its kernels interpreted on CPU tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import sparsec
+from sparsec.runtime import gpu
+
+TARGET = {"target": "cuda:sm_90", "min_speedup": 0}
+
+
+def pruned(dtype: torch.dtype = torch.float32, k: int = 96) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(k, 64), nn.GELU(), nn.Linear(64, 40, bias=False)).to(dtype).eval()
+    sparsec.sparsify(model, {"method": "magnitude", "sparsity": 0.8}, progress=False)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def _clean() -> None:
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_a_pruned_model_gives_its_own_answers(dtype: torch.dtype, rows: int) -> None:
+    model = pruned(dtype)
+    fast = torch.compile(model, backend="sparsec", options={**TARGET, "verify": True})
+    x = torch.randn(rows, 96).to(dtype)
+    before = sum(entry.uses for entry in gpu.TABLE.entries.values())
+    with torch.inference_mode():
+        y, expected = fast(x), model(x)
+    torch.testing.assert_close(y.float(), expected.float(), atol=2e-2 if dtype == torch.bfloat16 else 1e-4, rtol=2e-2)
+    assert sum(entry.uses for entry in gpu.TABLE.entries.values()) > before
+    assert any(entry.routes for entry in gpu.TABLE.entries.values())
+
+
+def test_more_rows_than_the_kernel_takes_run_dense() -> None:
+    model = pruned()
+    fast = torch.compile(model, backend="sparsec", options={**TARGET, "formats": ["index"]}, dynamic=True)
+    with torch.inference_mode():
+        for rows in (2, 700):
+            x = torch.randn(rows, 96)
+            torch.testing.assert_close(fast(x), model(x), atol=1e-4, rtol=1e-4)
+
+
+def test_a_weight_that_changes_is_packed_anew() -> None:
+    model = pruned()
+    fast = torch.compile(model, backend="sparsec", options=TARGET)
+    x = torch.randn(2, 96)
+    with torch.no_grad():
+        fast(x)
+        model[0].weight.mul_(2.0)
+        torch.testing.assert_close(fast(x), model(x), atol=1e-4, rtol=1e-4)
+        model[0].weight.data = model[0].weight.data * 0.5
+        torch.testing.assert_close(fast(x), model(x), atol=1e-4, rtol=1e-4)
+
+
+def test_two_models_that_share_a_graph_keep_their_own_packs() -> None:
+    first, second = pruned(), pruned()
+    with torch.no_grad():
+        second[0].weight.neg_()
+    fast = [torch.compile(model, backend="sparsec", options=TARGET) for model in (first, second)]
+    x = torch.randn(1, 96)
+    with torch.inference_mode():
+        for ours, model in zip(fast, (first, second), strict=True):
+            torch.testing.assert_close(ours(x), model(x), atol=1e-4, rtol=1e-4)
+
+
+def test_a_dead_weight_leaves_nothing_in_the_table() -> None:
+    model = pruned()
+    fast = torch.compile(model, backend="sparsec", options=TARGET)
+    with torch.inference_mode():
+        fast(torch.randn(1, 96))
+    held = {key[0] for key in gpu.TABLE.entries}
+    mine = {p._cdata for p in model.parameters()} & held
+    assert mine
+    del model, fast
+    torch._dynamo.reset()
+    import gc
+
+    gc.collect()
+    assert not mine & {key[0] for key in gpu.TABLE.entries}
+
+
+def test_a_1x1_convolution_runs_too() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(32, 48, 1)).eval()
+    sparsec.sparsify(model, {"method": "magnitude", "sparsity": 0.9}, progress=False)
+    fast = torch.compile(model, backend="sparsec", options={**TARGET, "verify": True})
+    with torch.inference_mode():
+        x = torch.randn(1, 32, 2, 2)
+        torch.testing.assert_close(fast(x), model(x), atol=1e-4, rtol=1e-4)

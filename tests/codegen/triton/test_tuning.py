@@ -1,0 +1,76 @@
+"""Tuning with a GPU target, in the interpreter: records, configurations and failures; times here mean nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import sparsec
+from sparsec import tune_gpu
+from sparsec.runtime import gpu
+from sparsec.tune_db import Database
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    made = nn.Sequential(nn.Linear(96, 64)).eval()
+    sparsec.sparsify(made, {"method": "magnitude", "sparsity": 0.9}, progress=False)
+    return made
+
+
+def options(folder: Path) -> dict[str, object]:
+    return {"target": "cuda:sm_90", "min_speedup": 0, "formats": ["index"], "cache_dir": str(folder), "tune": "quick"}
+
+
+def test_each_configuration_is_a_record_and_the_surest_is_run(model: nn.Module, tmp_path: Path) -> None:
+    fast = torch.compile(model, backend="sparsec", options=options(tmp_path))
+    x = torch.randn(1, 96)
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(x), model(x), atol=1e-4, rtol=1e-4)
+    records = [r for r in Database(tmp_path).all() if r.key.m == 1]
+    assert len(records) >= 2
+    assert all(r.key.loop.startswith("gather@") for r in records)
+    best = max(records, key=lambda r: r.ratio.low)
+    (entry,) = [e for (impl, _), e in gpu.TABLE.entries.items() if impl == model[0].weight._cdata]
+    said = ",".join(f"{name}={value}" for name, value in entry.routes[0].config_at(1) or ())
+    assert best.key.loop == f"gather@{said}"
+
+
+def test_a_second_compilation_measures_nothing(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(1, 96)
+    with torch.inference_mode():
+        torch.compile(model, backend="sparsec", options=options(tmp_path))(x)
+        torch._dynamo.reset()
+        sparsec.invalidate(model)
+        monkeypatch.setattr(tune_gpu, "timed", lambda *_: pytest.fail("measured again"))
+        torch.compile(model, backend="sparsec", options=options(tmp_path))(x)
+
+
+def test_a_kernel_that_fails_is_left_out_and_the_others_are_measured() -> None:
+    def broken(i: int) -> object:
+        raise RuntimeError("no")
+
+    calls = {"dense": lambda i: None, "broken": broken, "good": lambda i: None}
+    found = tune_gpu.timed(calls, rounds=6, budget_s=9.0, device=torch.device("cpu"))
+    assert set(found) == {"dense", "good"}
+    assert {len(samples.seconds) for samples in found.values()} == {6}
+
+
+def test_without_dense_nothing_is_claimed() -> None:
+    def broken(i: int) -> object:
+        raise RuntimeError("no")
+
+    assert tune_gpu.timed({"dense": broken, "good": lambda i: None}, 5, 1.0, torch.device("cpu")) == {}
+
+
+def test_a_configuration_serves_the_rows_up_to_its_own() -> None:
+    small, large = (("lanes", 8),), (("lanes", 16),)
+    route = gpu.Route(1, 64, packed=None, loop="gather", tuned=((1, small), (8, large)))  # type: ignore[arg-type]
+    assert [route.config_at(m) for m in (1, 2, 8, 9)] == [small, large, large, None]
