@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from sparsec.codegen.triton.contract import Family
 
 FAMILIES = {kind: f"sparsec.codegen.triton.{kind}:FAMILY" for kind in ("index",)}
+GATES = {"gated": "sparsec.codegen.triton.gated:FAMILY"}  # of x, for any weight: its launches take a ``gate``
 KNOWN = ("3.6", "3.9")  # versions of Triton that the kernels were compiled with, first and last
 
 
 @functools.cache
 def family(kind: str) -> Family:
-    """The family of a pattern kind, a key of ``FAMILIES``. Raises KeyError for any other, and NoTriton."""
-    module, _, name = FAMILIES[kind].partition(":")
+    """The family of a pattern kind, a key of ``FAMILIES`` or ``GATES``. Raises KeyError for any other, and NoTriton."""
+    module, _, name = {**FAMILIES, **GATES}[kind].partition(":")
     need_triton()
     return cast("Family", getattr(importlib.import_module(module), name))
 
