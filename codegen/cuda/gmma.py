@@ -1,0 +1,29 @@
+"""The text of ``wgmma.mma_async.sp`` and what goes with it: one asm statement a width, with all its accumulators."""
+
+from __future__ import annotations
+
+
+def instructions(columns: int) -> str:
+    """Functions of one warpgroup for products m64 n``columns`` k32, sums[columns / 8][4] fp32 in registers."""
+    count = columns // 2
+    sums = ", ".join(f'"+f"(d[{i // 4}][{i % 4}])' for i in range(count))
+    registers = ", ".join(f"%{i}" for i in range(count))
+    array = f"float (&d)[{columns // 8}][4]"
+    a, b, meta, selector = (f"%{count + i}" for i in range(4))
+    shape = f'm64n{columns}k32.f32." FLOAT16 "." FLOAT16 "'
+    return f"""
+DEVICE void gmma_fence() {{ asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }}
+DEVICE void gmma_commit() {{ asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }}
+// What this thread copied to shared memory becomes visible to the tensor cores.
+DEVICE void gmma_sees_copies() {{ asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }}
+// Until all but the last N groups of products are done; the sums are named so that no use of them moves up.
+template <int N> DEVICE void gmma_wait({array}) {{
+  asm volatile("wgmma.wait_group.sync.aligned %{count};" : {sums} : "n"(N) : "memory");
+}}
+// d += A B. a, b: matrix descriptors. SELECTOR: which pair of each four lanes holds the metadata.
+template <int SELECTOR> DEVICE void gmma_sparse({array}, u64 a, u64 b, u32 meta) {{
+  asm volatile("{{ .reg .pred p; setp.eq.u32 p, 0, 0;"
+               "wgmma.mma_async.sp.sync.aligned.{shape} {{{registers}}}, {a}, {b}, {meta}, {selector}, p, 1, 1, 0, 0; }}"
+               : {sums} : "l"(a), "l"(b), "r"(meta), "n"(SELECTOR));
+}}
+"""
