@@ -1,1 +1,1 @@
-"""Kernels as CUDA C++ text, compiled by NVRTC without a toolkit: what Triton has no words for. And cuSPARSELt beside."""
+"""Kernels as CUDA C++ text, compiled by NVRTC without a toolkit, where Triton has no words; and cuSPARSELt."""

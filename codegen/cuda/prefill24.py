@@ -12,7 +12,12 @@ columns in order, metadata their places, 4 bits a group (first | second << 2), 1
                       kept columns 2 t, 2 t + 1 of the first (r < 2) or second eight
   values, wgmma       [K/128][N/64][row][8 chunks of 8]: chunk c of row r at c ^ (r % 8), the 128-byte swizzle
 
-9 bits a weight. Text: constants, the instructions (``device.cuh``), ``prefill24_common.cuh``, and the kernel's own file.
+9 bits a weight. Text: constants, the instructions (``device.cuh``), ``prefill24_common.cuh``, the kernel's own file.
+
+Shared memory feeds a block of 128 x 128 (mma, warps of 64 x 64) for 48 clocks of each 64 that its products take on an
+A100. wgmma reads all of x for each 64 weight rows: 128 bytes a clock at the full rate, so values beside it cost a share
+that falls with block_m (a fifth at 128, a tenth at 256). All shapes compile without spills (registers on sm_90: mma
+244, wgmma 127 at block_m 128 and 216 at 256). Neither has run on a GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from sparsec.codegen.cuda import nvrtc
+from sparsec.codegen.cuda import driver, nvrtc
 from sparsec.codegen.cuda.gmma import instructions
 from sparsec.codegen.spec import ACTS, Packed
 from sparsec.errors import PatternMismatch
@@ -120,10 +125,37 @@ def pack(weight: torch.Tensor, kind: str, source_key: str = "") -> Packed:
     if weight.dtype not in DTYPES:
         raise PatternMismatch(format="nm:2:4 on tensor cores", detail=f"its values are {weight.dtype}")
     n, k = weight.shape
-    value, place = _compressed(torch.nn.functional.pad(weight, (0, -k % STEP[kind], 0, -n % ROWS)), format)
+    value, place = _compressed(
+        torch.nn.functional.pad(weight, (0, -k % STEP[kind] if k else STEP[kind], 0, -n % ROWS)), format
+    )
     words = _words(place)
     tensors = (_fragments(value), words) if kind == "mma" else (_swizzled(value), _by_warpgroup(words))
     return Packed(format, 1, tensors, torch.zeros(0, dtype=torch.int64), (n, k), source_key)
+
+
+def linear(
+    packed: Packed, shape: Shape, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None, capability: int
+) -> None:
+    """act(x @ W.T + bias) -> y on their GPU. x: [M, K], y: [M, N] of unit inner stride, bias: [N] or None.
+
+    Raises NoNvrtc, KernelCompileFailed and NoDriver.
+    """
+    args = arguments(packed, shape, x, y, bias)
+    grid = (shape.grid(len(x), packed.shape[0]),)
+    driver.launch(cubin(shape, capability), "prefill24", grid, shape.threads, shape.shared, args, x.device)
+
+
+def arguments(
+    packed: Packed, shape: Shape, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None
+) -> list[driver.Argument]:
+    """Of the kernel. Rows of x have to start on 16 bytes; where they do not, x is copied."""
+    values, words = packed.tensors
+    (m, k), n = x.shape, packed.shape[0]
+    if k % 8 or x.stride(0) % 8 or x.stride(1) != 1 or x.data_ptr() % 16:
+        x = torch.nn.functional.pad(x, (0, -k % 8)).clone(memory_format=torch.contiguous_format)
+    wide = n % 8 == 0 and y.stride(0) % 8 == 0 and y.data_ptr() % 16 == 0
+    sizes = (m, n, x.shape[1], -(-n // ROWS) * ROWS, int(wide))
+    return [x, values, words, bias, y, x.stride(0), y.stride(0), *map(driver.Int32, sizes)]
 
 
 def unpack(packed: Packed, kind: str) -> torch.Tensor:
@@ -162,11 +194,8 @@ def _compressed(weight: torch.Tensor, format: Format) -> tuple[torch.Tensor, tor
         places += [i for i in range(4) if i not in places][: 2 - len(places)]
         table[code] = torch.tensor(sorted(places), dtype=torch.uint8)
     place = table.to(weight.device)[(kept * bits).sum(2)]
-    return (groups * kept).gather(2, place.long()) if groups.isfinite().all() else _gathered(groups, place), place
-
-
-def _gathered(groups: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    return torch.where(groups != 0, groups, 0).gather(2, place.long())
+    value = groups.gather(2, place.long())
+    return torch.where(value != 0, value, 0), place  # no -0.0: unpacking need not give the sign of a zero back
 
 
 def _words(place: torch.Tensor) -> torch.Tensor:

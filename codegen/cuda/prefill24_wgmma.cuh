@@ -25,8 +25,8 @@ KERNEL prefill24(const u16 *x, const char *values, const char *meta, const u16 *
   const u32 memory = shared_base();
   const Tile tile = tile_of(block_index(), m, n);
   const int warp = thread_index() / 32, lane = thread_index() % 32, group = warp / 4;
-  const int steps = (k + 127) / 128;
-  float sums[kBlockM / 8][4] = {};
+  const int steps = k ? (k + 127) / 128 : 1;
+  float sums[kBlockM / 8][4];  // the first product sets them: zeros would be written while products may be under way
 #pragma unroll
   for (int s = 0; s < kAhead; ++s) {
     if (s < steps) load_stage(memory + s * kStage, x, x_stride, values, meta, tile, s, rows, m, k);
@@ -44,18 +44,18 @@ KERNEL prefill24(const u16 *x, const char *values, const char *meta, const u16 *
     const u64 a = described(stage + group * 8192), b0 = described(stage + kValues);
     const u64 b1 = described(stage + kValues + kHalfX);
     gmma_fence();
-    gmma_sparse<0>(sums, a, b0, e0);  // 32 columns are 32 bytes of values and 64 of x: descriptors count by 16
-    gmma_sparse<1>(sums, a + 2, b0 + 4, e0);
-    gmma_sparse<0>(sums, a + 4, b1, e1);
-    gmma_sparse<1>(sums, a + 6, b1 + 4, e1);
+    gmma_sparse<0>(sums, a, b0, e0, step > 0);  // 32 columns are 32 bytes of values and 64 of x: descriptors count by 16
+    gmma_sparse<1>(sums, a + 2, b0 + 4, e0, 1);
+    gmma_sparse<0>(sums, a + 4, b1, e1, 1);
+    gmma_sparse<1>(sums, a + 6, b1 + 4, e1, 1);
     gmma_commit();
     if (ahead < steps) {
       load_stage(memory + ahead % kStages * kStage, x, x_stride, values, meta, tile, ahead, rows, m, k);
     }
     copy_commit();
-    gmma_wait<kStages - kAhead - 1>(sums);
+    gmma_wait<kStages - kAhead - 1>();
   }
-  gmma_wait<0>(sums);
+  gmma_end(sums);
   copy_wait<0>();
   sync_block();
 #pragma unroll

@@ -1,7 +1,7 @@
 // The instructions of codegen/cuda/device.cuh on a CPU. Each thread of a block is a fibre; an instruction of a warp or a
 // warpgroup runs when all its lanes have come to it, by the tables of the PTX ISA. Asynchronous copies and products run
-// either at once or as late as their waits allow (`late`), and of the warps that can go on, the first or the last goes
-// as far as it can (`backward`): data read too early or a buffer written too early shows in one of the four ways.
+// either at once or as late as their waits allow (`late`: 1 copies, 2 products), and of the warps that can go on, the
+// first or the last goes as far as it can (`backward`): data read or written too early shows in one of these ways.
 // Addresses are checked; shared memory starts as NaN.
 #include <cmath>
 #include <cstdint>
@@ -40,7 +40,7 @@ struct Gmma {
   float *d[128];
   u32 e[128];
   u64 a, b;
-  int selector, columns;
+  int selector, columns, add;
 };
 struct Group {  // of threads that meet: a warp, a warpgroup or the block
   int size = 0, come = 0, turn = 0;
@@ -114,7 +114,7 @@ static void copy16(u32 to, const void *from, int bytes) {
   for (const Range &r : readable) inside |= start >= r.from && start + bytes <= r.to;
   demand(inside, "global read out of bounds");
   demand(reinterpret_cast<uintptr_t>(from) % 16 == 0, "global address not aligned");
-  if (late) threads[now].open.push_back({to, from, bytes});
+  if (late & 1) threads[now].open.push_back({to, from, bytes});
   else run(Copy{to, from, bytes});
 }
 static void copy_commit() {
@@ -244,6 +244,7 @@ static void run(const Gmma &op) {
     }
     for (int n = 0; n < op.columns; ++n) {
       float &sum = op.d[warp * 32 + g * 4 + n % 8 / 2][n / 8 * 4 + 2 * half + n % 2];
+      if (!op.add) sum = 0;
       for (int kept = 0; kept < 16; ++kept) sum += value[kept] * element(op.b, n, k[kept]);
     }
   }
@@ -256,19 +257,19 @@ struct GmmaLane {
 };
 static void gmma_fence() {}
 static void gmma_sees_copies() {}
-template <int SELECTOR, int J> static void gmma_sparse(float (&d)[J][4], u64 a, u64 b, u32 meta) {
+template <int SELECTOR, int J> static void gmma_sparse(float (&d)[J][4], u64 a, u64 b, u32 meta, int add) {
   GmmaLane mine{&d[0][0], a, b, meta};
   threads[now].slot = &mine;
   Group &group = warpgroups[now / 128];
   const int first = now / 128 * 128;
-  meet(group, [&group, first] {
+  meet(group, [&group, first, add] {
     Gmma op{};
     for (int i = 0; i < 128; ++i) {
       const GmmaLane &lane = *static_cast<GmmaLane *>(threads[first + i].slot);
       op.d[i] = lane.d, op.e[i] = lane.e, op.a = lane.a, op.b = lane.b;
     }
-    op.selector = SELECTOR, op.columns = J * 8;
-    if (late) group.open.push_back(op);
+    op.selector = SELECTOR, op.columns = J * 8, op.add = add;
+    if (late & 2) group.open.push_back(op);
     else run(op);
   });
 }
@@ -279,7 +280,7 @@ static void gmma_commit() {
     group.open.clear();
   });
 }
-template <int N, int J> static void gmma_wait(float (&)[J][4]) {
+template <int N> static void gmma_wait() {
   Group &group = warpgroups[now / 128];
   meet(group, [&group] {
     while (group.batches.size() > N) {
@@ -288,6 +289,8 @@ template <int N, int J> static void gmma_wait(float (&)[J][4]) {
     }
   });
 }
+
+template <int J> static void gmma_end(float (&)[J][4]) { gmma_wait<0>(); }
 
 static void fibre() {
   body();

@@ -14,16 +14,16 @@ import pytest
 import torch
 
 from sparsec.codegen import reference
-from sparsec.codegen.cuda import nvrtc, prefill24
+from sparsec.codegen.cuda import driver, nvrtc, prefill24
 from sparsec.codegen.cuda.prefill24 import Shape, pack, shapes, unpack
 from sparsec.errors import KernelCompileFailed, NoNvrtc, PatternMismatch
 
 EMULATION = Path(__file__).parent / "emulated_device.h"
 # Runs a grid of blocks: x, values, metadata are the memory that may be read, with their sizes in bytes.
 TAIL = """
-extern "C" void emulate(const u16 *x, i64 x_bytes, const char *values, i64 value_bytes, const char *meta, i64 meta_bytes,
-                        const u16 *bias, u16 *y, i64 x_stride, i64 y_stride, int m, int n, int k, int rows, int wide,
-                        int blocks, int shared, int is_late, int backward) {
+extern "C" void emulate(const u16 *x, i64 x_bytes, const char *values, i64 value_bytes, const char *meta,
+                        i64 meta_bytes, const u16 *bias, u16 *y, i64 x_stride, i64 y_stride, int m, int n, int k,
+                        int rows, int wide, int blocks, int shared, int is_late, int backward) {
   readable = {{(const char *)x, (const char *)x + x_bytes}, {values, values + value_bytes}, {meta, meta + meta_bytes}};
   late = is_late;
   body = [=] { prefill24(x, values, meta, bias, y, x_stride, y_stride, m, n, k, rows, wide); };
@@ -56,19 +56,18 @@ def emulated(shape: Shape) -> ctypes.CDLL:
 
 def product(shape: Shape, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, late: int, backward: int,
             pitch: int = 0) -> torch.Tensor:  # fmt: skip
-    """y by the emulated kernel; x has rows of 16 bytes. Memory around y must stay as it was."""
-    (m, k), n = x.shape, len(weight)
+    """y by the emulated kernel. Memory around y must stay as it was."""
+    m, n = len(x), len(weight)
     packed = pack(weight, shape.kind)
     values, words = packed.tensors
     y = torch.full((m + 1, pitch or n), 7.0, dtype=x.dtype)
-    wide = n % 8 == 0 and y.stride(0) % 8 == 0 and y.data_ptr() % 16 == 0
-    pointer, long = ctypes.c_void_p, ctypes.c_longlong
-    emulated(shape).emulate(
-        pointer(x.data_ptr()), long((m - 1) * x.stride(0) * 2 + k * 2),
-        pointer(values.data_ptr()), long(values.numel() * 2), pointer(words.data_ptr()), long(words.numel() * 4),
-        pointer(0 if bias is None else bias.data_ptr()), pointer(y.data_ptr()), long(x.stride(0)), long(y.stride(0)),
-        m, n, k, -(-n // 128) * 128, int(wide), shape.grid(m, n), shape.shared - 1024, late, backward,
-    )  # fmt: skip
+    args = prefill24.arguments(packed, shape, x, y, bias)
+    x_used, *others = args
+    assert isinstance(x_used, torch.Tensor)
+    held = [(len(x_used) - 1) * x_used.stride(0) * 2 + x_used.shape[1] * 2, values.numel() * 2, words.numel() * 4]
+    ranges = [part for of, size in zip(args[:3], held, strict=True) for part in driver.arguments([of, size])]
+    blocks = [ctypes.c_int(number) for number in (shape.grid(m, n), shape.shared - 1024, late, backward)]
+    emulated(shape).emulate(*ranges, *driver.arguments(others[2:]), *blocks)
     assert bool((y[m] == 7).all())
     assert bool((y[:m, n:] == 7).all())
     return y[:m, :n]
@@ -85,17 +84,20 @@ SHAPES = [
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is missing")
-@pytest.mark.parametrize("way", range(4), ids=["early", "late", "early-backward", "late-backward"])
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
-def test_tiles_pipelines_and_edges_are_right(shape: Shape, way: int) -> None:
+@pytest.mark.parametrize(
+    ("shape", "late", "backward"),
+    [(s, late, way) for s in SHAPES for late in range(4 if s.kind == "wgmma" else 2) for way in (0, 1)],
+    ids=lambda of: of.name if isinstance(of, Shape) else str(of),
+)
+def test_tiles_pipelines_and_edges_are_right(shape: Shape, late: int, backward: int) -> None:
     dtype = torch.bfloat16 if shape.dtype == "bf16" else torch.float16
-    sizes = [(1, 8, 8), (37, 130, 72), (70, 129, 648), (200, 256, 328)]
-    for m, n, k in sizes[: 2 if way in (1, 2) else 4]:
+    sizes = [(37, 128, 1000), (1, 8, 8), (70, 130, 75), (200, 256, 328)]
+    for m, n, k in sizes if late == backward == 0 else sizes[:1]:
         torch.manual_seed(m)
-        x = torch.randn(m, k + 8, dtype=dtype)[:, :k]
+        x = torch.randn(m, k + 8, dtype=dtype)[:, :k]  # rows of 16 bytes where k is a multiple of 8
         weight = weight24(n, k, dtype, m)
-        bias = torch.randn(n, dtype=dtype) if m != 37 else None
-        y = product(shape, x, weight, bias, way % 2, way // 2, -(-n // 8) * 8 + 8 * (m % 2))
+        bias = torch.randn(n, dtype=dtype) if m != 70 else None
+        y = product(shape, x, weight, bias, late, backward, -(-n // 8) * 8 + 8 * (m % 2))
         expected = reference.linear(x, weight, bias, shape.act).float()
         scale = x.float().abs() @ weight.float().abs().T + (0 if bias is None else bias.float().abs())
         off = (y.float() - expected).abs() - (2.0**-8 if dtype == torch.bfloat16 else 2.0**-11) * scale.clamp(min=1e-2)
@@ -184,8 +186,8 @@ def test_machine_code_uses_sparse_tensor_cores_and_spills_nothing(
     capability: int, dtype: str, disassembled: Callable[[bytes], tuple[str, str]]
 ) -> None:
     for shape in shapes(dtype, "gelu", 1 << 20, capability):
-        if capability == 90 and shape.kind == "mma":
-            continue
+        if (capability == 90 and shape.kind == "mma") or (dtype == "fp16" and shape.block_m != 128):
+            continue  # sm_80 has shown the one, bf16 the other
         code, resources = disassembled(prefill24.cubin(shape, capability))
         assert ("HGMMA.SP" if shape.kind == "wgmma" else "HMMA.SP.16832") in code, shape.name
         assert "STACK:0" in resources, shape.name
