@@ -17,7 +17,7 @@ columns in order, metadata their places, 4 bits a group (first | second << 2), 1
 Shared memory feeds a block of 128 x 128 (mma, warps of 64 x 64) for 48 clocks of each 64 that its products take on an
 A100. wgmma reads all of x for each 64 weight rows: 128 bytes a clock at the full rate, so values beside it cost a share
 that falls with block_m (a fifth at 128, a tenth at 256). All shapes compile without spills (registers on sm_90: mma
-244, wgmma 127 at block_m 128 and 216 at 256). Neither has run on a GPU.
+244, wgmma 128 at block_m 128 and 212 at 256). Neither has run on a GPU.
 """
 
 from __future__ import annotations

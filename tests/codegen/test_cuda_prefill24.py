@@ -6,6 +6,7 @@ import ctypes
 import functools
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,14 +45,12 @@ def weight24(n: int, k: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
 @functools.cache
 def emulated(shape: Shape) -> ctypes.CDLL:
     """The kernel's text with emulated instructions, compiled for this machine."""
-    import tempfile
-
-    folder = Path(tempfile.mkdtemp())
     device = EMULATION.read_text(encoding="utf-8")
-    (folder / "kernel.cpp").write_text(prefill24.text(shape, device) + TAIL, encoding="utf-8")
     command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "kernel.cpp", "-o", "kernel.so"]
-    subprocess.run(command, cwd=folder, check=True)
-    return ctypes.CDLL(str(folder / "kernel.so"))
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "kernel.cpp").write_text(prefill24.text(shape, device) + TAIL, encoding="utf-8")
+        subprocess.run(command, cwd=folder, check=True)
+        return ctypes.CDLL(str(Path(folder, "kernel.so")))
 
 
 def product(shape: Shape, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, late: int, backward: int,
@@ -193,6 +192,9 @@ def test_machine_code_uses_sparse_tensor_cores_and_spills_nothing(
         assert "STACK:0" in resources, shape.name
         assert "LOCAL:0" in resources, shape.name
         assert "LDL" not in code, shape.name
+        assert code.count("WARPGROUP.ARRIVE") == (shape.kind == "wgmma"), (
+            f"products of {shape.name} wait for each other"
+        )
         assert "LDGSTS.E.BYPASS.128" in code, shape.name
 
 
