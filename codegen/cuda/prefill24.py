@@ -126,7 +126,7 @@ def pack(weight: torch.Tensor, kind: str, source_key: str = "") -> Packed:
         raise PatternMismatch(format="nm:2:4 on tensor cores", detail=f"its values are {weight.dtype}")
     n, k = weight.shape
     value, place = _compressed(
-        torch.nn.functional.pad(weight, (0, -k % STEP[kind] if k else STEP[kind], 0, -n % ROWS)), format
+        torch.nn.functional.pad(weight, (0, -k % STEP[kind] if k else STEP[kind], 0, -n % ROWS if n else ROWS)), format
     )
     words = _words(place)
     tensors = (_fragments(value), words) if kind == "mma" else (_swizzled(value), _by_warpgroup(words))

@@ -142,6 +142,13 @@ def test_packs_hold_the_weight_where_the_hardware_looks(kind: str, dtype: torch.
 
 
 @pytest.mark.parametrize("kind", ["mma", "wgmma"])
+def test_weights_without_rows_or_columns_are_packed(kind: str) -> None:
+    for shape in [(0, 8), (3, 0)]:
+        weight = torch.zeros(shape, dtype=torch.bfloat16)
+        assert torch.equal(unpack(pack(weight, kind), kind), weight)
+
+
+@pytest.mark.parametrize("kind", ["mma", "wgmma"])
 def test_packs_take_nine_bits_a_weight(kind: str) -> None:
     assert pack(weight24(256, 1024, torch.bfloat16), kind).bytes * 8 == 9 * 256 * 1024
 
