@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any, cast
 
@@ -26,8 +27,10 @@ except ImportError as error:  # pragma: no cover
     ) from error
 
 __all__ = [
+    "CsltOps",
     "compile_rest",
     "copy_graph_module",
+    "cslt_ops",
     "emit_artifact",
     "enters_autocast",
     "is_fake",
@@ -169,3 +172,25 @@ def shared_libraries() -> list[str]:
         flags += [f"-L{path}", f"-Wl,-rpath,{path}"]
     abi = int(torch.compiled_with_cxx11_abi())
     return [*flags, f"-D_GLIBCXX_USE_CXX11_ABI={abi}", "-ltorch_cpu", "-lc10"]
+
+
+@dataclass(frozen=True)
+class CsltOps:
+    """torch's operators for cuSPARSELt. ``compress``: [N, K] -> its own format; ``search``: (compressed, x^T [K, M],
+    bias [N] or None) -> the best algorithm; ``multiply``: the same and an algorithm -> y [M, N]."""
+
+    compress: Callable[[torch.Tensor], torch.Tensor]
+    search: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], int]
+    multiply: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, int], torch.Tensor]
+
+
+def cslt_ops() -> CsltOps:
+    """The operators; calling one fails where torch was built without the library."""
+    aten: Any = torch.ops.aten
+    return CsltOps(
+        compress=aten._cslt_compress,
+        search=lambda w, x, bias: int(aten._cslt_sparse_mm_search(w, x, bias=bias, transpose_result=True)),
+        multiply=lambda w, x, bias, algorithm: aten._cslt_sparse_mm(
+            w, x, bias=bias, alg_id=algorithm, transpose_result=True
+        ),
+    )
