@@ -10,6 +10,8 @@ has one layout, in which a thread holds neighbouring elements (16 bytes a load),
 
 from __future__ import annotations
 
+import os
+
 import torch
 import triton
 import triton.language as tl
@@ -21,6 +23,17 @@ KINDS = ("bf16", "fp16", "fp32", "int8")  # kernels get the position in this tup
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LANE_INSTRUCTIONS = 7.8  # that an H200 issues in the time it reads a byte: 128 lanes a clock, 16.5 bytes a clock
 VALUE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "int8": 1}
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def product(weight, x, sums):
+    """``sums + weight @ x`` on tensor cores; in fp32 in the interpreter, whose ``dot`` takes bf16 for integers."""
+    if INTERPRETED:
+        return tl.dot(weight.to(tl.float32), x.to(tl.float32), sums, input_precision="ieee")
+    else:
+        return tl.dot(weight, x, sums)
 
 
 @triton.jit
@@ -88,7 +101,7 @@ def write_rows(
 
 @triton.jit
 def joined(parts, LEFT: tl.constexpr):
-    """``LEFT`` tensors [SIZE] as one [SIZE, LEFT]; a power of two."""
+    """``LEFT`` tensors [SIZE] as one [SIZE, 2, 2, ..], to be reshaped to [SIZE, LEFT]; a power of two."""
     if LEFT == 1:
         return parts[0]
     else:
@@ -96,6 +109,32 @@ def joined(parts, LEFT: tl.constexpr):
         for i in tl.static_range(LEFT // 2):  # the halves first: the first axis is the highest bit
             made = made + (tl.join(parts[i], parts[i + LEFT // 2]),)  # type: ignore[assignment]
         return joined(made, LEFT // 2)
+
+
+@triton.jit
+def load_x(X, column, row, m, k, stride_x, EVEN: tl.constexpr):
+    """x transposed, [columns, rows]: zeros beyond ``k`` (``EVEN``: there is no beyond); rows beyond ``m`` repeat."""
+    place = X + tl.minimum(row, m - 1).to(tl.int64)[None, :] * stride_x + column[:, None]
+    if EVEN:
+        return tl.load(place)
+    else:
+        return tl.load(place, mask=(column < k)[:, None], other=0.0)
+
+
+@triton.jit
+def write_tile(
+    sums, OUT, BIAS, first_column, first_row, m, n, stride_out, split,
+    BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Write ``sums`` [BN, BM] as outputs [rows, columns], finished or as partial sums."""
+    column = (first_column + tl.arange(0, BN))[:, None]
+    row = (first_row + tl.arange(0, BM)).to(tl.int64)[None, :]
+    mask = (column < n) & (row < m)
+    if SPLITS == 1:
+        y = finish(sums, BIAS, column, ACT, HAS_BIAS, column < n)
+        tl.store(OUT + row * stride_out + column, y.to(OUT.dtype.element_ty), mask=mask)
+    else:
+        tl.store(OUT + (tl.cast(split, tl.int64) * m + row) * n + column, sums, mask=mask)
 
 
 def checked(weight: torch.Tensor, values: str) -> torch.Tensor:
