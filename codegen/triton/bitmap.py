@@ -109,9 +109,11 @@ class Bitmap:
         return dense.view(n, -(-k // CHUNK) * CHUNK)[:, :k].contiguous()
 
     def configs(self, packed: Packed, loop: str, m: int, capability: int) -> Sequence[Config]:
-        """Two words a thread; all rows of x in a tile while they are few; 1500 warps in flight by splits."""
+        """Two words a thread; all rows of x in a tile while they are few; splits so that 1500 warps are in flight."""
         n, k = packed.shape
         rows = 16 if m <= 16 else 32 if m <= 32 else 64 if m <= 64 else 128
+        if rows == 64 and capability >= 120:  # ptxas spills there
+            rows = 32
         made = [
             {"bm": rows, "bn": size, "splits": splits, "warps": size // 16}
             for size in (64, 128, 32)

@@ -6,13 +6,13 @@
 
 Nothing is counted or looked up, since the group follows from the slot. Elements of a row are padded to whole runs.
 
-Loop ``gather`` reads x at the kept columns. Lane instructions a kept value on sm_90, one row of x: 10.6 (8:16, 4:8), 10.9
-(2:4), 12.1 (3:32, where the group needs a division), 15.4 with a table; an H200 waits for memory below 17.6 to 23.4.
-Every further row adds three, so four rows still wait for memory, and eight are issue-bound (32).
+Loop ``gather`` reads x at the kept columns. Lane instructions a kept value on sm_90, one row of x: 10.6 (8:16, 4:8),
+10.9 (2:4), 12.1 (3:32, where the group needs a division), 15.4 with a table. An H200 waits for memory below 19.5, 17.6,
+23.4 and 17.6. Every further row adds three, so some three rows still wait for memory, and eight are issue-bound (32).
 
 Loop ``tile`` turns positions into a bit each, and then decodes as ``bitmap`` does: 12.3 (4:8), 14.5 (8:16), 15.2 (2:4)
-and 10.4 (3:32) a position, where memory allows 9.8, 9.8, 8.8 and 2.2. So it is for M above 8, where the product of dense
-tiles is worth it; selecting among values in registers instead of shared memory takes N (M - N + 1) / M compares and
+and 10.4 (3:32) a position, where memory allows 9.8, 9.8, 8.8 and 2.2. So it is for M above 8, where tensor cores are
+worth it; selecting among values in registers instead of shared memory takes N (M - N + 1) / M compares and
 selects, 9 a position at 8:16, and Triton moves its conversions in between (42). A thread must not share a run with
 another, or the tile is converted piece by piece (52).
 """
@@ -214,7 +214,7 @@ class Fixed:
         dense = kept.new_zeros(n, at.shape[1], self.width).scatter_(2, at, kept)
         return dense.view(n, at.shape[1] * self.width)[:, :k].contiguous()
 
-    def configs(self, packed: Packed, loop: str, m: int) -> Sequence[Config]:
+    def configs(self, packed: Packed, loop: str, m: int, capability: int) -> Sequence[Config]:
         n, elements = packed.shape[0], packed.tensors[0].shape[1]
         splits = [s for s in (1, 2, 4, 8) if s == 1 or s * 32 <= elements]
         if loop == "gather":
@@ -226,7 +226,7 @@ class Fixed:
                 if lanes == 8 or 2 * lanes * s <= elements
             ]
             return sorted(made, key=lambda c: abs(-(-n // ROWS) * c["splits"] * c["warps"] - 4000))
-        most = 32 if self.v or self.lanes == 1 else 64  # more rows of x in a tile spill registers
+        most = 32 if self.v or self.lanes == 1 or capability >= 120 else 64  # more rows of x in a tile spill registers
         bm = min(16 if m <= 16 else 32 if m <= 32 else 64, most)
         sizes = [size for size in (64, 128, 32) if not self.v or self.v % size == 0] or [self.v & -self.v]
         # 64 columns a thread, but not more threads than runs: what two threads hold alike is converted all the time.

@@ -51,7 +51,7 @@ class NM:
         return _fixed(packed.format).unpack(position, value, packed.format.values, packed.shape[1])
 
     def configs(self, packed: Packed, loop: str, m: int, capability: int) -> Sequence[Config]:
-        return _fixed(packed.format).configs(packed, loop, m)
+        return _fixed(packed.format).configs(packed, loop, m, capability)
 
     def launches(self, packed: Packed, loop: str, call: Call, config: Config) -> list[Launch]:
         return _fixed(packed.format).launches(packed, loop, self.loops[loop], call, config)

@@ -51,7 +51,7 @@ class VNM:
         return dense.scatter_(2, columns, compressed.view(rows, groups, KEPT)).flatten(1)[:, :k].contiguous()
 
     def configs(self, packed: Packed, loop: str, m: int, capability: int) -> Sequence[Config]:
-        return _fixed(packed.format).configs(packed, loop, m)
+        return _fixed(packed.format).configs(packed, loop, m, capability)
 
     def launches(self, packed: Packed, loop: str, call: Call, config: Config) -> list[Launch]:
         table = packed.tensors[2]
