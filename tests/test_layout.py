@@ -29,7 +29,7 @@ MADE_BY_TOOLS = re.compile(
     r"demo_report|bench_report|\.stamps|\.vscode|\.idea|\.coverage|\.DS_Store"
 )
 
-BASE = {f"sparsec.{m}" for m in ("errors", "options", "facts", "formats", "records", "timing", "cache")}
+BASE = {f"sparsec.{m}" for m in ("errors", "options", "facts", "formats", "records", "timing", "cache", "grid")}
 COMPAT = "sparsec.compat"
 
 # Longer than the limits, each with the reason why it is not split.
