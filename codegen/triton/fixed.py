@@ -6,9 +6,10 @@
 
 Nothing is counted or looked up, since the group follows from the slot. Elements of a row are padded to whole runs.
 
-Loop ``gather`` reads x at the kept columns. Lane instructions a kept value on sm_90, one row of x: 10.6 (8:16, 4:8),
-10.9 (2:4), 12.1 (3:32, where the group needs a division), 15.4 with a table. An H200 waits for memory below 19.5, 17.6,
-23.4 and 17.6. Every further row adds three, so some three rows still wait for memory, and eight are issue-bound (32).
+Loop ``gather`` reads x at the kept columns. Lane instructions a kept value on sm_90, one row of x: 10.6 (4:8), 11.1
+(8:16), 10.9 (2:4), 12.1 (3:32, where the group needs a division), 15.4 with a table. An H200 waits for memory below
+19.5, 19.5, 17.6, 23.4 and 17.6. Every further row adds three, so some three rows still wait for memory, and eight are
+issue-bound (32).
 
 Loop ``tile`` turns positions into a bit each, and then decodes as ``bitmap`` does: 12.3 (4:8), 14.5 (8:16), 15.2 (2:4)
 and 10.4 (3:32) a position, where memory allows 9.8, 9.8, 8.8 and 2.2. So it is for M above 8, where tensor cores are
