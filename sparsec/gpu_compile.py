@@ -105,12 +105,12 @@ def compile_kernels(
 
 
 def _decided(weight: torch.Tensor, target: GpuTarget, policy: Policy) -> Any:
-    from sparsec.gpu_rates import rates
+    from sparsec.gpu_rates import rates_for
     from sparsec.passes.decide import decide
     from sparsec.passes.profile.weights import profile
 
     fact = profile(weight)
-    return fact, decide(fact, DTYPES[weight.dtype], target, rates(target), policy)
+    return fact, decide(fact, DTYPES[weight.dtype], target, rates_for(target, fact, policy.formats), policy)
 
 
 def _calls(decision: Decision) -> Iterator[tuple[Range, int]]:

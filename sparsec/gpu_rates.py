@@ -9,11 +9,15 @@ libraries seldom do for few rows, so the comparison leans towards dense; ``tune`
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 
-from sparsec.codegen.triton import LOOPS, kind_of
+from sparsec.codegen.triton import LOOPS, kind_of, loops_of
 from sparsec.codegen.triton.census import Count, stored
-from sparsec.formats import VALUE_BYTES, Format
+from sparsec.facts import WeightFact
+from sparsec.formats import VALUE_BYTES, Format, Pattern
+from sparsec.passes.decide.candidates import allowed
+from sparsec.passes.decide.candidates import patterns as patterns_of
 from sparsec.targets.base import DenseRate, KernelRate, Rates
 from sparsec.targets.cuda import GpuTarget
 
@@ -23,18 +27,26 @@ ISSUE = 0.8  # of the instruction slots that a well-filled SM uses
 TENSOR = 0.75  # of the data sheet's rate that dense products reach, by power and clock
 
 
-@functools.lru_cache(maxsize=16)
-def rates(target: GpuTarget) -> Rates:
-    """Expected rates of every kernel of ``sass.json`` and of dense, on ``target``."""
-    copy = target.bandwidth * target.copy
+@functools.lru_cache(maxsize=256)
+def rates(target: GpuTarget, patterns: tuple[Pattern, ...]) -> Rates:
+    """Expected rates on ``target`` of dense and of every kernel for these patterns."""
     return Rates(
         threads=target.cores,
-        bandwidth=copy,
+        bandwidth=target.bandwidth * target.copy,
         overhead=CALL_S,
         dense=tuple(DenseRate(dtype, _dense(target, dtype)) for dtype in VALUE_BYTES),
-        kernels=(*_kernels(target), *_prefill(target)),
+        kernels=tuple(
+            rate for pattern in patterns for dtype in VALUE_BYTES for rate in _kernels(target, pattern, dtype)
+        ),
         dense_overhead=CALL_S,
     )
+
+
+def rates_for(target: GpuTarget, fact: WeightFact, formats: tuple[str, ...] = ()) -> Rates:
+    """Those that deciding one weight needs: of the patterns that it holds and the policy allows."""
+    usual = (Pattern("bitmap"), Pattern("index"), Pattern("nm", (2, 4)))  # asked about even where they do not hold
+    held = dict.fromkeys((*usual, *patterns_of(fact)))
+    return rates(target, tuple(p for p in held if allowed(p, formats)))
 
 
 def _dense(target: GpuTarget, dtype: str) -> tuple[tuple[int, float], ...]:
@@ -43,37 +55,38 @@ def _dense(target: GpuTarget, dtype: str) -> tuple[tuple[int, float], ...]:
     return tuple((m, max(memory, 2 * m / (TENSOR * target.flops(dtype)))) for m in MS)
 
 
-def _kernels(target: GpuTarget) -> Iterator[KernelRate]:
-    groups: dict[tuple[str, str], list[Count]] = {}
-    for one in stored():
-        groups.setdefault((one.format, one.loop), []).append(one)
-    for (name, loop), counts in groups.items():
-        format = Format.parse(name)
-        if format.values in VALUE_BYTES:  # of real values; grids of integers are not looked for in plain weights yet
-            counts.sort(key=lambda c: c.m)
+def _kernels(target: GpuTarget, pattern: Pattern, dtype: str) -> Iterator[KernelRate]:
+    format = Format(pattern, dtype)
+    for kind, loop in loops_of(format):
+        most = LOOPS[kind][loop]
+        if loop in PREFILL:
+            yield from _prefill(target, loop, dtype)
+        elif counts := _counts(format, kind, loop):
+            points = tuple(_points(target, dtype, counts))
             yield KernelRate(
-                str(format.pattern), loop, format.values, tuple(_points(target, format.values, counts)),
-                stored=(0.0, counts[0].bytes_kept), most=_most(name, loop),
-            )  # fmt: skip
+                str(pattern), loop, dtype, points, stored=(counts[0].bytes_position, counts[0].bytes_value), most=most
+            )
 
 
-# Kernels whose code has no count of its own: how many times faster than dense they are expected to be where tensor
-# cores are the ceiling. The hardware's 2 is seldom seen (gpu-kernels: 1.2 to 1.6 on Hopper); tuning finds the rest.
-PREFILL = {"prefill": 1.2, "cusparselt": 1.25}
+def _counts(format: Format, kind: str, loop: str) -> list[Count]:
+    """Those of the format, M ascending; of a pattern that was not counted, of the nearest that its family has."""
+    mine: dict[Format, list[Count]] = {}
+    for one in stored():
+        counted = Format.parse(one.format)
+        same = counted.values == format.values and counted.pattern.kind == format.pattern.kind and one.loop == loop
+        if same and kind_of(counted, loop) == kind:
+            mine.setdefault(counted, []).append(one)
+    if not mine:
+        return []
+    near = min(mine, key=lambda f: (f != format, abs(_kept(f.pattern) - _kept(format.pattern)), str(f)))
+    return sorted(mine[near], key=lambda c: c.m)
 
 
-def _prefill(target: GpuTarget) -> Iterator[KernelRate]:
-    """2:4 for many rows. What has 9 bits a weight reads 1.125 bytes of it; below 64 rows they work as for 64."""
-    for loop, gain in PREFILL.items():
-        if loop == "cusparselt" and not target.here:
-            continue
-        for dtype in ("bf16", "fp16"):
-            points = ((m, 0.0, 2 * m / (TENSOR * target.flops(dtype) * gain), 0.0) for m in MS if m >= 64)
-            yield KernelRate("nm:2:4", loop, dtype, tuple(points), stored=(1.125, 0.0))
-
-
-def _most(name: str, loop: str) -> int:
-    return LOOPS[kind_of(Format.parse(name), loop)][loop]
+def _kept(pattern: Pattern) -> float:
+    """Of N:M and V:N:M the share that is kept, of blocks their size: what kernels differ by within a family."""
+    if pattern.kind in ("nm", "vnm"):
+        return pattern.params[-2] / pattern.params[-1]
+    return float(math.prod(pattern.params))
 
 
 def _points(target: GpuTarget, dtype: str, counts: list[Count]) -> Iterator[tuple[int, float, float, float]]:
@@ -86,3 +99,15 @@ def _points(target: GpuTarget, dtype: str, counts: list[Count]) -> Iterator[tupl
             yield one.m, 0.0, 0.0, seconds
         else:
             yield one.m, 0.0, max(seconds, tensor), 0.0
+
+
+# Kernels whose code has no count of its own: how many times faster than dense they are expected to be where tensor
+# cores are the ceiling. The hardware's 2 is seldom seen (1.2 to 1.6 on Hopper); tuning finds out.
+PREFILL = {"prefill": 1.2, "cusparselt": 1.25}
+
+
+def _prefill(target: GpuTarget, loop: str, dtype: str) -> Iterator[KernelRate]:
+    """2:4 for many rows: 9 bits, so 1.125 bytes, a weight; below 64 rows these work as for 64."""
+    if dtype != "fp32" and (loop != "cusparselt" or target.here):
+        points = ((m, 0.0, 2 * m / (TENSOR * target.flops(dtype) * PREFILL[loop]), 0.0) for m in MS if m >= 64)
+        yield KernelRate("nm:2:4", loop, dtype, tuple(points), stored=(1.125, 0.0))

@@ -67,7 +67,7 @@ def rates(
     if target.name == "reference":
         return reference.rates(threads)
     if isinstance(target, GpuTarget):  # what its code and its data sheet say; measuring is tuning's
-        return gpu_rates.rates(target)
+        return gpu_rates.rates(target, tuple(map(Pattern.parse, wanted)))
     place = (target.fingerprint, threads, str(cache))
     if place not in _machines:
         path = cache / "rates" / f"machine-{digest(target.fingerprint, str(threads), torch.__version__, VERSION)}.json"
@@ -88,7 +88,7 @@ def rates_for(
 ) -> Rates:
     """The rates that deciding one weight needs: of the patterns it holds and the policy allows, in one dtype."""
     if isinstance(target, GpuTarget):
-        return gpu_rates.rates(target)
+        return gpu_rates.rates_for(target, fact, formats)
     held = dict.fromkeys((*(Pattern.parse(name) for name in USUAL), *patterns(fact)))
     wanted = [str(p) for p in held if allowed(p, formats)]
     return rates(target, threads, cache, (dtype,) if dtype in TORCH else (), wanted)

@@ -27,7 +27,7 @@ from sparsec.codegen.spec import Packed
 from sparsec.errors import BuildError, PackError
 from sparsec.facts import Range, WeightFact
 from sparsec.formats import Format
-from sparsec.gpu_rates import rates
+from sparsec.gpu_rates import rates_for
 from sparsec.measure_calls import tune_log
 from sparsec.options import Policy
 from sparsec.passes.decide.candidates import dense_way, ways_for
@@ -65,7 +65,7 @@ class GpuPoint:
 
     def ways(self, m: int, effort: Any) -> dict[Key, Run]:
         """Kernels worth measuring at M = ``m``, cheapest by the model first, each with its first configurations."""
-        expected = rates(self.target)
+        expected = rates_for(self.target, self.fact, self.policy.formats)
         dense = dense_way(self.fact, self.dtype, expected)
         if dense is None:
             return {}

@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, cast
 
 from sparsec.errors import NoTriton, RoundTripMismatch
-from sparsec.formats import Format
+from sparsec.formats import Format, Pattern
 
 if TYPE_CHECKING:
     import torch
@@ -18,12 +18,15 @@ if TYPE_CHECKING:
     from sparsec.codegen.spec import Packed
     from sparsec.codegen.triton.contract import Family
 
-FAMILIES = {kind: f"sparsec.codegen.triton.{kind}:FAMILY" for kind in ("index", "nm24")}
+FAMILIES = {kind: f"sparsec.codegen.triton.{kind}:FAMILY" for kind in ("bitmap", "index", "nm", "nm24", "vnm")}
 GATES = {"gated": "sparsec.codegen.triton.gated:FAMILY"}  # of x, for any weight: its launches take a ``gate``
 # family -> its loops and the most rows of x each takes (0: any), so that a plan can be made without triton
 LOOPS: dict[str, dict[str, int]] = {
+    "bitmap": {"tile": 0},
     "index": {"gather": 8},
+    "nm": {"gather": 8, "tile": 0},
     "nm24": {"skinny": 64},
+    "vnm": {"gather": 8, "tile": 0},
     "prefill24": {"prefill": 0},
     "cslt": {"cusparselt": 0},
 }
@@ -56,6 +59,19 @@ def kind_of(format: Format, loop: str) -> str:
         if loop in LOOPS[kind]:
             return kind
     raise KeyError(f"{format} has no loop {loop}")
+
+
+def loops_of(format: Format) -> list[tuple[str, str]]:
+    """(family, loop) of everything that computes with the format."""
+    return [(k, loop) for k in kinds_of(format) for loop in LOOPS[k] if _takes(format.pattern, loop)]
+
+
+def _takes(pattern: Pattern, loop: str) -> bool:
+    """A tile of N:M is put together from halves, so its groups have 1, 2, 4, ... or 32 columns."""
+    if pattern.kind not in ("nm", "vnm") or loop != "tile":
+        return True
+    m = pattern.params[-1] if pattern.kind == "nm" else 4
+    return m <= 32 and m & (m - 1) == 0
 
 
 def family_of(format: Format, loop: str) -> Family:

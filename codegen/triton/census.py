@@ -23,9 +23,9 @@ COUNTED = 90  # the architecture that is stored; the others differ by a few inst
 class Count:
     """One main kernel. ``per_unit``: lane instructions of its loop for each ``unit`` (weight or nonzero).
 
-    ``repeats``: how often the weight is read for these rows. ``launches``: kernel calls of a product. ``bytes_kept``:
-    bytes of the pack for each non-zero weight. ``local``: bytes of spills a thread. ``missing``: instructions that the
-    launch expects and the code does not have.
+    ``repeats``: how often the weight is read for these rows. ``launches``: kernel calls of a product.
+    ``bytes_position``, ``bytes_value``: what the pack takes for each position and each non-zero weight. ``local``:
+    bytes of spills a thread. ``missing``: instructions that the launch expects and the code does not have.
     """
 
     format: str
@@ -41,7 +41,8 @@ class Count:
     conversions: int
     repeats: int
     launches: int
-    bytes_kept: float
+    bytes_position: float
+    bytes_value: float
     missing: tuple[str, ...] = ()
 
 
@@ -61,7 +62,7 @@ def count(capability: int = COUNTED, kinds: Sequence[str] = (), rows: tuple[int,
         yield Count(
             sample.format, sample.loop, sample.m, main.loop.unit, round(sass.per_unit, 3), main.loop.budget,
             sass.registers, sass.local, sass.shared, sass.wide, sass.conversions, main.loop.repeats,
-            len(sample.launches), round(sample.bytes_kept, 4), missing,
+            len(sample.launches), round(sample.stored[0], 4), round(sample.stored[1], 4), missing,
         )  # fmt: skip
 
 

@@ -1,15 +1,20 @@
 """``index``: unstructured weights as blocks of eight values with a 16-bit base column and eight 8-bit offsets from it.
 
   group g of 16 rows, sorted by how many blocks they need      start[g]: first block, int32; order[g*16 + r]: its row
-  block b                                                      base[b] u16, offset[b, 8] u8, value[b, 8]
+  block b                                                      base[b] u16, offset[b, 2] int32, value[b, 2] elements
 
-3.25 bytes a bf16 value, and no prefix sum: column = base + offset. Every row of a group has as many blocks as its
-fullest one, so programs run in step, and rows of like counts stand together, so little is padded. Padding has value
-0 at a column that exists. A span of more than 255 columns within eight values ends the block early.
+Bytes a value: bf16 3.25, int8 2.25 (and one fp32 scale a row). Offset and value come as elements of four
+(``positions.py``). No prefix sum: column = base + offset. Every row of a group has as many blocks as its fullest one,
+so programs run in step, and rows of like counts stand together, so little is padded. Padding has value 0 at a column
+that exists. A span of more than 255 columns within eight values ends the block early.
 
-Loop ``gather`` (M <= 8): x is read through the cache at the columns that are kept. A value costs some eight
-instructions whatever the sparsity, where decoding to a dense tile costs a constant for each position; so it pays for
-few rows and for high sparsity (MACKO, 2025, has the same trade with 4-bit deltas, and a scan).
+Loop ``gather`` (M <= 8): x is read through the cache at the columns that are kept. A value costs constant work whatever
+the sparsity, where decoding to a dense tile costs a constant for each position; so it pays for few rows and for high
+sparsity (MACKO, 2025, has the same trade with 4-bit deltas, and a scan).
+
+Lane instructions a value on sm_90, bf16: 11.8 for M = 1 (seven are its own: byte, two of address, load, widen x and
+value, FMA; the rest is addresses of a trip), and three more for each further row of x: load at a constant distance,
+widen, FMA. An H200 waits for memory below 25 (3.25 bytes), that is up to M = 5; 8 rows cost 32.
 """
 
 from __future__ import annotations
@@ -23,10 +28,24 @@ import triton.language as tl
 from sparsec.codegen.spec import ACTS, Packed
 from sparsec.codegen.triton import LOOPS
 from sparsec.codegen.triton.contract import Call, Config
-from sparsec.codegen.triton.epilogue import finish, reduction
+from sparsec.codegen.triton.epilogue import reduction
 from sparsec.codegen.triton.launch import Launch, Loop
+from sparsec.codegen.triton.positions import (
+    KINDS,
+    LANE_INSTRUCTIONS,
+    VALUE_BYTES,
+    add_rows,
+    checked,
+    load_values,
+    value,
+    value_words,
+    values_back,
+    write_rows,
+    zeros,
+)
 from sparsec.errors import PatternMismatch
 from sparsec.formats import Format
+from sparsec.grid import on_grid
 
 ROWS = 16  # of a group
 SIZE = 8  # values of a block: as bf16 one 16-byte load
@@ -35,68 +54,64 @@ SPAN = 255
 
 @triton.jit
 def gather(
-    X, BASE, OFFSET, VALUE, START, ORDER, OUT, BIAS, m, n, stride_x, stride_out,
-    M: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, SPLITS: tl.constexpr,
-    ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    X, BASE, OFFSET, VALUE, SCALE, START, ORDER, OUT, BIAS, n, stride_out, plane,
+    M: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, SPLITS: tl.constexpr,
+    VALUES: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     group, split = tl.program_id(0), tl.program_id(1)
     first = tl.load(START + group)
     blocks = (tl.load(START + group + 1) - first) // ROWS
-    lane = tl.arange(0, LANES)[None, :]
-    place = first + tl.arange(0, ROWS)[:, None] * blocks + lane
-    inner = tl.arange(0, 8)[None, None, :]
-    # Rows beyond m repeat the last one and are not stored: cheaper than a mask on every read of x.
-    x_row = X + tl.minimum(tl.arange(0, M), m - 1)[:, None, None, None] * stride_x
-    acc = tl.zeros((M, ROWS, LANES, 8), tl.float32)
+    i = tl.arange(0, ROWS * LANES * 2)
+    half = i % (LANES * 2)
+    at = (first + i // (LANES * 2) * blocks) * 2 + half
+    sums = zeros(M, ROWS * LANES * 2)
     for step in tl.range(split * LANES, blocks, SPLITS * LANES):
-        inside = (lane < blocks - step) & (place >= 0)
-        base = tl.load(BASE + place + step, mask=inside, other=0).to(tl.int32) & 0xFFFF
-        at = ((place + step) * 8)[:, :, None] + inner
-        offset = tl.load(OFFSET + at, mask=inside[:, :, None], other=0).to(tl.int32)
-        value = tl.load(VALUE + at, mask=inside[:, :, None], other=0.0).to(tl.float32)
-        column = base[:, :, None] + offset
-        x = tl.load(x_row + column[None, :, :, :]).to(tl.float32)
-        acc += value[None, :, :, :] * x
-    y = tl.sum(tl.sum(acc, 3), 2)
-    column = tl.load(ORDER + group * ROWS + tl.arange(0, ROWS))[None, :]
-    row = tl.arange(0, M)[:, None]
-    mask = (column < n) & (row < m)
-    if SPLITS == 1:
-        y = finish(y, BIAS, column, ACT, HAS_BIAS, column < n)
-        tl.store(OUT + row * stride_out + column, y.to(OUT.dtype.element_ty), mask=mask)
-    else:
-        tl.store(OUT + (split * m + row) * n + column, y, mask=mask)
+        inside = half < (blocks - step) * 2
+        here = at + step * 2
+        base = tl.load(BASE + here // 2, mask=inside, other=0).to(tl.int32) & 0xFFFF
+        offset = tl.load(OFFSET + here, mask=inside, other=0)
+        words = load_values(VALUE, here, inside, plane, VALUES)
+        place = X + base
+        for j in tl.static_range(4):
+            column = (offset >> (8 * j)) & 255
+            sums = add_rows(sums, place + column, value(words, j, VALUES), M, STRIDE)
+    column = tl.load(ORDER + group * ROWS + tl.arange(0, ROWS))
+    write_rows(sums, OUT, BIAS, SCALE, column, n, stride_out, split, M, ROWS, SPLITS, VALUES, ACT, HAS_BIAS)
 
 
 class Index:
     kind = "index"
-    formats = ("index+bf16", "index+fp16", "index+fp32")
+    formats = ("index+bf16", "index+fp16", "index+fp32", "index+int8")
     loops = LOOPS["index"]
 
     def pack(self, weight: torch.Tensor, format: Format, source_key: str) -> Packed:
         n, k = weight.shape
         if k > 2**16:
             raise PatternMismatch(format=str(format), detail=f"{k} columns need more than 16 bits")
-        base, offset, value, counts = _blocks(weight)
+        stored, scale = _stored(weight, format)
+        base, offset, kept, counts = _blocks(stored)
         order, start, place = _grouped(counts)
-        tensors = (_spread(base, place), _spread(offset, place), _spread(value, place), start, order)
+        elements = value_words(_spread(kept, place))
+        like = weight.new_empty(0)  # tells the dtype of a weight whose values are int8
+        tensors = (_spread(base, place), _spread(offset, place).view(torch.int32), elements, start, order, scale, like)
         return Packed(format, 1, tensors, torch.zeros(0, dtype=torch.int64), (n, k), source_key)
 
     def unpack(self, packed: Packed) -> torch.Tensor:
-        base, offset, value, start, order = packed.tensors
+        base, offset, words, start, order, scale, like = packed.tensors
         n, k = packed.shape
         counts = ((start[1:] - start[:-1]) // ROWS).long()
-        group = torch.repeat_interleave(torch.arange(len(counts), device=value.device), counts * ROWS)
-        within = torch.arange(len(base), device=value.device) - start[group]
+        group = torch.repeat_interleave(torch.arange(len(counts), device=base.device), counts * ROWS)
+        within = torch.arange(len(base), device=base.device) - start[group]
         row = order[group * ROWS + within // counts[group]].long()
-        column = (base.long() & 0xFFFF)[:, None] + offset.long()
-        kept = value != 0
-        out = torch.zeros(n, k, dtype=value.dtype, device=value.device)
-        out[row[:, None].expand_as(column)[kept], column[kept]] = value[kept]
-        return out
+        column = (base.long() & 0xFFFF)[:, None] + offset.view(torch.uint8).long()
+        values = values_back(words, packed.format.values)
+        kept = values != 0
+        out = torch.zeros(n, k, dtype=values.dtype, device=base.device)
+        out[row[:, None].expand_as(column)[kept], column[kept]] = values[kept]
+        return (out.float() * scale[:, None]).to(like.dtype) if packed.format.values == "int8" else out
 
     def configs(self, packed: Packed, loop: str, m: int, capability: int) -> Sequence[Config]:
-        """Lanes and warps so that a thread holds one block, or two; splits so that 1500 warps are in flight."""
+        """Lanes and warps so that a thread holds one block, or two; splits so that 4000 warps are in flight."""
         blocks = packed.tensors[0].numel() / max(packed.shape[0], 1)
         lanes = [size for size in (8, 16, 32) if size == 8 or 2 * size <= blocks]
         groups = packed.tensors[3].numel() - 1
@@ -107,26 +122,37 @@ class Index:
             for each in (1, 2)
             if splits == 1 or blocks >= 2 * size * splits
         ]
-        return sorted(made, key=lambda c: abs(groups * c["splits"] * c["warps"] - 1500))
+        return sorted(made, key=lambda c: abs(groups * c["splits"] * c["warps"] - 4000))
 
     def launches(self, packed: Packed, loop: str, call: Call, config: Config) -> list[Launch]:
-        base, offset, value, start, order = packed.tensors
+        base, offset, words, start, order, scale, _ = packed.tensors
         m, n, splits, lanes = call.m, packed.shape[0], config["splits"], config["lanes"]
         if m > self.loops[loop]:
             raise ValueError(f"{loop} takes at most {self.loops[loop]} rows, not {m}")
         out = call.y if splits == 1 else call.x.new_empty((splits, m, n), dtype=torch.float32)
         args = {
-            "X": call.x, "BASE": base, "OFFSET": offset, "VALUE": value, "START": start, "ORDER": order, "OUT": out,
-            "BIAS": call.y if call.bias is None else call.bias,
-            "m": m, "n": n, "stride_x": call.x.stride(0), "stride_out": out.stride(-2),
+            "X": call.x, "BASE": base, "OFFSET": offset, "VALUE": words, "SCALE": scale, "START": start,
+            "ORDER": order, "OUT": out, "BIAS": call.y if call.bias is None else call.bias,
+            "n": n, "stride_out": out.stride(-2), "plane": 2 * len(base),
         }  # fmt: skip
         constants = {
-            "M": triton.next_power_of_2(m), "ROWS": ROWS, "LANES": lanes, "SPLITS": splits,
-            "ACT": ACTS.index(call.act), "HAS_BIAS": call.bias is not None,
+            "M": m, "STRIDE": call.x.stride(0) if m > 1 else 0, "ROWS": ROWS, "LANES": lanes, "SPLITS": splits,
+            "VALUES": KINDS.index(packed.format.values), "ACT": ACTS.index(call.act), "HAS_BIAS": call.bias is not None,
         }  # fmt: skip
-        counted = Loop("nonzero", ROWS * lanes * SIZE, 12.0 * m)
+        budget = LANE_INSTRUCTIONS * (VALUE_BYTES[packed.format.values] + 1.25)
+        counted = Loop("nonzero", ROWS * lanes * SIZE, budget)
         main = Launch(gather, (start.numel() - 1, splits), args, constants, warps=config["warps"], loop=counted)
         return [main] if splits == 1 else [main, reduction(out, call.y, call.bias, call.act)]
+
+
+def _stored(weight: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor]:
+    """The values to keep [N, K] and, of int8, the scale of each row; raises PatternMismatch."""
+    if format.values != "int8":
+        return checked(weight, format.values), weight.new_empty(0, dtype=torch.float32)
+    grid = on_grid(weight, 8)
+    if grid is None:
+        raise PatternMismatch(format=str(format), detail="some row is not int8 times one scale")
+    return grid.q, grid.scale[:, 0].contiguous()
 
 
 def _blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

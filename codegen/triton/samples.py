@@ -20,6 +20,7 @@ from sparsec.formats import Format, value_kind
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROWS = (1, 4, 16, 64, 2048)  # of x: decode, small batches, prefill
 N, K = 256, 1024
+DENSITIES = (0.3, 0.6)
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Sample:
     loop: str
     m: int
     launches: tuple[Launch, ...]
-    bytes_kept: float = 0.0  # bytes of the pack for each non-zero weight
+    stored: tuple[float, float] = (0.0, 0.0)  # bytes of the pack for each position, and for each non-zero weight
 
     @property
     def name(self) -> str:
@@ -43,12 +44,22 @@ def samples(capability: int = 90, kinds: tuple[str, ...] = (), rows: tuple[int, 
         chosen = family(kind)
         for name in chosen.formats:
             format = Format.parse(name)
-            weight = sample_weight(format)
-            packed = pack_verified(weight, format, "sample", next(iter(chosen.loops)))
-            each = packed.bytes / max(int(weight.count_nonzero()), 1)
+            packed, stored = _packed(format, next(iter(chosen.loops)))
             for loop, most in chosen.loops.items():
                 for m in (m for m in rows if not most or m <= most):
-                    yield Sample(name, loop, m, _launches(packed, loop, m, capability), each)
+                    yield Sample(name, loop, m, _launches(packed, loop, m, capability), stored)
+
+
+def _packed(format: Format, loop: str) -> tuple[Packed, tuple[float, float]]:
+    """The pack of a sample, and what positions and values take: solved from two densities where those are free."""
+    weights = [sample_weight(format, density=density) for density in DENSITIES]
+    packs = [pack_verified(weight, format, "sample", loop) for weight in weights]
+    kept = [int(weight.count_nonzero()) for weight in weights]
+    if kept[0] == kept[1]:
+        return packs[0], (0.0, packs[0].bytes / kept[0])
+    value = (packs[1].bytes - packs[0].bytes) / (kept[1] - kept[0])
+    position = (packs[0].bytes - value * kept[0]) / (N * K)
+    return packs[0], (max(position, 0.0), value)
 
 
 def _launches(packed: Packed, loop: str, m: int, capability: int) -> tuple[Launch, ...]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import warnings
 import weakref
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 
 from sparsec.codegen import reference
 from sparsec.codegen.spec import Packed
+from sparsec.errors import SparsecWarning
 
 _libraries: list[torch.library.Library] = []  # a Library unregisters its ops when it is collected
 
@@ -153,12 +155,23 @@ def _rows(entry: Entry, x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tenso
         y = reference.ACT[entry.act](F.linear(x, matrix, bias))
     else:
         x = x if x.stride(1) == 1 else x.contiguous()
-        y = product(route, x, bias, entry.act, entry.capability)
+        try:
+            y = product(route, x, bias, entry.act, entry.capability)
+        except Exception as error:  # a kernel that does not compile or launch: the answer must come out all the same
+            entry.routes = tuple(r for r in entry.routes if r is not route)
+            _say(route, error)
+            y = reference.ACT[entry.act](F.linear(x, matrix, bias))
     if entry.verify:
         from sparsec.runtime.store import STORE
 
         STORE.verify(x, matrix, bias, y, plan)
     return y
+
+
+def _say(route: Route, error: Exception) -> None:
+    what = f"{route.packed.format} {route.loop} on a {route.packed.shape[0]}x{route.packed.shape[1]} weight"
+    reason = f"{what} failed ({type(error).__name__}: {error}), so these rows run dense from now on"
+    warnings.warn(f"sparsec: {reason}", SparsecWarning, stacklevel=2)
 
 
 def product(

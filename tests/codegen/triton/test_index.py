@@ -16,7 +16,7 @@ from tests.codegen.triton.checks import check
 
 @settings(max_examples=12, deadline=None)
 @given(
-    values=st.sampled_from(["bf16", "fp16", "fp32"]),
+    values=st.sampled_from(["bf16", "fp16", "fp32", "int8"]),
     m=st.integers(1, 8),
     n=st.integers(1, 70),
     k=st.integers(1, 600),
@@ -45,3 +45,14 @@ def test_values_far_apart_start_a_block_of_their_own() -> None:
 def test_rows_wider_than_16_bits_are_refused() -> None:
     with pytest.raises(PatternMismatch, match="16 bits"):
         pack_verified(torch.zeros(1, 2**16 + 1), Format.parse("index+fp32"), "test")
+
+
+def test_values_that_are_on_no_int8_grid_are_refused() -> None:
+    with pytest.raises(PatternMismatch, match="int8"):
+        pack_verified(torch.randn(4, 64), Format.parse("index+int8"), "test")
+
+
+def test_int8_values_come_back_in_the_dtype_of_the_weight() -> None:
+    weight = (torch.randint(-127, 128, (5, 40)) * 0.03125).half()
+    weight[:, 0] = 127 * 0.03125
+    assert pack_verified(weight, Format.parse("index+int8"), "test").tensors[2].dtype == torch.int32

@@ -1,0 +1,146 @@
+"""``bitmap``: unstructured weights as one bit a position and the kept values in a row.
+
+  chunk c of row r: columns 128 c .. 128 c + 127, at i = r * chunks + c
+    bits[i, 4] int32   bit j of word w set where column 128 c + 32 w + j is kept
+    before[i, 4] u8    values of the chunk before word w
+    start[i] int32     first value of the chunk, in units of 8; start[i + 1] ends it
+    value[..]          in the order of columns, each chunk padded with zeros to a multiple of 8 (a 16-byte load)
+
+At half density 9.9 bits a position: 8.4 of values, 1 of bits, 0.5 of starts.
+
+Loop ``tile`` (any M): a lane owns a word, so the rank of each of its positions is a running sum in a register and
+nothing is counted across lanes. The values of a tile go to shared memory as they are stored, one chunk in 128 places,
+are read from there by rank, and form a dense tile for the tensor cores. Loading them one by one from global memory
+takes as many instructions (13.1), but each such load touches some eight cache lines; and a gather along rows becomes
+shuffles in Triton (28), which is why the tile is flat.
+
+Lane instructions a position on sm_90: 11.6 for M <= 16, 12.6 for tiles of 128 rows. An H200 waits for memory below 9.7
+at half density, so this is issue-bound: 16.8 million positions take 5.9 us where dense bf16 takes 7.8, at best 1.3
+times as fast, and below a third of density not worth it. Six are the decoding (bit, rank, address, load, select, half a
+pack), the rest is staging values, the tile's way into the layout of the product (the one conversion), and the product.
+CUDA by hand reaches six in all, by predicated loads without select.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from sparsec.codegen.spec import ACTS, Packed
+from sparsec.codegen.triton import LOOPS
+from sparsec.codegen.triton.contract import Call, Config
+from sparsec.codegen.triton.epilogue import reduction
+from sparsec.codegen.triton.launch import Launch, Loop
+from sparsec.codegen.triton.positions import DTYPES, LANE_INSTRUCTIONS, checked, joined, load_x, product, write_tile
+from sparsec.errors import PatternMismatch
+from sparsec.formats import Format
+
+WORD = 32
+CHUNK = 128  # columns
+UNIT = 8  # values
+
+
+@triton.jit
+def tile(
+    X, BITS, BEFORE, START, VALUE, OUT, BIAS, m, n, k, chunks, stride_x, stride_out,
+    BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr,
+    ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    block, rows, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i = tl.arange(0, BN * 4)
+    word = tl.minimum(block * BN + i // 4, n - 1).to(tl.int64) * chunks * 4 + i % 4
+    chunk = tl.minimum(block * BN + tl.arange(0, BN), n - 1).to(tl.int64) * chunks
+    place = tl.arange(0, 128)
+    sums = tl.zeros((BN, BM), tl.float32)
+    for step in tl.range(split, chunks, SPLITS):
+        start = tl.load(START + chunk + step)
+        count = tl.load(START + chunk + step + 1) - start
+        values = VALUE + (start.to(tl.int64) * 8)[:, None] + place[None, :]
+        values = tl.load(values, mask=(place // 8)[None, :] < count[:, None], other=0)
+        bits = tl.load(BITS + word + step * 4).to(tl.uint32, bitcast=True)
+        rank = tl.load(BEFORE + word + step * 4).to(tl.int32) + i // 4 * 128
+        ranks, kept = (), ()
+        for j in tl.static_range(32):
+            ranks = ranks + (rank,)  # type: ignore[assignment]
+            kept = kept + ((bits & (1 << j)) != 0,)  # type: ignore[assignment]
+            rank += ((bits >> j) & 1).to(tl.int32)
+        ranks = tl.reshape(joined(ranks, 32), (BN * 128,))
+        weight = tl.reshape(tl.gather(tl.reshape(values, (BN * 128,)), ranks, 0), (BN, 128))
+        weight = tl.where(tl.reshape(joined(kept, 32), (BN, 128)), weight, 0).to(tl.int16)
+        weight = weight.to(X.dtype.element_ty, bitcast=True)
+        x = load_x(X, step * 128 + place, rows * BM + tl.arange(0, BM), m, k, stride_x, EVEN)
+        sums = product(weight, x, sums)
+    write_tile(sums, OUT, BIAS, block * BN, rows * BM, m, n, stride_out, split, BM, BN, SPLITS, ACT, HAS_BIAS)
+
+
+class Bitmap:
+    kind = "bitmap"
+    formats = ("bitmap+bf16", "bitmap+fp16")
+    loops = LOOPS["bitmap"]
+
+    def pack(self, weight: torch.Tensor, format: Format, source_key: str) -> Packed:
+        if format.values not in ("bf16", "fp16"):
+            raise PatternMismatch(format=str(format), detail="tiles on tensor cores hold bf16 or fp16")
+        n, k = checked(weight, format.values).shape
+        chunks = -(-k // CHUNK)
+        padded = torch.nn.functional.pad(weight, (0, chunks * CHUNK - k)).view(n * chunks, CHUNK)
+        kept = padded != 0
+        counts = kept.view(-1, 4, WORD).sum(2)
+        units = -(-counts.sum(1) // UNIT)
+        start = torch.cat([units.new_zeros(1), units.cumsum(0)])
+        at = start[:-1, None] * UNIT + kept.cumsum(1) - 1
+        values = weight.new_zeros(int(start[-1]) * UNIT + UNIT)
+        values[at[kept]] = padded[kept]
+        before = (counts.cumsum(1) - counts).to(torch.uint8)
+        power = 1 << torch.arange(WORD, device=weight.device)
+        bits = (kept.view(-1, 4, WORD) * power).sum(2).to(torch.int32)
+        tensors = (bits, before, start.to(torch.int32), values.view(torch.int16))
+        return Packed(format, 1, tensors, torch.zeros(0, dtype=torch.int64), (n, k), source_key)
+
+    def unpack(self, packed: Packed) -> torch.Tensor:
+        bits, before, start, values = packed.tensors
+        n, k = packed.shape
+        values = values.view(DTYPES[packed.format.values])
+        kept = (bits[:, :, None] >> torch.arange(WORD, device=bits.device)) & 1
+        at = start[:-1, None, None].long() * UNIT + before[:, :, None] + kept.cumsum(2) - kept
+        dense = torch.where(kept.bool(), values[torch.where(kept.bool(), at, 0)], 0)
+        return dense.view(n, -(-k // CHUNK) * CHUNK)[:, :k].contiguous()
+
+    def configs(self, packed: Packed, loop: str, m: int, capability: int) -> Sequence[Config]:
+        """Two words a thread; all rows of x in a tile while they are few; splits so that 1500 warps are in flight."""
+        n, k = packed.shape
+        rows = 16 if m <= 16 else 32 if m <= 32 else 64 if m <= 64 else 128
+        if rows == 64 and capability >= 120:  # ptxas spills there
+            rows = 32
+        made = [
+            {"bm": rows, "bn": size, "splits": splits, "warps": size // 16}
+            for size in (64, 128, 32)
+            for splits in (1, 2, 4, 8)
+            if splits == 1 or splits * 2 * CHUNK <= k
+        ]
+        return sorted(made, key=lambda c: abs(-(-n // c["bn"]) * -(-m // rows) * c["splits"] * c["warps"] - 1500))
+
+    def launches(self, packed: Packed, loop: str, call: Call, config: Config) -> list[Launch]:
+        bits, before, start, values = packed.tensors
+        (n, k), m, splits, bm, bn = packed.shape, call.m, config["splits"], config["bm"], config["bn"]
+        out = call.y if splits == 1 else call.x.new_empty((splits, m, n), dtype=torch.float32)
+        args = {
+            "X": call.x, "BITS": bits, "BEFORE": before, "START": start, "VALUE": values, "OUT": out,
+            "BIAS": call.y if call.bias is None else call.bias, "m": m, "n": n, "k": k, "chunks": -(-k // CHUNK),
+            "stride_x": call.x.stride(0), "stride_out": out.stride(-2),
+        }  # fmt: skip
+        constants = {
+            "BM": bm, "BN": bn, "SPLITS": splits, "EVEN": k % CHUNK == 0,
+            "ACT": ACTS.index(call.act), "HAS_BIAS": call.bias is not None,
+        }  # fmt: skip
+        bits_a_position = 8 * packed.bytes / max(n * k, 1)
+        counted = Loop("weight", bn * CHUNK, LANE_INSTRUCTIONS * bits_a_position / 8, repeats=triton.cdiv(m, bm))
+        grid = (triton.cdiv(n, bn), triton.cdiv(m, bm), splits)
+        main = Launch(tile, grid, args, constants, warps=config["warps"], loop=counted)
+        return [main] if splits == 1 else [main, reduction(out, call.y, call.bias, call.act)]
+
+
+FAMILY = Bitmap()
