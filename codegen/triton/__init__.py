@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sparsec.codegen.spec import Packed
     from sparsec.codegen.triton.contract import Family
 
-FAMILIES = {kind: f"sparsec.codegen.triton.{kind}:FAMILY" for kind in ("index", "block")}
+FAMILIES = {kind: f"sparsec.codegen.triton.{kind}:FAMILY" for kind in ("index", "block", "dense")}
 KNOWN = ("3.6", "3.9")  # versions of Triton that the kernels were compiled with, first and last
 
 

@@ -107,7 +107,7 @@ def gemv(
     for block in tl.range(first, last):
         column = tl.load(COLUMN + block) * C + at
         w = tl.load(VALUE + tl.cast(block, tl.int64) * (R * C) + inner[:, None] * C + at).to(tl.float32)
-        sums = ()  # type: ignore[assignment]
+        sums = acc[:0]
         for i in tl.static_range(M):
             x_row = X + tl.minimum(i, m - 1) * stride_x
             if EVEN:

@@ -1,0 +1,258 @@
+"""``dense`` with quantised values: int8 and int4 with a scale a row or group, ternary, and 16 levels a row.
+
+  words[N, chunks, 4] int32     codes of a chunk of columns as ``values.py`` says, 16 bytes; K is filled up with zero
+  scale[N, groups]              fp32, or the weight's dtype where that holds it exactly; codebooks: levels[N, 16]
+  like[0]                       the weight's dtype
+
+Loop ``gemv`` (M <= 8): memory-bound. A thread takes one chunk of each of ROWS rows, so that x is read, widened and
+summed once for all of them; it holds no row of x across threads, and moves nothing between threads until the end.
+Loop ``mma``: codes become q * scale in the dtype of x, the weight itself, and go through tensor cores.
+
+The product uses q * scale before it is rounded to the weight's dtype ("gemv"), or after ("mma").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from sparsec.codegen.spec import ACTS, Packed
+from sparsec.codegen.triton import values
+from sparsec.codegen.triton.contract import Call, Config
+from sparsec.codegen.triton.dot import dot
+from sparsec.codegen.triton.epilogue import finish, reduction
+from sparsec.codegen.triton.launch import Launch, Loop
+from sparsec.codegen.triton.values import BITS, Codes, code, excess, level
+from sparsec.errors import PatternMismatch
+from sparsec.formats import Format, value_kind
+
+
+@triton.jit
+def gemv(
+    X, WORDS, SCALE, OUT, BIAS, m, n, k, chunks, groups, full, stride_x, stride_out,
+    M: tl.constexpr, ROWS: tl.constexpr, T: tl.constexpr, BITS: tl.constexpr, TABLE: tl.constexpr,
+    GROUP: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr,
+    ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    WIDTH: tl.constexpr = 128 // BITS
+    first, split = tl.program_id(0) * ROWS, tl.program_id(1)
+    lane, i = tl.arange(0, T)[:, None], tl.arange(0, 4)[None, :]
+    KEPT: tl.constexpr = 4 if GROUP == 0 else 1  # sums that a thread keeps of a row: of each word, or of a chunk
+    acc = (tl.zeros((T, KEPT), tl.float32),) * (M * ROWS)
+    over = (tl.zeros((T, 4), tl.float32),) * M
+    for start in tl.range(split * T, chunks, SPLITS * T):
+        chunk = start + lane
+        # Chunks behind the last repeat it, with zeros for x: cheaper than masks.
+        place = chunk if EVEN else tl.minimum(chunk, chunks - 1)
+        words = acc[:0]
+        for r in tl.static_range(ROWS):
+            at = tl.cast(tl.minimum(first + r, n - 1), tl.int64) * chunks
+            words = words + (tl.load(WORDS + at * 4 + place * 4 + i),)
+        if GROUP == 0:
+            sums = acc
+        else:
+            sums = (tl.zeros((T, 4), tl.float32),) * (M * ROWS)
+            over = (tl.zeros((T, 4), tl.float32),) * M
+        for j in tl.static_range(32 // BITS):
+            column = chunk * WIDTH + j * 4 + i
+            x = acc[:0]
+            for s in tl.static_range(M):
+                x_row = X + tl.minimum(s, m - 1) * stride_x
+                if EVEN:
+                    x = x + (tl.load(x_row + column).to(tl.float32),)
+                else:
+                    x = x + (tl.load(x_row + column, mask=column < k, other=0.0).to(tl.float32),)
+            more = acc[:0]
+            for r in tl.static_range(ROWS):
+                if TABLE:
+                    q = level(words[r], SCALE + tl.minimum(first + r, n - 1) * 16, j)
+                else:
+                    q = code(words[r], full, j, BITS)
+                    if EXACT:
+                        q -= excess(j, BITS)
+                for s in tl.static_range(M):
+                    more = more + (sums[r * M + s] + q * x[s],)
+            sums = more
+            if not TABLE and not EXACT:
+                summed = acc[:0]
+                for s in tl.static_range(M):
+                    summed = summed + (over[s] + x[s] * excess(j, BITS),)
+                over = summed
+        if GROUP == 0:
+            acc = sums
+        else:
+            more = acc[:0]
+            off = acc[:0]
+            for s in tl.static_range(M):
+                off = off + (tl.sum(over[s], 1, keep_dims=True),)
+            for r in tl.static_range(ROWS):
+                row = tl.cast(tl.minimum(first + r, n - 1), tl.int64) * groups
+                scale = tl.load(SCALE + row + place * WIDTH // GROUP).to(tl.float32)
+                for s in tl.static_range(M):
+                    more = more + (acc[r * M + s] + scale * (tl.sum(sums[r * M + s], 1, keep_dims=True) - off[s]),)
+            acc = more
+    for r in tl.static_range(ROWS):
+        for s in tl.static_range(M):
+            y = acc[r * M + s]
+            if GROUP == 0:
+                y -= over[s]
+            y = tl.sum(tl.sum(y, 1), 0)
+            if GROUP == 0 and not TABLE:
+                y *= tl.load(SCALE + tl.minimum(first + r, n - 1)).to(tl.float32)
+            column = first + r
+            if SPLITS == 1:
+                y = finish(y, BIAS, column, ACT, HAS_BIAS, column < n)
+                at = OUT + tl.cast(s, tl.int64) * stride_out + column
+            else:
+                at = OUT + tl.cast(split * m + s, tl.int64) * n + column
+            if column < n and s < m:
+                tl.store(at, y.to(OUT.dtype.element_ty))
+
+
+@triton.jit
+def mma(
+    X, WORDS, SCALE, OUT, BIAS, m, n, k, chunks, groups, full, stride_x, stride_out,
+    TN: tl.constexpr, TM: tl.constexpr, TW: tl.constexpr, BITS: tl.constexpr, TABLE: tl.constexpr,
+    GROUP: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr,
+    ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    WIDTH: tl.constexpr = 128 // BITS
+    split = tl.program_id(2)
+    column = tl.program_id(0) * TN + tl.arange(0, TN)
+    row = tl.program_id(1) * TM + tl.arange(0, TM)
+    inner = tl.arange(0, TW)
+    within = tl.cast(tl.minimum(column, n - 1), tl.int64)[:, None]
+    # Rows beyond m repeat the last one and are not stored: cheaper than a mask on every read of x.
+    x_row = X + tl.cast(tl.minimum(row, m - 1), tl.int64)[:, None] * stride_x
+    acc = tl.zeros((TN, TM), tl.float32)
+    for start in tl.range(split * TW, chunks * 4, SPLITS * TW):
+        inside = (inner < chunks * 4 - start)[None, :]
+        words = tl.load(WORDS + (within * chunks * 4 + start) + inner[None, :], mask=inside, other=0)
+        at = (start + inner) // 4 * WIDTH + inner % 4
+        if GROUP >= TW // 4 * WIDTH:
+            scale = tl.load(SCALE + within * groups + start // 4 * WIDTH // GROUP).to(tl.float32)
+        elif GROUP > 0:
+            scale = tl.load(SCALE + within * groups + at[None, :] // GROUP, mask=inside, other=0.0).to(tl.float32)
+        for j in tl.static_range(32 // BITS):
+            place = at + j * 4
+            if EVEN:
+                x = tl.load(x_row + place[None, :])
+            else:
+                x = tl.load(x_row + place[None, :], mask=(place < k)[None, :], other=0.0)
+            if TABLE:
+                q = level(words, SCALE + within * 16, j)
+            else:
+                q = code(words, full, j, BITS)
+                if GROUP > 0 and not EXACT:
+                    q = q * scale - scale * excess(j, BITS)  # one fma; a scale of 16 bits leaves nothing to round
+                else:
+                    q -= excess(j, BITS)
+                    if GROUP > 0:
+                        q *= scale
+            acc = dot(q.to(X.dtype.element_ty), tl.trans(x), acc)
+    if GROUP == 0 and not TABLE:
+        acc *= tl.load(SCALE + within).to(tl.float32)
+    y, output = tl.trans(acc), column[None, :]
+    mask = (output < n) & (row < m)[:, None]
+    if SPLITS == 1:
+        y = finish(y, BIAS, output, ACT, HAS_BIAS, output < n)
+        tl.store(OUT + tl.cast(row, tl.int64)[:, None] * stride_out + output, y.to(OUT.dtype.element_ty), mask=mask)
+    else:
+        tl.store(OUT + tl.cast(split * m + row, tl.int64)[:, None] * n + output, y, mask=mask)
+
+
+class Dense:
+    kind = "dense"
+    formats: Sequence[str] = tuple(
+        f"dense+{kind}"
+        for kind in ("int4g128", "int4g64", "int4g32", "int4", "int8", "int8g128", "ternary", "codebook")
+    )
+    loops: Mapping[str, int] = {"gemv": 8, "mma": 0}
+
+    def pack(self, weight: torch.Tensor, format: Format, source_key: str) -> Packed:
+        kind, group = value_kind(format.values)
+        if kind not in BITS:
+            raise PatternMismatch(format=str(format), detail="a dense weight that is not quantised needs no pack")
+        if group % values.width(kind):
+            raise PatternMismatch(format=str(format), detail=f"groups are multiples of {values.width(kind)} columns")
+        n, k = weight.shape
+        found = values.encode(weight, format)
+        codes = torch.nn.functional.pad(found.codes, (0, -k % values.width(kind)), value=values.ZERO[kind])
+        tensors = (values.to_words(codes, kind), found.scale.contiguous(), weight.new_zeros(0))
+        return Packed(format, 1, tensors, torch.zeros(0, dtype=torch.int64), (n, k), source_key)
+
+    def unpack(self, packed: Packed) -> torch.Tensor:
+        words, scale, like = packed.tensors
+        kind, group = value_kind(packed.format.values)
+        codes = values.from_words(words, kind)[:, : packed.shape[1]]
+        return values.decode(Codes(codes, scale, group), kind, like.dtype)
+
+    def configs(self, packed: Packed, loop: str, m: int, capability: int) -> Sequence[Config]:
+        words = packed.tensors[0]
+        n, chunks = words.shape[0], words.shape[1]
+        if loop == "gemv":
+            most = max(1, 16 // m)  # sums of a thread: 4 for each row of each of the two
+            made = [
+                {"rows": rows, "warps": warps, "splits": splits}
+                for rows in (4, 2, 8, 1)
+                if rows <= most
+                for warps in (1, 2, 4)
+                if warps == 1 or 32 * warps <= chunks
+                for splits in (1, 2, 4)
+                if splits == 1 or 32 * warps * splits <= chunks
+            ]
+            first = min(4, most)
+            return sorted(made, key=lambda c: _flights(n // c["rows"], c) + (c["rows"] != first))
+        made = [
+            {"tn": tn, "tm": tm, "tw": tw, "splits": splits, "warps": 4 if tn * tm <= 64 * 64 else 8}
+            for tn in (64, 128)
+            for tm in (16, 32, 64, 128)
+            if tm == 16 or tm <= 2 * m
+            for tw in (16, 32)
+            for splits in (1, 2, 4, 8)
+            if splits == 1 or tw * splits <= chunks
+        ]
+        return sorted(made, key=lambda c: _flights(-(-n // c["tn"]) * -(-m // c["tm"]), c))
+
+    def launches(self, packed: Packed, loop: str, call: Call, config: Config) -> list[Launch]:
+        words, scale, _ = packed.tensors
+        kind, group = value_kind(packed.format.values)
+        (n, k), m, splits = packed.shape, call.m, config["splits"]
+        if self.loops[loop] and m > self.loops[loop]:
+            raise ValueError(f"{loop} takes at most {self.loops[loop]} rows, not {m}")
+        out = call.y if splits == 1 else call.x.new_empty((splits, m, n), dtype=torch.float32)
+        chunks, wide = words.shape[1], values.width(kind)
+        args = {
+            "X": call.x, "WORDS": words, "SCALE": scale, "OUT": out, "BIAS": call.y if call.bias is None else call.bias,
+            "m": m, "n": n, "k": k, "chunks": chunks, "groups": scale.shape[1], "full": 2 ** BITS[kind] - 1,
+            "stride_x": call.x.stride(0), "stride_out": out.stride(-2),
+        }  # fmt: skip
+        constants = {
+            "BITS": BITS[kind], "TABLE": kind == "codebook", "GROUP": group, "SPLITS": splits,
+            "ACT": ACTS.index(call.act), "HAS_BIAS": call.bias is not None, "EXACT": call.x.dtype == torch.float32,
+        }  # fmt: skip
+        budget = 7.8 * packed.bytes / max(n * k, 1)  # 7.8 instructions a byte on an H200
+        if loop == "gemv":
+            rows, lanes = config["rows"], 32 * config["warps"]
+            constants |= {"M": m, "ROWS": rows, "T": lanes, "EVEN": k % (lanes * wide) == 0}
+            counted = Loop("weight", rows * lanes * wide, budget)
+            main = Launch(gemv, (triton.cdiv(n, rows), splits), args, constants, warps=config["warps"], loop=counted)
+        else:
+            constants |= {name.upper(): config[name] for name in ("tn", "tm", "tw")}
+            constants |= {"EVEN": k % (config["tw"] // 4 * wide) == 0}
+            grid = (triton.cdiv(n, config["tn"]), triton.cdiv(m, config["tm"]), splits)
+            counted = Loop("weight", config["tn"] * config["tw"] // 4 * wide, budget)
+            main = Launch(mma, grid, args, constants, warps=config["warps"], loop=counted)
+        return [main] if splits == 1 else [main, reduction(out, call.y, call.bias, call.act)]
+
+
+def _flights(programs: int, config: Config) -> float:
+    """How far a configuration is from 1500 warps in flight; more than that costs little."""
+    flights = programs * config["splits"] * config["warps"] / 1500
+    return 1 - flights if flights < 1 else (flights - 1) / 8
+
+
+FAMILY = Dense()
