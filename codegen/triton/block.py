@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from sparsec.codegen.spec import ACTS, Packed
+from sparsec.codegen.triton import groups
 from sparsec.codegen.triton.contract import Call, Config
 from sparsec.codegen.triton.dot import dot
 from sparsec.codegen.triton.epilogue import finish, reduction
@@ -132,11 +133,14 @@ class Block:
     formats: Sequence[str] = (
         *(f"block:{size}+{values}" for size in ("16x16", "64x64") for values in ("bf16", "fp16", "fp32")),
         *(f"block:{size}+bf16" for size in ("32x32", "128x128", "16x64")),
+        "block:1x16+int4g16",
     )
     loops: Mapping[str, int] = {"mma": 0, "gemv": 8}
 
     def pack(self, weight: torch.Tensor, format: Format, source_key: str) -> Packed:
         rows, cols = format.pattern.params
+        if rows == 1:
+            return groups.pack(weight, format, source_key)
         if any(size not in (16, 32, 64, 128) for size in (rows, cols)):
             detail = "blocks have 16, 32, 64 or 128 rows and columns"
             raise PatternMismatch(format=str(format), detail=detail)
@@ -153,6 +157,8 @@ class Block:
         return Packed(format, 1, tensors, torch.zeros(0, dtype=torch.int64), (n, k), source_key)
 
     def unpack(self, packed: Packed) -> torch.Tensor:
+        if packed.format.pattern.params[0] == 1:
+            return groups.unpack(packed)
         value, column, start, order = packed.tensors
         rows, cols = packed.format.pattern.params
         n, k = packed.shape
@@ -163,6 +169,8 @@ class Block:
 
     def configs(self, packed: Packed, loop: str, m: int, capability: int) -> Sequence[Config]:
         rows, cols = packed.format.pattern.params
+        if rows == 1:
+            return groups.configs(packed, loop, m)
         value, _, start, _ = packed.tensors
         mean = len(value) / max(len(start) - 1, 1)
         wide = value.element_size() == 4
@@ -189,11 +197,13 @@ class Block:
         return sorted(made, key=lambda c: _cost(c, len(start) - 1, rows, m))
 
     def launches(self, packed: Packed, loop: str, call: Call, config: Config) -> list[Launch]:
-        value, column, start, order = packed.tensors
-        (rows, cols), (n, k) = packed.format.pattern.params, packed.shape
-        m, splits, tn = call.m, config["splits"], config["tn"]
+        (rows, cols), (n, k), m = packed.format.pattern.params, packed.shape, call.m
         if self.loops[loop] and m > self.loops[loop]:
             raise ValueError(f"{loop} takes at most {self.loops[loop]} rows, not {m}")
+        if rows == 1:
+            return groups.launches(packed, loop, call, config)
+        value, column, start, order = packed.tensors
+        splits, tn = config["splits"], config["tn"]
         out = call.y if splits == 1 else call.x.new_empty((splits, m, n), dtype=torch.float32)
         args = {
             "X": call.x, "VALUE": value, "COLUMN": column, "START": start, "ORDER": order, "OUT": out,

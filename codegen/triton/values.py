@@ -83,7 +83,7 @@ def width(kind: str) -> int:
 def to_words(codes: torch.Tensor, kind: str) -> torch.Tensor:
     """Codes [N, K], any integer dtype and K a multiple of ``width``, as int32 words [N, K / width, 4]."""
     each = 32 // BITS[kind]
-    parts = codes.to(torch.int64).view(len(codes), -1, each, 4)
+    parts = codes.to(torch.int64).view(len(codes), codes.shape[1] // width(kind), each, 4)
     words = torch.zeros_like(parts[:, :, 0])
     for j in range(each):
         moved = parts[:, :, j] << bit_of(kind, j)
