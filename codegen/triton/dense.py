@@ -25,7 +25,7 @@ from sparsec.codegen.triton.contract import Call, Config
 from sparsec.codegen.triton.dot import dot
 from sparsec.codegen.triton.epilogue import finish, reduction
 from sparsec.codegen.triton.launch import Launch, Loop
-from sparsec.codegen.triton.values import BITS, Codes, code, excess, level
+from sparsec.codegen.triton.values import BITS, Codes, code, excess, level, neighbours
 from sparsec.errors import PatternMismatch
 from sparsec.formats import Format, value_kind
 
@@ -35,7 +35,7 @@ def gemv(
     X, WORDS, SCALE, OUT, BIAS, m, n, k, chunks, groups, full, stride_x, stride_out,
     M: tl.constexpr, ROWS: tl.constexpr, T: tl.constexpr, BITS: tl.constexpr, TABLE: tl.constexpr,
     GROUP: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr,
-    ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HALVES: tl.constexpr, BF16: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = 128 // BITS
     first, split = tl.program_id(0) * ROWS, tl.program_id(1)
@@ -56,31 +56,29 @@ def gemv(
         else:
             sums = (tl.zeros((T, 4), tl.float32),) * (M * ROWS)
             over = (tl.zeros((T, 4), tl.float32),) * M
-        for j in tl.static_range(32 // BITS):
-            column = chunk * WIDTH + j * 4 + i
+        for j in tl.static_range(0, 32 // BITS, 2):
+            pair = chunk * (WIDTH // 2) + j * 2 + i
             x = acc[:0]
             for s in tl.static_range(M):
                 x_row = X + tl.minimum(s, m - 1) * stride_x
-                if EVEN:
-                    x = x + (tl.load(x_row + column).to(tl.float32),)
-                else:
-                    x = x + (tl.load(x_row + column, mask=column < k, other=0.0).to(tl.float32),)
-            more = acc[:0]
-            for r in tl.static_range(ROWS):
-                if TABLE:
-                    q = level(words[r], SCALE + tl.minimum(first + r, n - 1) * 16, j)
-                else:
-                    q = code(words[r], full, j, BITS)
-                    if EXACT:
-                        q -= excess(j, BITS)
-                for s in tl.static_range(M):
-                    more = more + (sums[r * M + s] + q * x[s],)
-            sums = more
-            if not TABLE and not EXACT:
-                summed = acc[:0]
-                for s in tl.static_range(M):
-                    summed = summed + (over[s] + x[s] * excess(j, BITS),)
-                over = summed
+                x = x + neighbours(x_row, pair, k, HALVES, EVEN, BF16)
+            for h in tl.static_range(2):
+                more = acc[:0]
+                for r in tl.static_range(ROWS):
+                    if TABLE:
+                        q = level(words[r], SCALE + tl.minimum(first + r, n - 1) * 16, j + h)
+                    else:
+                        q = code(words[r], full, j + h, BITS)
+                        if EXACT:
+                            q -= excess(j + h, BITS)
+                    for s in tl.static_range(M):
+                        more = more + (sums[r * M + s] + q * x[2 * s + h],)
+                sums = more
+                if not TABLE and not EXACT:
+                    summed = acc[:0]
+                    for s in tl.static_range(M):
+                        summed = summed + (over[s] + x[2 * s + h] * excess(j + h, BITS),)
+                    over = summed
         if GROUP == 0:
             acc = sums
         else:
@@ -113,6 +111,23 @@ def gemv(
 
 
 @triton.jit
+def decoded(
+    words, SCALE, row, scale, full,
+    J: tl.constexpr, BITS: tl.constexpr, TABLE: tl.constexpr, GROUP: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Code ``J`` of words of the weight in fp32: q, or q * scale where a row has several."""
+    if TABLE:
+        return level(words, SCALE + row * 16, J)
+    elif GROUP == 0:
+        return code(words, full, J, BITS) - excess(J, BITS)
+    elif EXACT:
+        return (code(words, full, J, BITS) - excess(J, BITS)) * scale
+    else:
+        # One fma; a scale of 16 bits leaves nothing to round.
+        return code(words, full, J, BITS) * scale - scale * excess(J, BITS)
+
+
+@triton.jit
 def mma(
     X, WORDS, SCALE, OUT, BIAS, m, n, k, chunks, groups, full, stride_x, stride_out,
     TN: tl.constexpr, TM: tl.constexpr, TW: tl.constexpr, BITS: tl.constexpr, TABLE: tl.constexpr,
@@ -131,28 +146,24 @@ def mma(
     for start in tl.range(split * TW, chunks * 4, SPLITS * TW):
         inside = (inner < chunks * 4 - start)[None, :]
         words = tl.load(WORDS + (within * chunks * 4 + start) + inner[None, :], mask=inside, other=0)
-        at = (start + inner) // 4 * WIDTH + inner % 4
+        neighbour = start // 4 * WIDTH + tl.arange(0, 2 * TW) // 8 * WIDTH + tl.arange(0, 2 * TW) % 8
+        scale = 1.0
         if GROUP >= TW // 4 * WIDTH:
             scale = tl.load(SCALE + within * groups + start // 4 * WIDTH // GROUP).to(tl.float32)
         elif GROUP > 0:
-            scale = tl.load(SCALE + within * groups + at[None, :] // GROUP, mask=inside, other=0.0).to(tl.float32)
-        for j in tl.static_range(32 // BITS):
-            place = at + j * 4
+            scale = tl.load(
+                SCALE + within * groups + (start + inner)[None, :] // 4 * WIDTH // GROUP, mask=inside, other=0.0
+            ).to(tl.float32)
+        for j in tl.static_range(0, 32 // BITS, 2):
+            place = neighbour + j * 4
             if EVEN:
                 x = tl.load(x_row + place[None, :])
             else:
                 x = tl.load(x_row + place[None, :], mask=(place < k)[None, :], other=0.0)
-            if TABLE:
-                q = level(words, SCALE + within * 16, j)
-            else:
-                q = code(words, full, j, BITS)
-                if GROUP > 0 and not EXACT:
-                    q = q * scale - scale * excess(j, BITS)  # one fma; a scale of 16 bits leaves nothing to round
-                else:
-                    q -= excess(j, BITS)
-                    if GROUP > 0:
-                        q *= scale
-            acc = dot(q.to(X.dtype.element_ty), tl.trans(x), acc)
+            even = decoded(words, SCALE, within, scale, full, j, BITS, TABLE, GROUP, EXACT).to(X.dtype.element_ty)
+            odd = decoded(words, SCALE, within, scale, full, j + 1, BITS, TABLE, GROUP, EXACT).to(X.dtype.element_ty)
+            w = tl.reshape(tl.join(even, odd), (TN, 2 * TW))
+            acc = dot(w, tl.trans(x), acc)
     if GROUP == 0 and not TABLE:
         acc *= tl.load(SCALE + within).to(tl.float32)
     y, output = tl.trans(acc), column[None, :]
@@ -237,7 +248,10 @@ class Dense:
         budget = 7.8 * packed.bytes / max(n * k, 1)  # 7.8 instructions a byte on an H200
         if loop == "gemv":
             rows, lanes = config["rows"], 32 * config["warps"]
+            x = values.halves(call.x)
+            args |= {"X": x, "stride_x": x.stride(0)}
             constants |= {"M": m, "ROWS": rows, "T": lanes, "EVEN": k % (lanes * wide) == 0}
+            constants |= {"HALVES": x is not call.x, "BF16": call.x.dtype == torch.bfloat16}
             counted = Loop("weight", rows * lanes * wide, budget)
             main = Launch(gemv, (triton.cdiv(n, rows), splits), args, constants, warps=config["warps"], loop=counted)
         else:

@@ -1,10 +1,10 @@
 """``block:1x16+int4g16``: rows that keep whole groups of 16 columns, in 4 bits, with a scale for each group (GQSA).
 
-  bundle b of 16 rows, sorted by how many pairs of groups they need      start[b]: first pair, int32; order[b*16 + r]: row
-  pair p of kept groups A and B      column[p]: A | B << 16, first column / 16; scale[p, 2]; words[p, 4] int32
-  row n, group g of the weight       slot[n, g] int16: which of the row's kept groups, -1 for none; place[n]: first pair
+  bundle b of 16 rows, those of like counts together      start[b]: first pair, int32; order[b*16 + r]: its row
+  pair p of kept groups A and B     column[p]: A | B << 16, first column / 16; scale[p, 2]; words[p, 4] int32
+  row n, group g of the weight      slot[n, g] int16: which of the row's kept groups, or -1; place[n]: first pair
 
-Words are a chunk of ``values.py``: codes 0 to 3 are A, 4 to 7 are B, so a pair is one 16-byte load and x is read four
+Words are a chunk of ``values.py``: codes 0 to 3 are A, 4 to 7 are B, so a pair is one 16-byte load and x is read eight
 neighbours at a time. All rows of a bundle have as many pairs as its fullest one. 6 bits a kept weight; loop ``mma``
 alone reads slot and place, one more bit for each position of the matrix.
 
@@ -29,7 +29,7 @@ from sparsec.codegen.triton.contract import Call, Config
 from sparsec.codegen.triton.dot import dot
 from sparsec.codegen.triton.epilogue import finish, reduction
 from sparsec.codegen.triton.launch import Launch, Loop
-from sparsec.codegen.triton.values import code, excess
+from sparsec.codegen.triton.values import code, excess, neighbours
 from sparsec.errors import PatternMismatch
 from sparsec.formats import Format
 from sparsec.grid import OnGrid
@@ -42,7 +42,7 @@ SIZE = 16  # columns of a group
 def gemv(
     X, WORDS, COLUMN, SCALE, START, ORDER, OUT, BIAS, m, n, k, full, stride_x, stride_out,
     M: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr,
-    EXACT: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    EXACT: tl.constexpr, HALVES: tl.constexpr, BF16: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     bundle, split = tl.program_id(0), tl.program_id(1)
     first = tl.load(START + bundle)
@@ -60,30 +60,25 @@ def gemv(
         sums = acc
         for half in tl.static_range(2):
             scale = tl.load(SCALE + pair * 2 + half, mask=inside, other=0.0).to(tl.float32)
-            column = ((both >> (16 * half)) & 0xFFFF) * 16 + i
+            near = ((both >> (16 * half)) & 0xFFFF) * 8 + i
             part = (tl.zeros((ROWS, LANES, 4), tl.float32),) * M
-            over = part
-            for jj in tl.static_range(4):
-                q = code(words, full, half * 4 + jj, 4)
-                if EXACT:
-                    q -= excess(jj, 4)
-                more = part[:0]
-                moved = part[:0]
+            for jj in tl.static_range(0, 4, 2):
+                x = acc[:0]
                 for s in tl.static_range(M):
                     x_row = X + tl.minimum(s, m - 1) * stride_x
-                    if EVEN:
-                        x = tl.load(x_row + column + jj * 4).to(tl.float32)
-                    else:
-                        x = tl.load(x_row + column + jj * 4, mask=column < k - jj * 4, other=0.0).to(tl.float32)
-                    more = more + (part[s] + q * x,)
-                    if not EXACT:
-                        moved = moved + (over[s] + x * excess(jj, 4),)
-                part = more
-                if not EXACT:
-                    over = moved
-            more = part[:0]
+                    x = x + neighbours(x_row, near + jj * 2, k, HALVES, EVEN, BF16)
+                for h in tl.static_range(2):
+                    q = code(words, full, half * 4 + jj + h, 4)
+                    more = acc[:0]
+                    for s in tl.static_range(M):
+                        if EXACT:
+                            more = more + (part[s] + (q - excess(jj + h, 4)) * x[2 * s + h],)
+                        else:
+                            more = more + (part[s] - x[2 * s + h] * excess(jj + h, 4) + q * x[2 * s + h],)
+                    part = more
+            more = acc[:0]
             for s in tl.static_range(M):
-                more = more + (sums[s] + scale * tl.sum(part[s] - over[s], 2, keep_dims=True),)
+                more = more + (sums[s] + scale * tl.sum(part[s], 2, keep_dims=True),)
             sums = more
         acc = sums
     column = tl.load(ORDER + bundle * ROWS + tl.arange(0, ROWS))
@@ -111,23 +106,26 @@ def mma(
     x_row = X + tl.cast(tl.minimum(row, m - 1), tl.int64)[:, None] * stride_x
     inner = tl.arange(0, TG * 4)
     i = inner % 4
+    neighbour = tl.arange(0, TG * 8) // 8 * 16 + tl.arange(0, TG * 8) % 8
     acc = tl.zeros((TN, TM), tl.float32)
     for start in tl.range(split * TG, groups, SPLITS * TG):
         group = start + inner // 4
         at = SLOT + tl.cast(within, tl.int64) * groups + group[None, :]
         slot = tl.load(at, mask=(group < groups)[None, :], other=-1).to(tl.int32)
-        kept = slot >= 0
+        kept, second = slot >= 0, (slot & 1) == 1
         pair = tl.cast(first + (slot >> 1), tl.int64)
         words = tl.load(WORDS + pair * 4 + i[None, :], mask=kept, other=0)
         scale = tl.load(SCALE + pair * 2 + (slot & 1), mask=kept, other=0.0).to(tl.float32)
-        for jj in tl.static_range(4):
-            place = group * 16 + jj * 4 + i
+        for jj in tl.static_range(0, 4, 2):
+            place = start * 16 + neighbour + jj * 4
             if EVEN:
                 x = tl.load(x_row + place[None, :])
             else:
                 x = tl.load(x_row + place[None, :], mask=(place < k)[None, :], other=0.0)
-            q = tl.where((slot & 1) == 0, code(words, full, jj, 4), code(words, full, jj + 4, 4)) - excess(jj, 4)
-            acc = dot((q * scale).to(X.dtype.element_ty), tl.trans(x), acc)
+            even = tl.where(second, code(words, full, jj + 4, 4), code(words, full, jj, 4)) - excess(jj, 4)
+            odd = tl.where(second, code(words, full, jj + 5, 4), code(words, full, jj + 1, 4)) - excess(jj + 1, 4)
+            even, odd = (even * scale).to(X.dtype.element_ty), (odd * scale).to(X.dtype.element_ty)
+            acc = dot(tl.reshape(tl.join(even, odd), (TN, TG * 8)), tl.trans(x), acc)
     y, output = tl.trans(acc), column[None, :]
     mask = (output < n) & (row < m)[:, None]
     if SPLITS == 1:
@@ -166,7 +164,7 @@ def pack(weight: torch.Tensor, format: Format, source_key: str) -> Packed:
 
 
 def unpack(packed: Packed) -> torch.Tensor:
-    words, column, scale, start, order, _, first, like = packed.tensors
+    words, column, scale, start, order, _, _, like = packed.tensors
     n, k = packed.shape
     counts = ((start[1:] - start[:-1]) // ROWS).repeat_interleave(ROWS)
     row = torch.repeat_interleave(order.long(), counts.long() * 2)
@@ -217,7 +215,9 @@ def launches(packed: Packed, loop: str, call: Call, config: Config) -> list[Laun
         "SPLITS": splits, "EVEN": k % SIZE == 0, "ACT": ACTS.index(call.act), "HAS_BIAS": call.bias is not None,
     }  # fmt: skip
     if loop == "gemv":
-        args |= {"COLUMN": column, "START": start, "ORDER": order}
+        x = values.halves(call.x)
+        args |= {"X": x, "stride_x": x.stride(0), "COLUMN": column, "START": start, "ORDER": order}
+        constants |= {"HALVES": x is not call.x, "BF16": call.x.dtype == torch.bfloat16}
         constants |= {"M": m, "ROWS": ROWS, "LANES": config["lanes"], "EXACT": call.x.dtype == torch.float32}
         counted = Loop("nonzero", ROWS * config["lanes"] * 2 * SIZE, 7.8 * 6 / 8)
         main = Launch(gemv, (len(start) - 1, splits), args, constants, warps=config["warps"], loop=counted)

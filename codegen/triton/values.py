@@ -2,9 +2,10 @@
 
 A word holds 32 / BITS codes (4 int8, 8 int4, 16 ternary). Four words, one 16-byte load, are a chunk of a row:
 
-  word i of the chunk, code j   column = chunk * WIDTH + j * 4 + i        WIDTH = 128 / BITS columns
+  word i of the chunk, code j   column = chunk * WIDTH + j / 2 * 8 + i * 2 + j mod 2        WIDTH = 128 / BITS columns
 
-so code j of the four words is four neighbours of x. Codes are q + ZERO, never negative, and stand where a float's
+so codes j and j + 1 of the four words are eight neighbours of x: as 16 bits one 16-byte load of four words, whose
+halves are widened by one instruction each. Codes are q + ZERO, never negative, and stand where a float's
 mantissa ends, so that one "and or" makes code j of a shifted word the float BASE + code, exactly:
 
   shift t = j / (8 / BITS): w, w << 8, w rotated by 16, w >> 8      bit = 23 - BITS * (1 + j mod (8 / BITS))
@@ -61,6 +62,31 @@ def excess(J: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
+def neighbours(X, word, limit, HALVES: tl.constexpr, EVEN: tl.constexpr, BF16: tl.constexpr):
+    """x at columns 2 ``word`` and 2 ``word`` + 1 in fp32; 0 from column ``limit`` on, unless EVEN says all are below.
+
+    ``X``: of a row of x; HALVES: it points to int32 words of two 16-bit floats, bf16 or fp16.
+    """
+    if HALVES:
+        if EVEN:
+            both = tl.load(X + word)
+        else:
+            both = tl.load(X + word, mask=word < limit // 2, other=0)
+        if BF16:
+            return (both << 16).to(tl.float32, bitcast=True), (both & -65536).to(tl.float32, bitcast=True)
+        low, high = both.to(tl.int16), (both >> 16).to(tl.int16)
+        return low.to(tl.float16, bitcast=True).to(tl.float32), high.to(tl.float16, bitcast=True).to(tl.float32)
+    first = tl.load(X + word * 2, mask=word * 2 < limit, other=0.0).to(tl.float32)
+    return first, tl.load(X + word * 2 + 1, mask=word * 2 + 1 < limit, other=0.0).to(tl.float32)
+
+
+def halves(x: torch.Tensor) -> torch.Tensor:
+    """x [M, K] of 16-bit floats as int32 words [M, K / 2], the same memory; x itself where that cannot be."""
+    even = x.shape[1] % 2 == 0 and x.stride(0) % 2 == 0 and x.storage_offset() % 2 == 0
+    return x.view(torch.int32) if x.element_size() == 2 and even else x
+
+
+@triton.jit
 def level(word, TABLE, J: tl.constexpr):
     """Level ``J`` of int32 words in fp32. ``TABLE``: pointers to 16 levels, of a shape that broadcasts to the words."""
     return tl.load(TABLE + ((word >> (4 * J)) & 15)).to(tl.float32)
@@ -83,10 +109,10 @@ def width(kind: str) -> int:
 def to_words(codes: torch.Tensor, kind: str) -> torch.Tensor:
     """Codes [N, K], any integer dtype and K a multiple of ``width``, as int32 words [N, K / width, 4]."""
     each = 32 // BITS[kind]
-    parts = codes.to(torch.int64).view(len(codes), codes.shape[1] // width(kind), each, 4)
-    words = torch.zeros_like(parts[:, :, 0])
+    parts = codes.to(torch.int64).view(len(codes), codes.shape[1] // width(kind), each // 2, 4, 2)
+    words = torch.zeros_like(parts[:, :, 0, :, 0])
     for j in range(each):
-        moved = parts[:, :, j] << bit_of(kind, j)
+        moved = parts[:, :, j // 2, :, j % 2] << bit_of(kind, j)
         words |= (moved | moved >> 32) & 0xFFFFFFFF
     return words.to(torch.int32)
 
@@ -97,7 +123,8 @@ def from_words(words: torch.Tensor, kind: str) -> torch.Tensor:
     doubled = wide | wide << 32
     mask = (1 << BITS[kind]) - 1
     parts = [(doubled >> bit_of(kind, j)) & mask for j in range(32 // BITS[kind])]
-    return torch.stack(parts, 2).flatten(1)
+    pairs = [torch.stack(parts[j : j + 2], 3) for j in range(0, len(parts), 2)]
+    return torch.stack(pairs, 2).flatten(1)
 
 
 @dataclass(frozen=True)
