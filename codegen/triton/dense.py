@@ -2,7 +2,7 @@
 
   words[N, chunks, 4] int32     codes of a chunk of columns as ``values.py`` says, 16 bytes; K is filled up with zero
   scale[N, groups]              fp32, or the weight's dtype where that holds it exactly; codebooks: levels[N, 16]
-  like[0]                       the weight's dtype
+  like[0]                       the weight's dtype; then what ``sidecar.py`` has, where there are outliers
 
 Loop ``gemv`` (M <= 8): memory-bound. A thread takes one chunk of each of ROWS rows, so that x is read, widened and
 summed once for all of them; it holds no row of x across threads, and moves nothing between threads until the end.
@@ -14,6 +14,7 @@ The product uses q * scale before it is rounded to the weight's dtype ("gemv"), 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -25,6 +26,7 @@ from sparsec.codegen.triton.contract import Call, Config
 from sparsec.codegen.triton.dot import dot
 from sparsec.codegen.triton.epilogue import finish, reduction
 from sparsec.codegen.triton.launch import Launch, Loop
+from sparsec.codegen.triton.sidecar import partial_sums, row_sums, unpacked
 from sparsec.codegen.triton.values import BITS, Codes, code, excess, level, neighbours
 from sparsec.errors import PatternMismatch
 from sparsec.formats import Format, value_kind
@@ -32,10 +34,11 @@ from sparsec.formats import Format, value_kind
 
 @triton.jit
 def gemv(
-    X, WORDS, SCALE, OUT, BIAS, m, n, k, chunks, groups, full, stride_x, stride_out,
+    X, WORDS, SCALE, OUT, BIAS, RAW, BEGIN, COLUMN, VALUE,
+    m, n, k, chunks, groups, full, stride_x, stride_raw, stride_out,
     M: tl.constexpr, ROWS: tl.constexpr, T: tl.constexpr, BITS: tl.constexpr, TABLE: tl.constexpr,
     GROUP: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr,
-    HALVES: tl.constexpr, BF16: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HALVES: tl.constexpr, BF16: tl.constexpr, OUTLIERS: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = 128 // BITS
     first, split = tl.program_id(0) * ROWS, tl.program_id(1)
@@ -93,6 +96,9 @@ def gemv(
                     more = more + (acc[r * M + s] + scale * (tl.sum(sums[r * M + s], 1, keep_dims=True) - off[s]),)
             acc = more
     for r in tl.static_range(ROWS):
+        if OUTLIERS:
+            row = tl.minimum(first + r, n - 1)
+            apart = row_sums(RAW, BEGIN, COLUMN, VALUE, row, m, stride_raw, lane, M, T, SPLITS, split)
         for s in tl.static_range(M):
             y = acc[r * M + s]
             if GROUP == 0:
@@ -100,6 +106,8 @@ def gemv(
             y = tl.sum(tl.sum(y, 1), 0)
             if GROUP == 0 and not TABLE:
                 y *= tl.load(SCALE + tl.minimum(first + r, n - 1)).to(tl.float32)
+            if OUTLIERS:
+                y += tl.sum(tl.sum(apart[s], 1), 0)
             column = first + r
             if SPLITS == 1:
                 y = finish(y, BIAS, column, ACT, HAS_BIAS, column < n)
@@ -131,7 +139,7 @@ def decoded(
 def mma(
     X, WORDS, SCALE, OUT, BIAS, m, n, k, chunks, groups, full, stride_x, stride_out,
     TN: tl.constexpr, TM: tl.constexpr, TW: tl.constexpr, BITS: tl.constexpr, TABLE: tl.constexpr,
-    GROUP: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr,
+    GROUP: tl.constexpr, SPLITS: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr,
     ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = 128 // BITS
@@ -168,7 +176,7 @@ def mma(
         acc *= tl.load(SCALE + within).to(tl.float32)
     y, output = tl.trans(acc), column[None, :]
     mask = (output < n) & (row < m)[:, None]
-    if SPLITS == 1:
+    if WHOLE:
         y = finish(y, BIAS, output, ACT, HAS_BIAS, output < n)
         tl.store(OUT + tl.cast(row, tl.int64)[:, None] * stride_out + output, y.to(OUT.dtype.element_ty), mask=mask)
     else:
@@ -196,10 +204,11 @@ class Dense:
         return Packed(format, 1, tensors, torch.zeros(0, dtype=torch.int64), (n, k), source_key)
 
     def unpack(self, packed: Packed) -> torch.Tensor:
-        words, scale, like = packed.tensors
+        words, scale, like = packed.tensors[:3]
         kind, group = value_kind(packed.format.values)
         codes = values.from_words(words, kind)[:, : packed.shape[1]]
-        return values.decode(Codes(codes, scale, group), kind, like.dtype)
+        main = values.decode(Codes(codes, scale, group), kind, like.dtype)
+        return main + unpacked(packed.tensors[3:], main) if packed.tensors[3:] else main
 
     def configs(self, packed: Packed, loop: str, m: int, capability: int) -> Sequence[Config]:
         words = packed.tensors[0]
@@ -229,38 +238,74 @@ class Dense:
         return sorted(made, key=lambda c: _flights(-(-n // c["tn"]) * -(-m // c["tm"]), c))
 
     def launches(self, packed: Packed, loop: str, call: Call, config: Config) -> list[Launch]:
-        words, scale, _ = packed.tensors
-        kind, group = value_kind(packed.format.values)
         (n, k), m, splits = packed.shape, call.m, config["splits"]
         if self.loops[loop] and m > self.loops[loop]:
             raise ValueError(f"{loop} takes at most {self.loops[loop]} rows, not {m}")
-        out = call.y if splits == 1 else call.x.new_empty((splits, m, n), dtype=torch.float32)
-        chunks, wide = words.shape[1], values.width(kind)
-        args = {
-            "X": call.x, "WORDS": words, "SCALE": scale, "OUT": out, "BIAS": call.y if call.bias is None else call.bias,
-            "m": m, "n": n, "k": k, "chunks": chunks, "groups": scale.shape[1], "full": 2 ** BITS[kind] - 1,
-            "stride_x": call.x.stride(0), "stride_out": out.stride(-2),
-        }  # fmt: skip
-        constants = {
-            "BITS": BITS[kind], "TABLE": kind == "codebook", "GROUP": group, "SPLITS": splits,
-            "ACT": ACTS.index(call.act), "HAS_BIAS": call.bias is not None, "EXACT": call.x.dtype == torch.float32,
-        }  # fmt: skip
-        budget = 7.8 * packed.bytes / max(n * k, 1)  # 7.8 instructions a byte on an H200
-        if loop == "gemv":
-            rows, lanes = config["rows"], 32 * config["warps"]
-            x = values.halves(call.x)
-            args |= {"X": x, "stride_x": x.stride(0)}
-            constants |= {"M": m, "ROWS": rows, "T": lanes, "EVEN": k % (lanes * wide) == 0}
-            constants |= {"HALVES": x is not call.x, "BF16": call.x.dtype == torch.bfloat16}
-            counted = Loop("weight", rows * lanes * wide, budget)
-            main = Launch(gemv, (triton.cdiv(n, rows), splits), args, constants, warps=config["warps"], loop=counted)
-        else:
-            constants |= {name.upper(): config[name] for name in ("tn", "tm", "tw")}
-            constants |= {"EVEN": k % (config["tw"] // 4 * wide) == 0}
-            grid = (triton.cdiv(n, config["tn"]), triton.cdiv(m, config["tm"]), splits)
-            counted = Loop("weight", config["tn"] * config["tw"] // 4 * wide, budget)
-            main = Launch(mma, grid, args, constants, warps=config["warps"], loop=counted)
-        return [main] if splits == 1 else [main, reduction(out, call.y, call.bias, call.act)]
+        apart = packed.tensors[3:] if loop == "mma" else ()  # outliers that need a launch of their own
+        parts = splits + bool(apart)
+        out = call.y if parts == 1 else call.x.new_empty((parts, m, n), dtype=torch.float32)
+        main = (_gemv if loop == "gemv" else _mma)(packed, call, config, out)
+        if parts == 1:
+            return [main]
+        more = [partial_sums(apart, call, out[splits])] if apart else []
+        return [main, *more, reduction(out, call.y, call.bias, call.act)]
+
+
+def _shared(packed: Packed, call: Call, out: torch.Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments and constants of both kernels."""
+    words, scale = packed.tensors[:2]
+    kind, group = value_kind(packed.format.values)
+    (n, k), m = packed.shape, call.m
+    args = {
+        "X": call.x, "WORDS": words, "SCALE": scale, "OUT": out, "BIAS": call.y if call.bias is None else call.bias,
+        "m": m, "n": n, "k": k, "chunks": words.shape[1], "groups": scale.shape[1], "full": 2 ** BITS[kind] - 1,
+        "stride_x": call.x.stride(0), "stride_out": out.stride(-2),
+    }  # fmt: skip
+    constants = {
+        "BITS": BITS[kind], "TABLE": kind == "codebook", "GROUP": group, "EXACT": call.x.dtype == torch.float32,
+        "ACT": ACTS.index(call.act), "HAS_BIAS": call.bias is not None,
+    }  # fmt: skip
+    return args, constants
+
+
+def _counted(packed: Packed, count: int) -> Loop:
+    """A trip that handles ``count`` weights; an H200 has time for 7.8 lane instructions a byte."""
+    n, k = packed.shape
+    main = sum(t.numel() * t.element_size() for t in packed.tensors[:2])
+    return Loop("weight", count, 7.8 * main / max(n * k, 1))
+
+
+def _gemv(packed: Packed, call: Call, config: Config, out: torch.Tensor) -> Launch:
+    args, constants = _shared(packed, call, out)
+    wide = values.width(value_kind(packed.format.values)[0])
+    rows, lanes = config["rows"], 32 * config["warps"]
+    x, stream = values.halves(call.x), packed.tensors[3:] or (call.x,) * 3
+    args |= {"X": x, "stride_x": x.stride(0), "RAW": call.x, "stride_raw": call.x.stride(0)}
+    args |= dict(zip(("BEGIN", "COLUMN", "VALUE"), stream, strict=True))
+    constants |= {
+        "M": call.m, "ROWS": rows, "T": lanes, "SPLITS": config["splits"],
+        "EVEN": packed.shape[1] % (lanes * wide) == 0, "HALVES": x is not call.x, "BF16": call.x.dtype == torch.bfloat16,
+        "OUTLIERS": len(packed.tensors) > 3,
+    }  # fmt: skip
+    counted = _counted(packed, rows * lanes * wide)
+    grid = (triton.cdiv(packed.shape[0], rows), config["splits"])
+    return Launch(gemv, grid, args, constants, warps=config["warps"], loop=counted)
+
+
+def _mma(packed: Packed, call: Call, config: Config, out: torch.Tensor) -> Launch:
+    args, constants = _shared(packed, call, out)
+    (n, k), wide = packed.shape, values.width(value_kind(packed.format.values)[0])
+    tn, tm, tw, splits = config["tn"], config["tm"], config["tw"], config["splits"]
+    constants |= {
+        "TN": tn,
+        "TM": tm,
+        "TW": tw,
+        "SPLITS": splits,
+        "WHOLE": out is call.y,
+        "EVEN": k % (tw // 4 * wide) == 0,
+    }
+    grid = (triton.cdiv(n, tn), triton.cdiv(call.m, tm), splits)
+    return Launch(mma, grid, args, constants, warps=config["warps"], loop=_counted(packed, tn * tw // 4 * wide))
 
 
 def _flights(programs: int, config: Config) -> float:
