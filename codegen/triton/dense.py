@@ -236,7 +236,7 @@ class Dense:
             {"tn": tn, "tm": tm, "tw": tw, "splits": splits, "warps": 4 if tn * tm <= 64 * 64 else 8}
             for tn in (64, 128)
             for tm in (16, 32, 64, 128)
-            if tm == 16 or tm <= 2 * m
+            if tm == max(16, min(tm, 2 * m)) and tm >= min(m // 4, 64)
             for tw in (16, 32)
             for splits in (1, 2, 4, 8)
             if splits == 1 or tw * splits <= chunks

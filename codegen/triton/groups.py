@@ -186,7 +186,7 @@ def configs(packed: Packed, loop: str, m: int) -> Sequence[Config]:
             {"tn": tn, "tm": tm, "tg": tg, "splits": splits, "warps": 4}
             for tn in (64, 32)
             for tm in (16, 32, 64, 128)
-            if tm == 16 or tm <= 2 * m
+            if tm == max(16, min(tm, 2 * m)) and tm >= min(m // 4, 64)
             for tg in (4, 8)
             for splits in (1, 2, 4)
             if splits == 1 or tg * splits <= groups
