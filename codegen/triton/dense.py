@@ -37,6 +37,41 @@ from sparsec.formats import Format, value_kind
 
 
 @triton.jit
+def products(
+    X, SCALE, words, sums, over, pair, first, m, n, k, full, stride_x,
+    M: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr, TABLE: tl.constexpr,
+    EVEN: tl.constexpr, EXACT: tl.constexpr, HALVES: tl.constexpr, BF16: tl.constexpr,
+):  # fmt: skip
+    """``sums`` (of each row of the weight and of x) and ``over`` (of each row of x) with one chunk a lane added.
+
+    ``words``: a tensor for each of ROWS rows from ``first`` on. ``pair``: half the column of code 0 of each word.
+    """
+    for j in tl.static_range(0, 32 // BITS, 2):
+        x = over[:0]
+        for s in tl.static_range(M):
+            x_row = X + tl.minimum(s, m - 1) * stride_x
+            x = x + neighbours(x_row, pair + j * 2, k, HALVES, EVEN, BF16)
+        for h in tl.static_range(2):
+            more = over[:0]
+            for r in tl.static_range(ROWS):
+                if TABLE:
+                    q = level(words[r], SCALE + tl.minimum(first + r, n - 1) * 16, j + h)
+                else:
+                    q = code(words[r], full, j + h, BITS)
+                    if EXACT:
+                        q -= excess(j + h, BITS)
+                for s in tl.static_range(M):
+                    more = more + (sums[r * M + s] + q * x[2 * s + h],)
+            sums = more
+            if not TABLE and not EXACT:
+                summed = over[:0]
+                for s in tl.static_range(M):
+                    summed = summed + (over[s] + x[2 * s + h] * excess(j + h, BITS),)
+                over = summed
+    return sums, over
+
+
+@triton.jit
 def gemv(
     X, WORDS, SCALE, OUT, BIAS, RAW, BEGIN, COLUMN, VALUE,
     m, n, k, chunks, groups, full, stride_x, stride_raw, stride_out,
@@ -63,29 +98,10 @@ def gemv(
         else:
             sums = (tl.zeros((T, 4), tl.float32),) * (M * ROWS)
             over = (tl.zeros((T, 4), tl.float32),) * M
-        for j in tl.static_range(0, 32 // BITS, 2):
-            pair = chunk * (WIDTH // 2) + j * 2 + i
-            x = acc[:0]
-            for s in tl.static_range(M):
-                x_row = X + tl.minimum(s, m - 1) * stride_x
-                x = x + neighbours(x_row, pair, k, HALVES, EVEN, BF16)
-            for h in tl.static_range(2):
-                more = acc[:0]
-                for r in tl.static_range(ROWS):
-                    if TABLE:
-                        q = level(words[r], SCALE + tl.minimum(first + r, n - 1) * 16, j + h)
-                    else:
-                        q = code(words[r], full, j + h, BITS)
-                        if EXACT:
-                            q -= excess(j + h, BITS)
-                    for s in tl.static_range(M):
-                        more = more + (sums[r * M + s] + q * x[2 * s + h],)
-                sums = more
-                if not TABLE and not EXACT:
-                    summed = acc[:0]
-                    for s in tl.static_range(M):
-                        summed = summed + (over[s] + x[2 * s + h] * excess(j + h, BITS),)
-                    over = summed
+        sums, over = products(
+            X, SCALE, words, sums, over, chunk * (WIDTH // 2) + i, first, m, n, k, full, stride_x,
+            M, ROWS, BITS, TABLE, EVEN, EXACT, HALVES, BF16,
+        )  # fmt: skip
         if GROUP == 0:
             acc = sums
         else:
