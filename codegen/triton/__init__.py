@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from sparsec.codegen.spec import Packed
     from sparsec.codegen.triton.contract import Family
 
-FAMILIES = {kind: f"sparsec.codegen.triton.{kind}:FAMILY" for kind in ("bitmap", "index", "nm", "nm24", "vnm")}
+FAMILIES = {kind: f"sparsec.codegen.triton.{kind}:FAMILY" for kind in ("bitmap", "block", "dense", "index", "nm", "nm24", "vnm")}
 GATES = {"gated": "sparsec.codegen.triton.gated:FAMILY"}  # of x, for any weight: its launches take a ``gate``
 # family -> its loops and the most rows of x each takes (0: any), so that a plan can be made without triton
 LOOPS: dict[str, dict[str, int]] = {
     "bitmap": {"tile": 0},
+    "block": {"mma": 0, "gemv": 8},
+    "dense": {"gemv": 8, "mma": 0},
     "index": {"gather": 8},
     "nm": {"gather": 8, "tile": 0},
     "nm24": {"skinny": 64},
@@ -67,7 +69,10 @@ def loops_of(format: Format) -> list[tuple[str, str]]:
 
 
 def _takes(pattern: Pattern, loop: str) -> bool:
-    """A tile of N:M is put together from halves, so its groups have 1, 2, 4, ... or 32 columns."""
+    """A tile of N:M is put together from halves, so its groups have 1, 2, 4, ... or 32 columns; blocks are tiles of
+    tensor cores, or groups of 16 columns."""
+    if pattern.kind == "block":
+        return all(size in (16, 32, 64, 128) for size in pattern.params) or pattern.params == (1, 16)
     if pattern.kind not in ("nm", "vnm") or loop != "tile":
         return True
     m = pattern.params[-1] if pattern.kind == "nm" else 4

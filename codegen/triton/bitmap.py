@@ -33,8 +33,9 @@ from sparsec.codegen.spec import ACTS, Packed
 from sparsec.codegen.triton import LOOPS
 from sparsec.codegen.triton.contract import Call, Config
 from sparsec.codegen.triton.epilogue import reduction
+from sparsec.codegen.triton.dot import dot
 from sparsec.codegen.triton.launch import Launch, Loop
-from sparsec.codegen.triton.positions import DTYPES, LANE_INSTRUCTIONS, checked, joined, load_x, product, write_tile
+from sparsec.codegen.triton.positions import DTYPES, LANE_INSTRUCTIONS, checked, joined, load_x, write_tile
 from sparsec.errors import PatternMismatch
 from sparsec.formats import Format
 
@@ -72,7 +73,7 @@ def tile(
         weight = tl.where(tl.reshape(joined(kept, 32), (BN, 128)), weight, 0).to(tl.int16)
         weight = weight.to(X.dtype.element_ty, bitcast=True)
         x = load_x(X, step * 128 + place, rows * BM + tl.arange(0, BM), m, k, stride_x, EVEN)
-        sums = product(weight, x, sums)
+        sums = dot(weight, x, sums)
     write_tile(sums, OUT, BIAS, block * BN, rows * BM, m, n, stride_out, split, BM, BN, SPLITS, ACT, HAS_BIAS)
 
 

@@ -32,6 +32,7 @@ import triton.language as tl
 from sparsec.codegen.spec import ACTS, Packed
 from sparsec.codegen.triton.contract import Call, Config
 from sparsec.codegen.triton.epilogue import reduction
+from sparsec.codegen.triton.dot import dot
 from sparsec.codegen.triton.launch import Launch, Loop
 from sparsec.codegen.triton.positions import (
     KINDS,
@@ -40,7 +41,6 @@ from sparsec.codegen.triton.positions import (
     joined,
     load_values,
     load_x,
-    product,
     value,
     value_words,
     values_back,
@@ -155,7 +155,7 @@ def tile(
             byte = tl.load(TABLE + block * BN // V * columns + column, mask=column < columns, other=0).to(tl.int32)
             column = tl.where(column < columns, column // WIDTH * SPAN + byte, k)
         x = load_x(X, column, rows * BM + tl.arange(0, BM), m, k, stride_x, EVEN)
-        sums = product(weight.to(X.dtype.element_ty, bitcast=True), x, sums)
+        sums = dot(weight.to(X.dtype.element_ty, bitcast=True), x, sums)
     write_tile(sums, OUT, BIAS, block * BN, rows * BM, m, n, stride_out, split, BM, BN, SPLITS, ACT, HAS_BIAS)
 
 

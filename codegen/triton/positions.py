@@ -10,8 +10,6 @@ has one layout, in which a thread holds neighbouring elements (16 bytes a load),
 
 from __future__ import annotations
 
-import os
-
 import torch
 import triton
 import triton.language as tl
@@ -23,17 +21,6 @@ KINDS = ("bf16", "fp16", "fp32", "int8")  # kernels get the position in this tup
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LANE_INSTRUCTIONS = 7.8  # that an H200 issues in the time it reads a byte: 128 lanes a clock, 16.5 bytes a clock
 VALUE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "int8": 1}
-
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-
-
-@triton.jit
-def product(weight, x, sums):
-    """``sums + weight @ x`` on tensor cores; in fp32 in the interpreter, whose ``dot`` takes bf16 for integers."""
-    if INTERPRETED:
-        return tl.dot(weight.to(tl.float32), x.to(tl.float32), sums, input_precision="ieee")
-    else:
-        return tl.dot(weight, x, sums)
 
 
 @triton.jit
