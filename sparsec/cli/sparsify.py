@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparsec.cli.common import console, emit_json
+from sparsec.cli.common import console, emit_json, going_on
 
 if TYPE_CHECKING:
     from sparsec.sparsify import Prepared
@@ -120,7 +119,6 @@ def _run(
     import shutil
 
     from sparsec.io import save
-    from sparsec.journal import Journal
     from sparsec.models import load_model
     from sparsec.sparsify import prepare
     from sparsec.sparsify_outcome import run
@@ -130,12 +128,8 @@ def _run(
     _check_places(prepared, output, overwrite)
     _write_recipe(prepared, save_recipe, overwrite)
     journal = _journal(output) if prepared.needs_data else None
-    try:
+    with going_on(_journal(output)):
         outcome = run(loaded, prepared, wanted, resume=journal, max_memory=max_memory, keep_journal=True)
-    except KeyboardInterrupt:
-        if journal and Journal.held(journal):
-            print(f"what was finished is in {journal}; the same command goes on from there", file=sys.stderr)
-        raise
     save(loaded.model, output, outcome.report, loaded.tokenizer, overwrite=overwrite, files=outcome.files())
     if journal:
         shutil.rmtree(journal, ignore_errors=True)
