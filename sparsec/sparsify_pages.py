@@ -221,7 +221,7 @@ def _loss_plot(outcome: Outcome) -> str:
         made.append(Series("output error", "nm", [layer.output_error for layer in layers]))
     names = [layer.name for layer in layers]
     steps = len({layer.step for layer in layers})
-    said = f"{len(set(names))} layers{f', {steps} steps each after each' if steps > 1 else ''}"
+    said = f"{len(set(names))} layers{f', {steps} steps' if steps > 1 else ''}"
     return plot(made, names, lambda v: f"{v:.3g}", below=f"{said} in the order in which they were pruned")
 
 
