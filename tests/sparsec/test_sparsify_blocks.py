@@ -252,16 +252,16 @@ def test_a_run_that_broke_goes_on_where_it_was_to_the_same_bits(breaks: Callable
     breaks(10)
     with pytest.warns(SparsecWarning), pytest.raises(MemoryError):
         sparsify(llama(), "breaks", tokens(), progress=False, resume=tmp_path)
+    with pytest.raises(OtherRun, match="recipe"):
+        sparsify(llama(), {"method": "breaks", "sparsity": 0.6}, tokens(), progress=False, resume=tmp_path)
+    with pytest.raises(OtherRun, match="data"):
+        sparsify(llama(), "breaks", tokens(3), progress=False, resume=tmp_path)
     breaks(99)
     model = llama()
     resumed = sparsify(model, "breaks", tokens(), progress=False, resume=tmp_path)
     assert len(Breaks.calls) == 7  # the second block only
     assert same(weights(model), weights(whole))
     assert [r.to_dict() for r in resumed.layers] == [r.to_dict() for r in report.layers]
-    with pytest.raises(OtherRun, match="recipe"):
-        sparsify(llama(), {"method": "breaks", "sparsity": 0.6}, tokens(), progress=False, resume=tmp_path)
-    with pytest.raises(OtherRun, match="data"):
-        sparsify(llama(), "breaks", tokens(3), progress=False, resume=tmp_path)
 
 
 def test_a_killed_command_is_resumed_to_the_same_bits(tmp_path: Path) -> None:
