@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 import json
 import random
+import re
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +23,12 @@ from sparsec.recipe import Calibration
 JSONL = (".jsonl", ".ndjson")
 TEXT = (".txt", ".text", ".md")
 _OTHER = (".json", ".csv", ".tsv", ".parquet", ".arrow")  # readable as text, but not meant so
+_BORDERS = (re.compile(r"(?<=\S\n)(?=\S)"), re.compile(r"(?<=\S)(?= \S)"))  # tokens take the space before a word
 FIELDS = ("input_ids", "messages", "text")  # of a row, the first that is there is read
 _POOL = 8  # segments looked at for each that is drawn; the rest of a large dataset is never tokenized
 _CHARACTERS = 6  # read of one text for each token of the pool; English has about four a token
-_READ = 1 << 22  # characters of one text that are always read: seconds
+_READ = 1 << 22  # characters of one text that are always read, in one call: seconds
+_PIECE = 1 << 16  # characters a call where a text is longer: a tokenizer takes a hundred bytes for each of a call
 
 
 @dataclass(frozen=True)
@@ -170,11 +174,11 @@ def draw(rows: Iterable[Any], how: Tokenize, settings: Calibration, source: str)
         field, value = row_of(row, f"{source}, row {document + 1}")
         text, note = _window(how.chat(value) if field == "messages" else value, settings, chance)
         notes += [f"{source}: {note}"] if note else []
-        ids = how.ids(text)
+        ids = _ids(text, how)
         documents += 1
         short += len(ids) < body
         longest = max(longest, len(ids))
-        pool += [(document, i, ids[i : i + body]) for i in range(0, len(ids) - body + 1, body)]
+        pool += [(document, i, list(ids[i : i + body])) for i in range(0, len(ids) - body + 1, body)]
         if len(pool) >= settings.samples * _POOL:
             break
     if not longest:
@@ -210,3 +214,27 @@ def _window(text: str, settings: Calibration, chance: random.Random) -> tuple[st
         return text, ""
     start = text.rfind("\n", 0, int(chance.random() * (len(text) - most))) + 1
     return text[start : start + most], f"{most} of {len(text)} characters were read, from character {start} on"
+
+
+def _ids(text: str, how: Tokenize) -> Sequence[int]:
+    """Of a very long text piece by piece, for memory, cut where tokenizers that split at whitespace first (BPE of
+    bytes, WordPiece) begin a token anyway; others (SentencePiece) may have another token at the head of a piece."""
+    if len(text) <= _READ:
+        return how.ids(text)
+    found = array("i")
+    start = 0
+    while start < len(text):
+        end = _border(text, start + _PIECE // 2, start + _PIECE)
+        found.extend(how.ids(text[start:end]))
+        start = end
+    return found
+
+
+def _border(text: str, low: int, high: int) -> int:
+    """The last good place to cut between ``low`` and ``high``: a single line end, else a single space."""
+    if high >= len(text):
+        return len(text)
+    for border in _BORDERS:
+        if places := [found.start() for found in border.finditer(text, low, high)]:
+            return places[-1]
+    return high

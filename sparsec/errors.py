@@ -70,7 +70,8 @@ class SparsecError(Exception):
 
     def __init__(self, **fields: object) -> None:
         self.fields = fields
-        super().__init__(f"{self.message.format(**fields)} [{self.code}]")
+        said = self.message.format(**fields).replace("'?.", "'?")  # a field may end with ``did_you_mean``
+        super().__init__(f"{said} [{self.code}]")
 
     def __reduce__(self) -> tuple[object, ...]:  # exceptions with keyword arguments do not pickle by themselves
         return (_rebuild, (type(self), self.fields))
@@ -284,7 +285,10 @@ class InputError(SparsecError, ValueError):
 
 class ModelNotFound(InputError):
     code = "S601"
-    message = "no model at {path!r}: {why}. Give a local Hugging Face folder or file.py:factory."
+    message = (
+        "no model at {path!r}: {why}. Give a local Hugging Face folder, file.py:factory, or for a first try minilm or "
+        "tiny:llama."
+    )
 
 
 class BadModelFile(InputError):
@@ -336,7 +340,7 @@ class JournalFailed(InputError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` for the nearest of ``known``, or an empty string."""
+    """``"; did you mean 'x'?"`` for the nearest of ``known``, or an empty string. A full stop after it is dropped."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 

@@ -11,7 +11,8 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,8 @@ class Journal:
 
     def __init__(self, folder: str | Path, key: str, about: Mapping[str, str]) -> None:
         self.folder = Path(folder) / STATE
+        self.taken = 0  # blocks that ``load`` gave
+        self._made = not Path(folder).exists()
         found = _read(self.folder)
         if found is not None and found["key"] != key:
             raise OtherRun(folder=str(folder), differs=_differs(found["about"], about), state=str(self.folder))
@@ -85,17 +88,43 @@ class Journal:
             why = getattr(error, "strerror", None) or error
             warnings.warn(f"{path} cannot be used ({why}); this block is done again", SparsecWarning, stacklevel=2)
             return None
+        self.taken += 1
         return load(data), [dict(row) for row in entry["rows"]]
 
     def finish(self) -> None:
         """Remove the state; what else is in the output folder stays."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self._made:
+            with suppress(OSError):  # it holds something by now
+                self.folder.parent.rmdir()
 
     def _write(self, path: Path, data: bytes, name: str) -> None:
         try:
             write_atomic(path, data)
         except OSError as error:
             raise JournalFailed(folder=str(self.folder), why=error.strerror or str(error), name=name) from error
+
+
+def check_journal(folder: str | Path, about: Mapping[str, str]) -> None:
+    """Raise OtherRun where ``folder`` holds a run that differs in anything that ``about`` names. Writes nothing."""
+    state = Path(folder) / STATE
+    found = _read(state)
+    if found is not None and any(found["about"].get(name) != value for name, value in about.items()):
+        theirs = {name: found["about"].get(name, "") for name in about}
+        raise OtherRun(folder=str(folder), differs=_differs(theirs, about), state=str(state))
+
+
+@contextmanager
+def kept_until_done(journal: Journal | None, keep: bool = False) -> Iterator[None]:
+    """A run: its state is removed at its end, unless ``keep``. Of a run that fails it stays where a block is in it."""
+    try:
+        yield
+    except BaseException:
+        if journal and not journal.done:
+            journal.finish()
+        raise
+    if journal and not keep:
+        journal.finish()
 
 
 def _read(folder: Path) -> dict[str, Any] | None:

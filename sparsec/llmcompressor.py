@@ -80,7 +80,7 @@ def _modifiers(said: Mapping[Any, Any], notes: list[str]) -> Iterator[tuple[str,
 def _checked(name: str, args: Any) -> tuple[str, Mapping[str, Any]]:
     if name not in _KNOWN:
         if _QUANTIZE.search(name):
-            why = "quantizes, and quantization comes in a later version of sparsec; take it out to run the rest"
+            why = "quantizes, and is not translated; take it out, and add the step rtn (bits, group) at the end instead"
         else:
             why = f"has no counterpart in sparsec{did_you_mean(name, _KNOWN)}"
         raise UntranslatedRecipe(name=name, why=why)
@@ -168,7 +168,9 @@ class _Modifier:
         if self.take("preserve_sparsity_mask", False):
             raise self.refuse("preserve_sparsity_mask", "has no counterpart in sparsec")
         if self.take("quantize", False):
-            raise self.refuse("quantize", "comes in a later version of sparsec; take it out to run the rest")
+            raise self.refuse(
+                "quantize", "is not translated; take it out, and add the step rtn (bits, group) at the end"
+            )
         if self.take("offload_hessians", False):
             self.note("offload_hessians changes no result; sparsec has the statistics of one block at a time anyway")
         damp = self.take("dampening_frac")

@@ -273,6 +273,9 @@ def _job(step: Step | Values, layer: Layer, seen: Survey) -> Job:
 def _pattern_notes(step: Step | Values, n: int, k: int) -> list[str]:
     pattern = MaskPattern.parse(step.pattern)
     notes = []
+    group = getattr(step, "group", 0) if isinstance(step, Values) else 0
+    if group and k % group:
+        notes.append(f"{k} in-features are not a multiple of group {group}: the last {k % group} have their own scale")
     rest = k % pattern.group if pattern.sparsity is not None else 0
     if rest:
         keeps = min(pattern.params[-2], rest)

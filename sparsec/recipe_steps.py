@@ -101,6 +101,15 @@ class Values(Layers):
     scope: ClassVar[str] = "layer"
     outliers: ClassVar[str | None] = None
 
+    @property
+    def grid(self) -> str:
+        """What the weights become, as tables say it: ``int4, group 64``."""
+        bits, group = getattr(self, "bits", None), getattr(self, "group", 0)
+        if bits is None:
+            return "its own values"
+        even = "" if getattr(self, "symmetric", True) else ", asymmetric"
+        return f"int{bits}, {f'group {group}' if group else 'row'}{even}"
+
 
 class Step(Layers):
     """One mask method over a set of layers. Each method's own class adds its options."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sparsec.report_data import Cost, duration, percent, read_bytes, short_format
+from sparsec.report_data import Cost, duration, megabytes, percent, read_bytes, short_format
 from sparsec.report_fold import Group
 
 if TYPE_CHECKING:
@@ -127,13 +127,6 @@ def tiles(report: Explanation) -> list[tuple[str, str, str]]:
     dense, ours = (sum(pair[i] for pair in map(read_bytes, facts)) for i in (0, 1))
     made.append(("weights read", f"{megabytes(ours)}", f"instead of {megabytes(dense)} for a pass"))
     return made
-
-
-def megabytes(size: float) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
-        if size >= scale:
-            return f"{size / scale:.3g} {unit}"
-    return f"{size / 1e3:.3g} kB"
 
 
 def kind(format: str) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,7 @@ TRIALS = 20
 SAMPLES, SEQLEN = 64, 512  # of calibration: enough to rank methods, and many trials pay for it
 WINDOWS = 64
 _STARTUP = 8  # random trials before the sampler models anything
+_BRACKETS = 3  # sparsities after the first one, each halfway to where the budget must lie
 _REPEATED = 5  # proposals in a row that are known already, after which one that is not is drawn
 Measure = Callable[[Mapping[str, Any]], Trial]
 Tick = Callable[[int, int, str], None]
@@ -185,7 +186,7 @@ def explore(
     store = store or Store()
     done: dict[str, Trial] = {}
     everything = {key_of(params): params for params in space.all()}
-    repeated = 0
+    repeated, brackets = 0, _BRACKETS
     with _quiet(optuna):
         study = _study(optuna, space, seed)
         while len(done) < min(trials, len(everything)):
@@ -206,10 +207,28 @@ def explore(
             else:
                 asked.set_constraint("over the budget", found.loss - limit)
                 study.tell(asked, [found.loss, found.seconds])
+            if brackets and params["pattern"] == "unstructured" and _plain(params, space):
+                brackets -= 1
+                if (share := _bracketed(done.values(), space, limit)) is not None:
+                    study.enqueue_trial({**params, "sparsity": share})
             if repeated >= _REPEATED:
                 unseen = [params for key, params in everything.items() if key not in done]
                 study.enqueue_trial(random.Random(f"{seed} {len(done)}").choice(unseen))
     return list(done.values())
+
+
+def _plain(params: Mapping[str, Any], space: Space) -> bool:
+    """Whether a recipe is one of the line on which the budget is looked for: the first of everything but sparsity."""
+    first = {"method": space.methods[0], "allocator": space.allocators[0]}
+    return all(params[key] == value for key, value in first.items()) and params["repair"] in ("none", space.repairs[0])
+
+
+def _bracketed(done: Iterable[Trial], space: Space, limit: float) -> float | None:
+    """The next sparsity of the line, by which of those tried kept the budget."""
+    line = [t for t in done if t.params["pattern"] == "unstructured" and _plain(t.params, space) and not t.failed]
+    kept = max((t.params["sparsity"] for t in line if t.loss <= limit), default=None)
+    missed = min((t.params["sparsity"] for t in line if t.loss > limit), default=None)
+    return space.between(kept, missed)
 
 
 def _study(optuna: Any, space: Space, seed: int) -> Any:

@@ -21,11 +21,11 @@ _PLOTTED = 1.0  # losses beyond ten times the limit, or twice the dense perplexi
 
 def lines(found: Found) -> Iterator[str]:
     """The front as a table, the choice, and what it rests on."""
-    from sparsec.sparsify_report import table
+    from sparsec.sparsify_report import counted, table
 
     tried = [t for t in found.trials if not t.failed]
     yield (
-        f"search {found.model}: {len(tried)} recipes, {len(found.front)} on the front; budget {found.budget}, "
+        f"search {found.model}: {counted(len(tried), 'recipe')}, {_hidden(found)}; budget {found.budget}, "
         f"{_rows(found)} on {found.target}, {found.seconds:.0f} s"
     )
     yield ""
@@ -48,6 +48,15 @@ def lines(found: Found) -> Iterator[str]:
         if trial.failed:
             yield f"note: {trial.name} was not possible: {trial.failed}"
     yield from (f"note: {note}" for note in found.notes)
+
+
+def _hidden(found: Found) -> str:
+    """What the table shows, and where the rest is."""
+    tried = sum(not t.failed for t in found.trials)
+    shown = sum(t is not found.dense for t in found.front)
+    return f"{shown} of them on the front, which is what is listed" + (
+        f" (all {tried} are in search.json)" if shown < tried else ""
+    )
 
 
 def _row(found: Found, trial: Trial) -> tuple[str, ...]:
@@ -113,8 +122,17 @@ def _no_choice(found: Found) -> str:
         return "nothing chosen: no recipe could be run"
     return (
         f"nothing chosen: no recipe keeps {found.budget}; the closest is {closest.name} with {percent(closest.loss)}. "
-        "Allow more, or let the search try lower sparsities"
+        f"Allow more, or {_lower(found, closest)}"
     )
+
+
+def _lower(found: Found, closest: Trial) -> str:
+    """The flag that would let the search try less sparsity than the closest recipe has."""
+    tried = [t.params["sparsity"] for t in found.trials if t.params.get("sparsity") is not None]
+    lowest = min(tried, default=closest.zeros)
+    if lowest <= 0.1:
+        return f"try less than {lowest:.0%}: --sparsity 0.01-{lowest:g}"
+    return f"let the search try lower sparsities: --sparsity 0.05-{max(round(lowest, 2), 0.1):g}"
 
 
 def to_dict(found: Found) -> dict[str, Any]:
@@ -195,7 +213,8 @@ def draw(found: Found, path: Path) -> bool:
     axes.set(
         xlabel=f"expected speedup of the linear layers over Inductor, {_rows(found)} on {found.target}", ylabel=what
     )
-    axes.set_title(f"{found.model}: {len(found.trials)} recipes{away}", fontsize=9)
+    count = sum(not t.failed for t in found.trials)
+    axes.set_title(f"{found.model}: {count} recipe{'s' * (count != 1)}{away}", fontsize=9)
     axes.legend(frameon=False, fontsize=8)
     axes.grid(alpha=0.3)
     if found.limit > 0:  # evenly up to the budget, where the choice is, by decades above

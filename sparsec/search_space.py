@@ -21,7 +21,7 @@ ALLOCATORS = ("none", "owl", "time")
 REPAIRS = ("none", "reconstruct", "variance")
 _UPDATES = ("sparsegpt",)  # these have chosen the values of what stays already
 _STEP = 0.05  # of sparsities: finer differences are lost in the noise of any affordable evaluation
-_STARTS = (0.5, 0.7)  # tried first, with the first method of the space
+_START = 0.5  # tried first, with the first method of the space; then the search halves what is left, see ``between``
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Space:
     patterns: tuple[str, ...] = PATTERNS
     allocators: tuple[str, ...] = ALLOCATORS
     repairs: tuple[str, ...] = REPAIRS
-    lowest: float = 0.3
+    lowest: float = 0.1
     highest: float = 0.9
     ignore: tuple[str, ...] | None = None
     rows: int = 1
@@ -82,9 +82,15 @@ class Space:
         plain = {"method": self.methods[0], "allocator": self.allocators[0], "repair": self.repairs[0]}
         found: list[dict[str, Any]] = [{**plain, "pattern": p} for p in self.patterns if p != "unstructured"][-1:]
         if "unstructured" in self.patterns:
-            shares = dict.fromkeys(min(self.shares, key=lambda x: abs(x - start)) for start in _STARTS)
-            found[:0] = [{**plain, "pattern": "unstructured", "sparsity": share} for share in shares]
+            share = min(self.shares, key=lambda x: abs(x - _START))
+            found[:0] = [{**plain, "pattern": "unstructured", "sparsity": share}]
         return found
+
+    def between(self, kept: float | None, missed: float | None) -> float | None:
+        """The sparsity halfway between the highest that ``kept`` the budget and the lowest that ``missed`` it (None:
+        not seen yet), so that few trials find where the budget lies; None where there is no other between them."""
+        inside = [x for x in self.shares if (kept is None or x > kept) and (missed is None or x < missed)]
+        return inside[(len(inside) - 1) // 2] if inside else None
 
     @property
     def shares(self) -> list[float]:

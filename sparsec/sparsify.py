@@ -7,9 +7,11 @@ found by ``prepare`` before the first weight changes; then each layer's mask is 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +21,17 @@ from torch import nn
 from sparsec import __version__
 from sparsec.cache import digest
 from sparsec.calibration import Calibrated, calibrate
+from sparsec.calibration_fit import pairs_explained, taken_by
 from sparsec.cli.common import progress as progress_bar
-from sparsec.errors import BadRecipe, UnprunableLayer
-from sparsec.journal import Journal
+from sparsec.errors import BadOptionValue, BadRecipe, UnprunableLayer
+from sparsec.journal import Journal, kept_until_done
 from sparsec.passes.masks import METHODS, method_class
 from sparsec.passes.masks.allocate.contract import Learns
 from sparsec.passes.masks.contract import GRADIENTS, Updates
 from sparsec.prunable import Job, Selection, select_layers, survey
 from sparsec.recipe import Recipe
 from sparsec.recipe_steps import Piece, Step, Values
-from sparsec.sparsify_report import PrunedLayer, Report
+from sparsec.sparsify_report import PrunedLayer, Report, counted
 from sparsec.sparsify_run import Runner
 from sparsec.sparsify_structure import restructure
 from sparsec.stages import Stage, stages_of
@@ -36,7 +39,6 @@ from sparsec.stages import Stage, stages_of
 __all__ = ["Prepared", "PrunedLayer", "Report", "execute", "methods", "prepare", "sparsify"]
 
 DEFAULT_MEMORY = 4 << 30  # bytes of calibration activations kept in memory
-_SAMPLED = 512  # values of each tensor that the model's fingerprint reads
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,12 @@ class Prepared:
     recipe: Recipe
     stages: tuple[tuple[Stage, Selection], ...]
     notes: tuple[str, ...]
-    model_sha: str
     model: nn.Module
+
+    @cached_property
+    def model_sha(self) -> str:
+        """Of the model as it is when this is first asked for; ``execute`` asks before it changes anything."""
+        return fingerprint(self.model)
 
     @property
     def steps(self) -> tuple[Selection, ...]:
@@ -87,7 +93,8 @@ def sparsify(
     file, for which ``tokenizer`` is needed. Weights of every floating dtype of 16 bits or more keep their dtype,
     device and identity; tied weights are pruned once.
 
-    ``resume``: a folder where finished blocks are kept, so that the same call goes on after a kill, to the same bits.
+    ``resume``: a folder where finished blocks are kept, so that the same call goes on after a kill, to the same bits;
+    they are removed when all is done.
     ``max_memory``: bytes of calibration activations in memory; more goes to disk.
 
     Raises a RecipeError before any weight has changed when the recipe does not fit itself, the model or the data
@@ -107,14 +114,21 @@ def execute(
     progress: bool = True,
     resume: str | os.PathLike[str] | None = None,
     max_memory: int = DEFAULT_MEMORY,
+    keep_journal: bool = False,
 ) -> Report:
-    """Do what was prepared: write the masks into the model that it was prepared for."""
+    """Do what was prepared: write the masks into the model that it was prepared for.
+
+    ``data`` may be what ``calibrated_for`` gave. ``keep_journal``: what ``resume`` holds stays when all is done, for
+    callers that have yet to save the model.
+    """
+    if max_memory < 0:
+        raise BadOptionValue(key="max_memory", value=max_memory, expected="it is a number of bytes, 0 or more")
     started = time.perf_counter()
     recipe, notes = prepared.recipe, list(prepared.notes)
     samples: list[dict[str, Any]] = []
-    data_sha = ""
+    model_sha, data_sha = prepared.model_sha, ""
     if prepared.needs_data:
-        calibrated = _calibrated(prepared, data, tokenizer)
+        calibrated = data if isinstance(data, Calibrated) else calibrated_for(prepared, data, tokenizer)
         samples, data_sha = calibrated.samples, calibrated.sha
         notes += calibrated.notes
         recipe = recipe.model_copy(update={"made_with": {**recipe.made_with, "data": data_sha}})
@@ -122,29 +136,44 @@ def execute(
         notes.append("data was not read: no step of this recipe needs calibration")
     journal = None
     if resume is not None:
-        about = {"model": prepared.model_sha, "recipe": recipe.sha, "data": data_sha}
+        about = {"model": model_sha, "recipe": recipe.sha, "data": data_sha}
         journal = Journal(Path(resume), digest(*about.values()), about)
     structured = None
-    with progress_bar("sparsify", quiet=not progress) as tick:
+    with (
+        kept_until_done(journal, keep_journal),
+        taken_by(prepared.model, samples),
+        progress_bar("sparsify", quiet=not progress) as tick,
+    ):
         if (step := prepared.stages[0][0].structure) is not None:
             structured = restructure(prepared.model, step, samples, recipe.seed, tick)
         runner = Runner(prepared.model, recipe, prepared.stages, samples, tick, journal, max_memory)
         rows = tuple(runner.rows())
     notes += runner.notes
+    if journal and journal.taken:
+        notes.append(f"{counted(journal.taken, 'block')} came from the unfinished run in {str(resume)!r}")
     seconds = time.perf_counter() - started
-    return Report(recipe, rows, tuple(dict.fromkeys(notes)), seconds, prepared.model_sha, structured)
+    return Report(recipe, rows, tuple(dict.fromkeys(notes)), seconds, model_sha, structured)
 
 
-def _calibrated(prepared: Prepared, data: Any, tokenizer: Any) -> Calibrated:
+def calibrated_for(prepared: Prepared, data: Any, tokenizer: Any) -> Calibrated:
     """The calibration samples of a recipe that needs them. Raises BadRecipe where there are none."""
     settings = prepared.recipe.calibration
     said = settings.dataset if data is None else data
     if said is None:
         needy = next(p.method for stage, _ in prepared.stages for p in stage.pieces if stage.needs_data)
         raise BadRecipe(
-            detail=f"{needy} needs calibration data; pass data=..., or name a text file as calibration.dataset"
+            detail=f"{needy} needs calibration data; pass data=... (--data FILE), or name a text file as "
+            "calibration.dataset"
         )
-    return calibrate(said, settings, prepared.model, tokenizer)
+    # few tokens harm statistics of pairs of inputs; a recipe without them needs no such warning
+    pairs = any(_pairs(piece) for stage, _ in prepared.stages for piece in stage.pieces)
+    with pairs_explained():
+        return calibrate(said, settings, prepared.model, tokenizer, widest=None if pairs else 0)
+
+
+def _pairs(piece: Piece) -> bool:
+    method = piece.method_object()
+    return "xxt" in method.needs or isinstance(method, Updates)
 
 
 def methods() -> dict[str, str]:
@@ -178,7 +207,7 @@ def prepare(model: nn.Module, recipe: object) -> Prepared:
     steps = tuple(piece for stage, _ in stages for piece in stage.pieces)
     resolved = asked.model_copy(update={"steps": steps, "made_with": made_with, "notes": ()})
     notes = dict.fromkeys([*asked.notes, *(note for _, selection in stages for note in selection.notes)])
-    return Prepared(resolved, tuple(stages), tuple(notes), fingerprint(model), model)
+    return Prepared(resolved, tuple(stages), tuple(notes), model)
 
 
 def _alone(stage: Stage, stages: int) -> Selection:
@@ -222,7 +251,7 @@ def _learns_or_folds(piece: Piece) -> bool:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of names, shapes, dtypes and some values of every tensor: tells models apart, cheap on any size."""
+    """A hash of names, shapes, dtypes and every byte of every tensor: about a second for each GB."""
     parts: list[str | bytes] = []
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, torch.Tensor):
@@ -234,9 +263,9 @@ def fingerprint(model: nn.Module) -> str:
             and tensor.layout is torch.strided
             and tensor.numel()
         ):
-            places = torch.linspace(0, tensor.numel() - 1, min(_SAMPLED, tensor.numel())).long()
-            index = torch.unravel_index(places.to(tensor.device), tensor.shape) if tensor.ndim else ()
-            parts.append(tensor.detach()[index].double().cpu().numpy().tobytes())
+            # one tensor at a time, and hashed where it lies: what is on the CPU and contiguous is not copied
+            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            parts.append(hashlib.blake2b(data.data, digest_size=16).digest())
     return digest(*parts)
 
 

@@ -16,6 +16,7 @@ from sparsec.passes.masks.outliers import Outliers, with_outliers
 from sparsec.passes.masks.pattern import MaskPattern
 from sparsec.passes.masks.select import Selector, select_pool
 from sparsec.prunable import Job
+from sparsec.recipe_steps import Values
 from sparsec.sparsify_report import PrunedLayer
 
 
@@ -59,7 +60,7 @@ def row_of(job: Job, state: LayerState, sample: torch.Tensor, number: int, notes
         **{**_about(job, number), "asked": state.sparsity},
         achieved=1.0 - new.count_nonzero().item() / new.numel(),
         error=(lost / size).item() if size else 0.0,
-        output_error=moved / out if out else 0.0,
+        output_error=(moved / out if out else 0.0) if len(sample) else None,
         notes=(*job.notes, *unseen, *notes),
     )
 
@@ -72,6 +73,7 @@ def _about(job: Job, number: int) -> dict[str, Any]:
         "shape": layer.shape,
         "method": step.method,
         "pattern": step.pattern,
+        "values": step.grid if isinstance(step, Values) else "",
         "scope": str(step.scope),
         "asked": float(step.sparsity or 0.0),
         "step": number,

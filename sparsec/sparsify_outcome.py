@@ -11,8 +11,6 @@ embedding (encoder) before its weights change. What cannot be measured becomes a
 from __future__ import annotations
 
 import os
-import resource
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +20,7 @@ import torch
 from torch import nn
 
 from sparsec import evaluate
-from sparsec.calibration import segments_of
+from sparsec.calibration import Calibrated, segments_of
 from sparsec.calibration_text import named
 from sparsec.cli.common import progress as progress_bar
 from sparsec.errors import InputError, SparsecError
@@ -31,7 +29,8 @@ from sparsec.models import LoadedModel, kind_of
 from sparsec.options import Options
 from sparsec.passes.masks.evaluating import evaluating
 from sparsec.recipe import Calibration
-from sparsec.sparsify import DEFAULT_MEMORY, Prepared, Report, execute, prepare
+from sparsec.resident import Resident
+from sparsec.sparsify import DEFAULT_MEMORY, Prepared, Report, calibrated_for, execute, prepare
 
 WINDOWS = 64  # paired differences are told from noise with few; each costs two forwards
 LOGIT_BYTES = 64 << 20  # of the logits of one batch of windows
@@ -54,9 +53,10 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes. ``model``: of its parameters and buffers. ``before``: the most this process had used when pruning began,
-    the first reading of the windows included; ``pruned``: when it had ended; ``peak``: at the end of all.
-    ``forecast``: what the dry run says pruning needs beside the model."""
+    """Bytes. ``model``: of its parameters and buffers. ``before``: what this process held when pruning began;
+    ``pruned``: the most while it went on; ``peak``: the most of all. Where the most cannot be reset (not Linux),
+    ``before`` and ``pruned`` are the most until then. ``forecast``: what the dry run says pruning needs beside the
+    model."""
 
     model: int
     before: int
@@ -161,26 +161,31 @@ def run(
     progress: bool = True,
     resume: str | os.PathLike[str] | None = None,
     max_memory: int = DEFAULT_MEMORY,
+    keep_journal: bool = False,
 ) -> Outcome:
-    """Prune ``prepared.model``, which ``loaded`` holds; what the command line calls."""
+    """Prune ``prepared.model``, which ``loaded`` holds; what the command line calls. Keywords are of ``execute``."""
     looked = _Looked(loaded, prepared, wanted, data, progress)
-    forecast = prepared.to_dict()
+    read = data
+    if prepared.needs_data and not isinstance(data, Calibrated):
+        read = calibrated_for(prepared, data, loaded.tokenizer)
+    tokens = read.tokens if isinstance(read, Calibrated) else None
+    forecast = prepared.to_dict(tokens, max_memory)
     size = sum(t.numel() * t.element_size() for t in (*loaded.model.parameters(), *loaded.model.buffers()))
     looked.before()
-    before = peak_memory()
+    resident = Resident()
     report = execute(
-        prepared, data, tokenizer=loaded.tokenizer, progress=progress, resume=resume, max_memory=max_memory
+        prepared,
+        read,
+        tokenizer=loaded.tokenizer,
+        progress=progress,
+        resume=resume,
+        max_memory=max_memory,
+        keep_journal=keep_journal,
     )
-    pruned = peak_memory()
+    pruned = resident.highest()
     accuracy, speed = looked.after(), looked.explained()
-    memory = Memory(size, before, pruned, peak_memory(), int(forecast["scratch_bytes"]))
+    memory = Memory(size, resident.before, pruned, resident.peak(), int(forecast["scratch_bytes"]))
     return Outcome(loaded.name, report, memory, float(forecast["seconds"]), accuracy, speed, tuple(looked.notes))
-
-
-def peak_memory() -> int:
-    """Bytes of the largest resident set this process has had."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @dataclass

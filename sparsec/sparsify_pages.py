@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from sparsec.report_data import duration, percent, short_format
-from sparsec.report_html import Bar, bars, kind, megabytes, script_json, template
+from sparsec.report_data import duration, megabytes, percent, short_format
+from sparsec.report_html import Bar, bars, kind, script_json, template
 from sparsec.svg import Band, Series, plot
 
 if TYPE_CHECKING:
@@ -92,7 +92,8 @@ def speed_sentences(speed: Explanation) -> Iterator[str]:
     from sparsec.report_text import interval, ways, whole
 
     if not speed.layers:
-        yield "no linear layer was found in the model's graph"
+        failed = speed.failures[0] if speed.failures else ""
+        yield f"the model's graph could not be read: {failed}" if failed else "no linear layer was found in its graph"
         return
     of = f" of {speed.tokens} token{'s' if speed.tokens > 1 else ''}" if speed.tokens else ""
     costs = [(batch, cost) for batch in speed.batches if (cost := speed.expected(batch))]
@@ -144,7 +145,7 @@ def to_html(outcome: Outcome) -> str:
         "memory": memory_sentence(outcome),
         "rows": rows,
         "steps": len({layer.step for layer in outcome.report.layers}) > 1,
-        "output": any(layer.output_error for layer in outcome.report.layers),
+        "output": any(layer.output_error is not None for layer in outcome.report.layers),
         "measured": any(row["measured"][0] for row in rows),
         "recipe": outcome.report.recipe.to_yaml(),
         "text": str(outcome),
@@ -192,7 +193,7 @@ def _row(name: str, layer: PrunedLayer | None, timed: dict[str, Any] | None) -> 
         "layer": layer,
         "step": f"{layer.step} {layer.method}" if layer else "",
         "zero": percent(layer.achieved if layer else 1 - timed["density"] if timed else 0.0, 1),
-        "pattern": timed["pattern"] if timed else layer.pattern if layer else "",
+        "pattern": (layer.values if layer else "") or (timed["pattern"] if timed else layer.pattern if layer else ""),
         "runs": short_format(timed["decision"]) if timed else "",
         "kind": kind(timed["decision"]) if timed else "",
         "reason": timed["reason"] if timed else "",
@@ -216,10 +217,12 @@ def _cost(cost: dict[str, float] | None) -> tuple[str, str]:
 def _loss_plot(outcome: Outcome) -> str:
     layers = outcome.report.layers
     made = [Series("weight error", "index", [layer.error for layer in layers])]
-    if any(layer.output_error for layer in layers):
+    if any(layer.output_error is not None for layer in layers):
         made.append(Series("output error", "nm", [layer.output_error for layer in layers]))
     names = [layer.name for layer in layers]
-    return plot(made, names, lambda v: f"{v:.3g}", below=f"{len(layers)} layers in the order in which they were pruned")
+    steps = len({layer.step for layer in layers})
+    said = f"{len(set(names))} layers{f', {steps} steps' if steps > 1 else ''}"
+    return plot(made, names, lambda v: f"{v:.3g}", below=f"{said} in the order in which they were pruned")
 
 
 def _window_plot(found: Accuracy | None) -> str:

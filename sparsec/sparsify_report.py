@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,7 +20,8 @@ class PrunedLayer:
     ``asked`` is the recipe's sparsity for it, ``achieved`` the share of exact zeros it now has, both 0 to 1; with
     scope ``global`` a layer's own share is what the common threshold gives. ``error`` is ||W - W'|| / ||W||
     (Frobenius), W as it was before the step. ``output_error`` is ||X(W - W')|| / ||XW|| over a sample of the
-    calibration inputs X, 0 where there were none. ``tied``: other modules with the same weight, pruned by the same
+    calibration inputs X, None where no data was seen. ``values``: of a step that changes values and no mask, what they
+    became (``int4, group 64``); its ``asked`` is 0. ``tied``: other modules with the same weight, pruned by the same
     write.
     """
 
@@ -33,8 +34,9 @@ class PrunedLayer:
     asked: float
     achieved: float
     error: float
-    output_error: float = 0.0
+    output_error: float | None = None
     step: int = 1
+    values: str = ""
     tied: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -91,14 +93,16 @@ class Report:
         size = sum(layer.weights for layer in {layer.name: layer for layer in self.layers}.values())
         methods = " + ".join(step.method for step in self.recipe.steps)
         head = f"sparsify {methods}: {count} layers, {short_count(size)} weights, {self.achieved:.1%} zero"
-        seen = any(layer.output_error for layer in self.layers)
-        rows = [_row(group, seen) for group in _folded(self.layers)]
+        seen = any(layer.output_error is not None for layer in self.layers)
+        steps = len({layer.step for layer in self.layers}) > 1
+        rows = [_row(group, seen, steps) for group in _folded(self.layers)]
+        columns = ("layer", "shape", *(["step"] if steps else []), "pattern", "asked", "zero", "error")
         lines = [
             f"{head}, {self.seconds:.1f} s",
             "",
-            *table(("layer", "shape", "pattern", "asked", "zero", "error", *(["output"] if seen else [])), rows),
+            *table((*columns, *(["output"] if seen else [])), rows),
         ]
-        notes = [*self.notes, *_layer_notes(self.layers)]
+        notes = [*self.notes, *layer_notes([(layer.name, layer.notes) for layer in self.layers])]
         return "\n".join([*lines, *(["", *(f"note: {note}" for note in notes)] if notes else [])])
 
 
@@ -126,23 +130,25 @@ def _folded(layers: Sequence[PrunedLayer]) -> list[list[PrunedLayer]]:
 
 
 def _alike(a: PrunedLayer, b: PrunedLayer) -> bool:
-    same = (template(a.name), a.shape, a.pattern, a.scope, a.asked, a.step, a.method)
-    if same != (template(b.name), b.shape, b.pattern, b.scope, b.asked, b.step, b.method):
+    same = (template(a.name), a.shape, a.pattern, a.values, a.scope, a.asked, a.step, a.method)
+    if same != (template(b.name), b.shape, b.pattern, b.values, b.scope, b.asked, b.step, b.method):
         return False
     return abs(a.achieved - b.achieved) <= _CLOSE
 
 
-def _row(group: Sequence[PrunedLayer], seen: bool) -> tuple[str, ...]:
+def _row(group: Sequence[PrunedLayer], seen: bool, steps: bool) -> tuple[str, ...]:
     first = group[0]
+    outputs = [layer.output_error for layer in group if layer.output_error is not None]
     scope = "" if first.scope == "layer" or ":" in first.pattern else f", {first.scope}"
     return (
         merge_names([layer.name for layer in group]) or "(the model)",
         f"{first.shape[0]}x{first.shape[1]}",
-        f"{first.pattern}{scope}",
-        f"{first.asked:.1%}",
+        *([f"{first.step} {first.method}"] if steps else []),
+        first.values or f"{first.pattern}{scope}",
+        "-" if first.values else f"{first.asked:.1%}",
         _span([layer.achieved for layer in group], ".1%"),
         _span([layer.error for layer in group], ".3f"),
-        *([_span([layer.output_error for layer in group], ".3f")] if seen else []),
+        *([_span(outputs, ".3f") if outputs else "-"] if seen else []),
     )
 
 
@@ -151,12 +157,13 @@ def _span(values: Sequence[float], form: str) -> str:
     return low if low == high else f"{low.removesuffix('%')}-{high}"
 
 
-def _layer_notes(layers: Sequence[PrunedLayer]) -> list[str]:
-    same: dict[str, list[str]] = {}
-    for layer in layers:
-        for note in layer.notes:
-            same.setdefault(note, []).append(layer.name)
-    return [f"{_names(names)}: {note}" for note, names in same.items()]
+def layer_notes(layers: Iterable[tuple[str, Sequence[str]]]) -> list[str]:
+    """Notes on layers (name, notes), each once with the layers that it is about."""
+    same: dict[str, dict[str, None]] = {}
+    for name, notes in layers:
+        for note in notes:
+            same.setdefault(note, {})[name] = None
+    return [f"{_names(list(names))}: {note}" for note, names in same.items()]
 
 
 def _names(names: list[str]) -> str:
@@ -165,6 +172,11 @@ def _names(names: list[str]) -> str:
         kinds.setdefault(template(name), []).append(name)
     merged = [merge_names(group) for group in kinds.values()]
     return ", ".join(merged[:3]) + (f" and {len(merged) - 3} more kinds" if len(merged) > 3 else "")
+
+
+def counted(count: int, word: str) -> str:
+    """``1 block``, ``2 blocks``."""
+    return f"{count} {word}{'' if count == 1 else 's'}"
 
 
 def short_count(weights: int) -> str:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -71,6 +72,17 @@ def progress(title: str, quiet: bool = False) -> Iterator[Callable[[int, int, st
     with Progress(*columns, console=console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=None, what="")
         yield lambda done, total, what: bar.update(task, completed=done, total=total, what=what)
+
+
+@contextmanager
+def going_on(state: Path) -> Iterator[None]:
+    """Where Ctrl-C ends what keeps its state in ``state``, say so."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if state.exists():
+            print(f"what was finished is in {state}; the same command goes on from there", file=sys.stderr)
+        raise
 
 
 def _lines(title: str) -> Callable[[int, int, str], None]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sparsec.cli.common import console, emit_json
+from sparsec.cli.common import console, emit_json, going_on
 
 EXAMPLE = """\
 sparsec search tiny:llama --budget "ppl<=1.02x" --trials 3 --methods magnitude,wanda --target reference -o found
@@ -39,7 +39,7 @@ def command(
     patterns: Annotated[list[str] | None, typer.Option(help="unstructured and any N:M (keep N of M).")] = None,
     allocators: Annotated[list[str] | None, typer.Option(help="Of none, owl, time.")] = None,
     repairs: Annotated[list[str] | None, typer.Option(help="Of none, reconstruct, variance.")] = None,
-    sparsity: Annotated[str, typer.Option(help="Range of unstructured sparsities.")] = "0.3-0.9",
+    sparsity: Annotated[str, typer.Option(help="Range of unstructured sparsities.")] = "0.1-0.9",
     ignore: Annotated[
         list[str] | None, typer.Option(help="Layers to leave alone: class, name, glob, re:regex.")
     ] = None,
@@ -64,6 +64,7 @@ def command(
     from sparsec.search import need_optuna, search
     from sparsec.search_front import Budget
     from sparsec.search_space import ALLOCATORS, METHODS, PATTERNS, REPAIRS, Space, entries
+    from sparsec.search_store import FILE
 
     wanted = Budget.parse(budget)  # before the model is loaded: what is wrong with the words shows at once
     lowest, highest = _range(sparsity)
@@ -82,20 +83,21 @@ def command(
     from sparsec.models import load_model
 
     loaded = load_model(model, dtype)
-    found = search(
-        loaded,
-        data if data is not None else _own_text(output),
-        wanted,
-        space=space,
-        trials=trials,
-        minutes=minutes,
-        seed=seed,
-        samples=samples,
-        seqlen=seqlen,
-        eval_text=eval_text,
-        windows=windows,
-        output=output,
-    )
+    with going_on(output / FILE):
+        found = search(
+            loaded,
+            data if data is not None else _own_text(output),
+            wanted,
+            space=space,
+            trials=trials,
+            minutes=minutes,
+            seed=seed,
+            samples=samples,
+            seqlen=seqlen,
+            eval_text=eval_text,
+            windows=windows,
+            output=output,
+        )
     files = found.save(output)
     if as_json:
         emit_json({**found.to_dict(), "output": str(output)})
@@ -123,4 +125,4 @@ def _range(said: str) -> tuple[float, float]:
     try:
         return float(low), float(high if dash else low)
     except ValueError:
-        raise typer.BadParameter("it is a range such as 0.3-0.9, or one number.", param_hint="--sparsity") from None
+        raise typer.BadParameter("it is a range such as 0.1-0.9, or one number.", param_hint="--sparsity") from None

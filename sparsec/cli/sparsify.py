@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparsec.cli.common import console, emit_json
+from sparsec.cli.common import console, emit_json, going_on
 
 if TYPE_CHECKING:
     from sparsec.sparsify import Prepared
@@ -89,7 +90,7 @@ def command(
 
     asked = Recipe.load(said)  # before the model is loaded: the recipe's own mistakes show at once
     if dry_run:
-        _dry_run(model, asked, save_recipe, overwrite, as_json, int(max_memory * 2**30))
+        _dry_run(model, asked, output, save_recipe, overwrite, as_json, int(max_memory * 2**30))
     elif output is not None:
         from sparsec.sparsify_outcome import Wanted
 
@@ -98,7 +99,10 @@ def command(
 
 
 def _with_data(calibration: Any, data: Path | None) -> Any:
-    return calibration if data is None else {**(calibration or {}), "dataset": str(data)}
+    """The calibration settings with the file in them; what is no mapping is left for the recipe to refuse."""
+    if data is None or not isinstance(calibration, Mapping | None):
+        return calibration
+    return {**(calibration or {}), "dataset": str(data)}
 
 
 def _run(
@@ -114,17 +118,18 @@ def _run(
     """Prune and save. What a killed run had finished lies beside ``output`` and is taken from there."""
     import shutil
 
-    from sparsec.io import check_output, save
+    from sparsec.io import save
     from sparsec.models import load_model
     from sparsec.sparsify import prepare
     from sparsec.sparsify_outcome import run
 
     loaded = load_model(model)
     prepared = prepare(loaded.model, asked)
-    check_output(output, prepared.recipe.sha, prepared.model_sha, overwrite)
+    _check_places(prepared, output, overwrite)
     _write_recipe(prepared, save_recipe, overwrite)
-    journal = Path(f"{os.path.abspath(output)}.journal") if prepared.needs_data else None
-    outcome = run(loaded, prepared, wanted, resume=journal, max_memory=max_memory)
+    journal = _journal(output) if prepared.needs_data else None
+    with going_on(_journal(output)):
+        outcome = run(loaded, prepared, wanted, resume=journal, max_memory=max_memory, keep_journal=True)
     save(loaded.model, output, outcome.report, loaded.tokenizer, overwrite=overwrite, files=outcome.files())
     if journal:
         shutil.rmtree(journal, ignore_errors=True)
@@ -137,17 +142,41 @@ def _run(
     out.print(f"\nsaved: {output}{page}\nnext:  sparsec explain {output}", markup=False, soft_wrap=True)
 
 
-def _dry_run(model: str, asked: Any, save_recipe: Path | None, overwrite: bool, as_json: bool, max_memory: int) -> None:
-    from sparsec.calibration import calibrate
+def _journal(output: Path) -> Path:
+    """Where a run that writes ``output`` keeps what it has finished."""
+    return Path(f"{os.path.abspath(output)}.journal")
+
+
+def _check_places(prepared: Prepared, output: Path, overwrite: bool) -> None:
+    """Raise OutputExists or OtherRun where the folder, or what a killed run left beside it, belongs to another run."""
+    from sparsec.io import check_output
+    from sparsec.journal import check_journal
+
+    check_output(output, prepared.recipe.sha, prepared.model_sha, overwrite)
+    about = {"model": prepared.model_sha, "recipe": prepared.recipe.sha}
+    check_journal(_journal(output), about if prepared.needs_data else {**about, "data": ""})
+
+
+def _dry_run(
+    model: str,
+    asked: Any,
+    output: Path | None,
+    save_recipe: Path | None,
+    overwrite: bool,
+    as_json: bool,
+    max_memory: int,
+) -> None:
     from sparsec.forecast import forecast, forecast_table
     from sparsec.models import load_model
-    from sparsec.sparsify import prepare
+    from sparsec.sparsify import calibrated_for, prepare
 
     loaded = load_model(model)
     prepared = prepare(loaded.model, asked)
+    if output is not None:
+        _check_places(prepared, output, overwrite)
     tokens, source = None, asked.calibration.dataset
     if prepared.needs_data and source and (Path(source).suffix or Path(source).exists()):  # a dataset is not fetched
-        tokens = calibrate(source, asked.calibration, loaded.model, loaded.tokenizer).tokens
+        tokens = calibrated_for(prepared, None, loaded.tokenizer).tokens
     _write_recipe(prepared, save_recipe, overwrite)
     told = forecast(prepared, tokens, max_memory)
     if as_json:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -235,8 +237,26 @@ def test_a_full_disk_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(spill.torch, "save", full)
-    with pytest.raises(SpillFailed, match="No space left on device"):
+    with pytest.raises(SpillFailed, match="the disk is full"):
         Spilled(0, [torch.ones(4)])
+
+
+@pytest.mark.parametrize("free", [0, 1 << 40])
+def test_what_torch_says_of_a_write_that_ended_early_is_not_shown(free: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ended(*_: object) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(spill.torch, "save", ended)
+    monkeypatch.setattr(spill.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    with pytest.raises(SpillFailed, match="the disk may be full" if free else "the disk is full"):
+        Spilled(0, [torch.ones(4)])
+
+
+@pytest.mark.filterwarnings("error::ResourceWarning", "error::pytest.PytestUnraisableExceptionWarning")
+def test_a_list_that_goes_away_warns_of_nothing() -> None:
+    held = Spilled(0, [torch.ones(4)])
+    del held
+    gc.collect()
 
 
 @pytest.fixture

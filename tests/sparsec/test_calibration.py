@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from sparsec import calibration_text
 from sparsec.calibration import Calibrated, calibrate
 from sparsec.calibration_text import named
 from sparsec.errors import MissingPackage, NoTokenizer, SparsecWarning, TextTooShort, UnreadableCalibration
@@ -413,3 +414,51 @@ def test_a_datasets_name_and_configuration_and_split_reach_the_package(monkeypat
     assert calls == [(("some/wikitext", "raw-v1"), {"split": "test"})]
     with pytest.raises(UnreadableCalibration, match=r"dataset 'broken' cannot be read: the hub is away\. \["):
         named("broken", asked())
+
+
+# ------------------------------------------------------------------------------------------------------ very long texts
+
+
+def test_a_very_long_text_is_read_in_pieces_to_the_same_tokens(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = TEXT.replace("w7 ", "w7\n").replace("w9 ", "w9\n\n")
+    how = calibration_text.tokenize_with(tokenizer, "a text", "a model", None, False)
+    whole = how.ids(text)
+    longest = 0
+
+    def watched(part: str) -> list[int]:
+        nonlocal longest
+        longest = max(longest, len(part))
+        return how.ids(part)
+
+    watching = calibration_text.Tokenize(watched, how.chat)
+    assert list(calibration_text._ids(text, watching)) == whole
+    assert longest == len(text)  # one call for what is not long
+    longest = 0
+    monkeypatch.setattr(calibration_text, "_READ", 1000)
+    monkeypatch.setattr(calibration_text, "_PIECE", 300)
+    assert list(calibration_text._ids(text, watching)) == whole
+    assert longest <= 300
+
+
+def test_pieces_of_byte_level_bpe_are_those_of_the_whole_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = 'It\'s 1 000 times - "so what?", he said;  twice  over.\n\n\nThen\tnothing.\n  indented\nlines\r\n'
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    text = words * 40
+    monkeypatch.setattr(calibration_text, "_READ", 500)
+    monkeypatch.setattr(calibration_text, "_PIECE", 128)
+    seen: list[str] = []
+
+    def ids(part: str) -> list[int]:
+        found = [token for token, _ in split.pre_tokenize_str(part)]
+        seen.extend(found)
+        return [0] * len(found)
+
+    calibration_text._ids(text, calibration_text.Tokenize(ids, lambda _: ""))
+    assert seen == [token for token, _ in split.pre_tokenize_str(text)]
+
+
+def test_a_text_without_a_good_place_to_cut_is_cut_anyway(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration_text, "_READ", 100)
+    monkeypatch.setattr(calibration_text, "_PIECE", 64)
+    how = calibration_text.Tokenize(lambda part: list(part.encode()), lambda _: "")
+    assert bytes(list(calibration_text._ids("x" * 1000, how))) == b"x" * 1000

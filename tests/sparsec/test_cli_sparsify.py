@@ -92,7 +92,7 @@ def test_a_dry_run_touches_no_file_and_prints_layer_step_pattern(
     assert any(
         "2 magnitude" in line and "unstructured, global" in line and "80.0%" in line for line in out.splitlines()
     )
-    assert "MB beside the model" in out
+    assert "kB beside the model" in out
     assert "nothing was changed" in out
     code, out, _ = said(capsys, "sparsify", MODEL, "--recipe", "r.yaml", "--dry-run", "--json")
     forecast = json.loads(out)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field
 
-from sparsec.errors import BadPattern, BadRecipe, MissingPackage, UnknownMethod, UnknownRecipeKey
+from sparsec.errors import BadPattern, BadRecipe, MissingPackage, UnknownMethod, UnknownRecipeKey, UntranslatedRecipe
 from sparsec.passes.masks import METHODS
 from sparsec.recipe import Recipe, schema
 from sparsec.recipe_file import parse_yaml, read, to_yaml
@@ -350,3 +350,13 @@ def test_a_wrong_recipe_is_one_sentence(said: Any, error: type[Exception], words
     with pytest.raises(error, match=words) as raised:
         Recipe.load(said)
     assert "\n" not in str(raised.value)
+
+
+def test_a_guess_at_what_was_meant_ends_with_its_own_mark() -> None:
+    errors = (
+        UnknownMethod(name="wnda", nearest="; did you mean 'wanda'?", known="wanda"),
+        UntranslatedRecipe(name="WandaModifer", why="has no counterpart in sparsec; did you mean 'WandaModifier'?"),
+    )
+    for error in errors:
+        assert "?." not in str(error)
+        assert "'? " in str(error)

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +159,26 @@ def test_proposals_depend_on_the_seed_alone() -> None:
     assert one != other
 
 
+def test_five_trials_find_a_recipe_within_a_strict_budget_by_halving() -> None:
+    trials = explore(fake, Space(), 0.02, 5)
+    shares = [t.params["sparsity"] for t in trials if t.params["pattern"] == "unstructured"]
+    assert shares[:3] == [0.5, 0.25, 0.35]
+    assert fastest(trials, 0.02, 1.0) is not None
+    wide = explore(fake, Space(), 0.5, 5)
+    assert [t.params["sparsity"] for t in wide if t.params["pattern"] == "unstructured"][:3] == [0.5, 0.7, 0.8]
+
+
+@given(st.floats(0.1, 0.9), st.floats(0.1, 0.9))
+def test_what_is_tried_next_lies_between_what_kept_and_what_missed(kept: float, missed: float) -> None:
+    found = Space().between(kept, missed)
+    if found is None:
+        assert not [x for x in Space().shares if kept < x < missed]
+    else:
+        assert kept < found < missed
+
+
 def test_the_sampler_finds_better_recipes_than_its_first_ones() -> None:
-    trials = explore(fake, Space(), 0.2, 40, seed=0)
+    trials = explore(fake, Space(methods=METHODS[::-1]), 0.2, 40, seed=0)  # the starts are of the worst method
     chosen = fastest(trials, 0.2, 1.0)
     best_of_starts = fastest(trials[:8], 0.2, 1.0)
     assert chosen is not None
@@ -381,12 +400,23 @@ def test_another_budget_reads_the_trials_that_are_there(
     monkeypatch.setattr(Bench, "trial", lambda *_: pytest.fail("measured again"))
     space = Space(target="reference", methods=("wanda", "magnitude"))
     strict = search(
-        loaded, folder / "text.txt", "ppl<=1.0x", space=space, trials=3, output=tmp_path, **SMALL
-    )  # the first three are its starts, whatever the budget
-    assert strict.trials == made.trials[:3]
+        loaded, folder / "text.txt", "ppl<=1.0x", space=space, trials=2, output=tmp_path, **SMALL
+    )  # the first two are its starts, whatever the budget
+    assert strict.trials == made.trials[:2]
     other = Space(target="reference", methods=("wanda",))
     with pytest.raises(OtherRun, match="another search space"):
         search(loaded, folder / "text.txt", "ppl<=50x", space=other, trials=3, output=tmp_path, **SMALL)
+
+
+def test_where_all_miss_the_budget_the_flag_is_named_and_the_table_says_what_it_leaves_out(
+    found: tuple[LoadedModel, Found, Path],
+) -> None:
+    _, made, _ = found
+    missed = replace(made, chosen=None, trials=tuple(replace(t, loss=2000.0) for t in made.trials))
+    text = str(missed)
+    assert "let the search try lower sparsities: --sparsity 0.05-" in text
+    assert "4 recipes, " in text
+    assert "of them on the front, which is what is listed (all 4 are in search.json)" in text
 
 
 def test_nothing_is_chosen_where_nothing_is_faster_and_an_old_recipe_goes(
@@ -440,7 +470,7 @@ def test_the_command_writes_its_folder_and_goes_on_there(
     line += ["--target", "reference", "--windows", "8", "--samples", "100", "--seqlen", "64", "-o", "found"]
     assert run([*line, "--trials", "1"]) == 0
     out = capsys.readouterr().out
-    assert "search tiny:llama: 1 recipes" in out
+    assert "search tiny:llama: 1 recipe, " in out
     assert "saved: found/search.json" in out
     first = Path("found", FILE).read_text().splitlines()
     assert run([*line, "--trials", "2", "--json"]) == 0
@@ -455,7 +485,7 @@ def test_the_command_writes_its_folder_and_goes_on_there(
     ("flags", "said"),
     [
         (["--budget", "fast"], "a budget is written"),
-        (["--budget", "ppl<=1.1x", "--sparsity", "low"], "a range such as 0.3-0.9"),
+        (["--budget", "ppl<=1.1x", "--sparsity", "low"], "a range such as 0.1-0.9"),
         (["--budget", "ppl<=1.1x", "--methods", "wandas"], "did you mean 'wanda'"),
         ([], "--budget"),
     ],
