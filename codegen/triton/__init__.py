@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from sparsec.codegen.spec import Packed
     from sparsec.codegen.triton.contract import Family
 
-FAMILIES = {kind: f"sparsec.codegen.triton.{kind}:FAMILY" for kind in ("bitmap", "block", "dense", "index", "nm", "nm24", "vnm")}
+FAMILIES = {
+    kind: f"sparsec.codegen.triton.{kind}:FAMILY" for kind in ("bitmap", "block", "dense", "index", "nm", "nm24", "vnm")
+}
 GATES = {"gated": "sparsec.codegen.triton.gated:FAMILY"}  # of x, for any weight: its launches take a ``gate``
 # family -> its loops and the most rows of x each takes (0: any), so that a plan can be made without triton
 LOOPS: dict[str, dict[str, int]] = {

@@ -32,8 +32,8 @@ import triton.language as tl
 from sparsec.codegen.spec import ACTS, Packed
 from sparsec.codegen.triton import LOOPS
 from sparsec.codegen.triton.contract import Call, Config
-from sparsec.codegen.triton.epilogue import reduction
 from sparsec.codegen.triton.dot import dot
+from sparsec.codegen.triton.epilogue import reduction
 from sparsec.codegen.triton.launch import Launch, Loop
 from sparsec.codegen.triton.positions import DTYPES, LANE_INSTRUCTIONS, checked, joined, load_x, write_tile
 from sparsec.errors import PatternMismatch

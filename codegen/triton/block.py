@@ -18,15 +18,14 @@ Layout as of block-sparse matrices in STK (Gale et al., MegaBlocks, 2022), witho
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 
 from sparsec.codegen.spec import ACTS, Packed
-from sparsec.codegen.triton import groups
-from sparsec.codegen.triton import LOOPS
+from sparsec.codegen.triton import LOOPS, groups
 from sparsec.codegen.triton.contract import Call, Config
 from sparsec.codegen.triton.dot import dot
 from sparsec.codegen.triton.epilogue import finish, reduction

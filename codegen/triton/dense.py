@@ -17,7 +17,7 @@ The product uses q * scale before it is rounded to the weight's dtype ("gemv"), 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,8 +25,7 @@ import triton
 import triton.language as tl
 
 from sparsec.codegen.spec import ACTS, Packed
-from sparsec.codegen.triton import values
-from sparsec.codegen.triton import LOOPS
+from sparsec.codegen.triton import LOOPS, values
 from sparsec.codegen.triton.contract import Call, Config
 from sparsec.codegen.triton.dot import dot
 from sparsec.codegen.triton.epilogue import finish, reduction

@@ -31,8 +31,8 @@ import triton.language as tl
 
 from sparsec.codegen.spec import ACTS, Packed
 from sparsec.codegen.triton.contract import Call, Config
-from sparsec.codegen.triton.epilogue import reduction
 from sparsec.codegen.triton.dot import dot
+from sparsec.codegen.triton.epilogue import reduction
 from sparsec.codegen.triton.launch import Launch, Loop
 from sparsec.codegen.triton.positions import (
     KINDS,

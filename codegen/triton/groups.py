@@ -227,7 +227,9 @@ def launches(packed: Packed, loop: str, call: Call, config: Config) -> list[Laun
         constants |= {"TN": config["tn"], "TM": config["tm"], "TG": config["tg"]}
         constants |= {"EVEN": k % (SIZE * config["tg"]) == 0}
         grid = (triton.cdiv(n, config["tn"]), triton.cdiv(m, config["tm"]), splits)
-        counted = Loop("weight", config["tn"] * config["tg"] * SIZE, 7.8 * packed.bytes / max(n * k, 1), repeats=grid[1])
+        counted = Loop(
+            "weight", config["tn"] * config["tg"] * SIZE, 7.8 * packed.bytes / max(n * k, 1), repeats=grid[1]
+        )
         main = Launch(mma, grid, args, constants, warps=config["warps"], loop=counted)
     return [main] if splits == 1 else [main, reduction(out, call.y, call.bias, call.act)]
 
