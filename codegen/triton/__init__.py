@@ -105,7 +105,7 @@ def pack_verified(weight: torch.Tensor, format: Format, source_key: str, loop: s
     """
     import torch
 
-    chosen = family_of(format, loop) if loop else family(kinds_of(format)[-1])
+    chosen = family_of(format, loop) if loop else family(format.pattern.kind)
     packed = chosen.pack(weight.detach(), format, source_key)
     back = chosen.unpack(packed)
     same = (back == weight) | (back.isnan() & weight.isnan())
