@@ -28,6 +28,8 @@ except ImportError as error:  # pragma: no cover
 __all__ = [
     "compile_rest",
     "copy_graph_module",
+    "cusparselt_compress",
+    "cusparselt_linear",
     "emit_artifact",
     "enters_autocast",
     "is_fake",
@@ -169,3 +171,21 @@ def shared_libraries() -> list[str]:
         flags += [f"-L{path}", f"-Wl,-rpath,{path}"]
     abi = int(torch.compiled_with_cxx11_abi())
     return [*flags, f"-D_GLIBCXX_USE_CXX11_ABI={abi}", "-ltorch_cpu", "-lc10"]
+
+
+def cusparselt_compress(weight: torch.Tensor) -> torch.Tensor:
+    """A 2:4 weight [N, K] on a GPU in cuSPARSELt's format. Raises RuntimeError where the library is missing."""
+    packed: torch.Tensor = torch._cslt_compress(weight)
+    return packed
+
+
+def cusparselt_linear(packed: torch.Tensor, x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What multiplies x [M, K], M a multiple of 8, by such weights: packed -> [M, N]. It searches its algorithms."""
+    rows = x.t()
+    best = int(torch._cslt_sparse_mm_search(packed, rows, transpose_result=True))
+
+    def product(weight: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = torch._cslt_sparse_mm(weight, rows, transpose_result=True, alg_id=best)
+        return y
+
+    return product
