@@ -27,3 +27,17 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     if bias is not None:
         y = y + bias.float()
     return ACT[act](y).to(x.dtype)
+
+
+def gated_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    act: str = "",
+    threshold: float | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """act(where(|x| > threshold, x, 0) @ weight.T + bias), as ``linear``.
+
+    threshold: a number, or one for each channel [K]; None leaves x as it is, for gates of exact zeros.
+    """
+    return linear(x if threshold is None else torch.where(x.abs() > threshold, x, 0), weight, bias, act)

@@ -36,7 +36,7 @@ def sparsec(
     from sparsec import pipeline
 
     try:
-        pipeline.prepare(parsed)
+        pipeline.prepare(parsed, any(isinstance(x, torch.Tensor) and x.is_cuda for x in example_inputs))
         c = pipeline.Compilation(compat.copy_graph_module(gm), example_inputs, parsed)
         records.publish(c.record)
         pipeline.run(c)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any, cast
 
@@ -26,10 +27,10 @@ except ImportError as error:  # pragma: no cover
     ) from error
 
 __all__ = [
+    "CsltOps",
     "compile_rest",
     "copy_graph_module",
-    "cusparselt_compress",
-    "cusparselt_linear",
+    "cslt_ops",
     "emit_artifact",
     "enters_autocast",
     "is_fake",
@@ -173,19 +174,23 @@ def shared_libraries() -> list[str]:
     return [*flags, f"-D_GLIBCXX_USE_CXX11_ABI={abi}", "-ltorch_cpu", "-lc10"]
 
 
-def cusparselt_compress(weight: torch.Tensor) -> torch.Tensor:
-    """A 2:4 weight [N, K] on a GPU in cuSPARSELt's format. Raises RuntimeError where the library is missing."""
-    packed: torch.Tensor = torch._cslt_compress(weight)
-    return packed
+@dataclass(frozen=True)
+class CsltOps:
+    """torch's operators for cuSPARSELt. ``compress``: [N, K] -> its own format; ``search``: (compressed, x^T [K, M],
+    bias [N] or None) -> the best algorithm; ``multiply``: the same and an algorithm -> y [M, N]."""
+
+    compress: Callable[[torch.Tensor], torch.Tensor]
+    search: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], int]
+    multiply: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, int], torch.Tensor]
 
 
-def cusparselt_linear(packed: torch.Tensor, x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What multiplies x [M, K], M a multiple of 8, by such weights: packed -> [M, N]. It searches its algorithms."""
-    rows = x.t()
-    best = int(torch._cslt_sparse_mm_search(packed, rows, transpose_result=True))
-
-    def product(weight: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = torch._cslt_sparse_mm(weight, rows, transpose_result=True, alg_id=best)
-        return y
-
-    return product
+def cslt_ops() -> CsltOps:
+    """The operators; calling one fails where torch was built without the library."""
+    aten: Any = torch.ops.aten
+    return CsltOps(
+        compress=aten._cslt_compress,
+        search=lambda w, x, bias: int(aten._cslt_sparse_mm_search(w, x, bias=bias, transpose_result=True)),
+        multiply=lambda w, x, bias, algorithm: aten._cslt_sparse_mm(
+            w, x, bias=bias, alg_id=algorithm, transpose_result=True
+        ),
+    )

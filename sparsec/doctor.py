@@ -60,6 +60,7 @@ def checkup(build: bool = True, step: Step | None = None) -> Checkup:
         *((name, _version(name)) for name in PACKAGES),
         *_safely("cpu", _cpu),
         *_safely("threads", _threads),
+        *_safely("gpu", _gpu),
         *_safely("compiler", _compiler),
         *_safely("cache", _cache),
         *_safely("backend", _backend),
@@ -123,6 +124,26 @@ def _check(kind: str, loop: str, dtype: str, isa: str, build: bool) -> KernelChe
     except Exception as error:
         return KernelCheck(kind, loop, dtype, isa, False, _sentence(error))
     return KernelCheck(kind, loop, dtype, isa, True, "", str(kernel.source), time.perf_counter() - started)
+
+
+def _gpu() -> str:
+    """The GPU that kernels would run on, and whether they can be compiled; a machine without one is no problem."""
+    from sparsec.codegen.triton import KNOWN, need_triton
+    from sparsec.errors import NoTriton
+    from sparsec.targets import cuda
+
+    try:
+        version = need_triton()
+    except NoTriton as error:
+        compiles = f"GPU kernels cannot be compiled: {error.__class__.__name__}, {_sentence(error)}"
+    else:
+        newer = tuple(map(int, version.split(".")[:2])) > tuple(map(int, KNOWN[1].split(".")))
+        known = f"; newer than {KNOWN[1]}, the last that kernels were tried with" if newer else ""
+        compiles = f"triton {version} compiles GPU kernels{known}"
+    found = cuda.device()
+    if found is None:
+        return f"none; {compiles}"
+    return f"{found.model}, {found.isa}, {found.cores} SMs; {compiles}"
 
 
 def _bf16_dot(dtype: str, isa: str, machine: Any) -> bool:

@@ -33,7 +33,9 @@ SparsecError
  │    ├── NoCompiler                S401
  │    ├── CompileFailed             S402
  │    ├── KernelCompileFailed       S403
- │    └── NoTriton                  S404
+ │    ├── NoTriton                  S404
+ │    ├── NoNvrtc                   S405
+ │    └── NoDriver                  S406
  ├── VerifyError                    S501  a kernel disagreed with its reference
  └── InputError                     S6xx  files and models given to commands
       ├── ModelNotFound             S601
@@ -259,6 +261,16 @@ class KernelCompileFailed(BuildError):
 class NoTriton(BuildError):
     code = "S404"
     message = "GPU kernels need {needs}, and {found}. Install it with: pip install triton"
+
+
+class NoNvrtc(BuildError):
+    code = "S405"
+    message = "CUDA kernels need NVRTC, and {why}. Install it with: pip install nvidia-cuda-nvrtc"
+
+
+class NoDriver(BuildError):
+    code = "S406"
+    message = "CUDA kernels run on an NVIDIA driver, and {why}. The layer stays dense; check nvidia-smi."
 
 
 class VerifyError(SparsecError):

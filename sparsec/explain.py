@@ -160,6 +160,9 @@ def explain_with(
     tell = on_progress or (lambda done, total, what: None)
     tell(0, 1, "capture, profile, decide")
     model = getattr(model, "_orig_mod", model)  # an already compiled model is looked at as it was
+    from sparsec.pipeline import placed
+
+    options = placed(options, model)
     with _buffers_kept(model):
         records, notes = _inspect(model, args, kwargs, options)
     given = batch_of(args, kwargs)

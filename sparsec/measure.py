@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from sparsec import gpu_rates
 from sparsec.cache import digest, lock, read_json, write_json
 from sparsec.codegen.spec import KernelSpec
 from sparsec.errors import BuildError, PackError
@@ -33,6 +34,7 @@ from sparsec.passes.decide.candidates import allowed, patterns
 from sparsec.quiet import wait_for_cores
 from sparsec.targets import reference
 from sparsec.targets.base import DenseRate, KernelRate, Rates, Target
+from sparsec.targets.cuda import GpuTarget
 
 VERSION = "5"  # of what is measured and how; another one measures again
 MS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -64,6 +66,8 @@ def rates(
     """
     if target.name == "reference":
         return reference.rates(threads)
+    if isinstance(target, GpuTarget):  # what its code and its data sheet say; measuring is tuning's
+        return gpu_rates.rates(target)
     place = (target.fingerprint, threads, str(cache))
     if place not in _machines:
         path = cache / "rates" / f"machine-{digest(target.fingerprint, str(threads), torch.__version__, VERSION)}.json"
@@ -83,6 +87,8 @@ def rates_for(
     fact: WeightFact, dtype: str, target: Target, threads: int, cache: Path, formats: tuple[str, ...] = ()
 ) -> Rates:
     """The rates that deciding one weight needs: of the patterns it holds and the policy allows, in one dtype."""
+    if isinstance(target, GpuTarget):
+        return gpu_rates.rates(target)
     held = dict.fromkeys((*(Pattern.parse(name) for name in USUAL), *patterns(fact)))
     wanted = [str(p) for p in held if allowed(p, formats)]
     return rates(target, threads, cache, (dtype,) if dtype in TORCH else (), wanted)

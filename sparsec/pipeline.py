@@ -182,14 +182,23 @@ def run(c: Compilation, stop_after: str = "finish") -> Compilation:
     return c
 
 
-def prepare(options: Options) -> None:
-    """Check the target's name and make the ops exist. Raises UnknownTarget, NoCompiler, CompileFailed."""
-    if targets.resolve(options.policy.target).gpu:
+def prepare(options: Options, on_gpu: bool = False) -> None:
+    """Check the target's name and make its ops exist; those of GPUs need no C++ compiler.
+
+    ``on_gpu``: where the weights are. Raises UnknownTarget, BadOptionValue, NoCompiler, CompileFailed.
+    """
+    if targets.for_weights(options.policy.target, on_gpu).gpu:
         gpu.load()
-        return
-    if torch.cuda.is_available():
-        gpu.load()
-    library.load(options.policy.cache_dir)
+    else:
+        library.load(options.policy.cache_dir)
+
+
+def placed(options: Options, model: object) -> Options:
+    """``options`` with the machine in place of ``auto``: the GPU where a module's weights are there."""
+    tensors = model.parameters() if isinstance(model, torch.nn.Module) else ()
+    if options.policy.target != "auto" or not any(t.is_cuda for t in tensors):
+        return options
+    return replace(options, policy=replace(options.policy, target="cuda"))
 
 
 def inspect(
@@ -199,6 +208,7 @@ def inspect(
 
     Sizes are static, and nothing is left in Dynamo's caches.
     """
+    options = placed(options, model)
     prepare(options)
     records: list[CompileRecord] = []
 

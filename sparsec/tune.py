@@ -312,8 +312,9 @@ def tune_with(
     on_point: Callable[[int], None] | None = None,
 ) -> TuneSummary:
     """``tune`` with checked options, whose policy holds the effort. ``on_point``: as in ``tuning``."""
-    from sparsec.pipeline import inspect  # the pipeline itself measures through this module
+    from sparsec.pipeline import inspect, placed  # the pipeline itself measures through this module
 
+    options = placed(options, model)
     policy = options.policy
     started = time.perf_counter()
     with tuning(policy.tune_budget_s, on_point) as session, torch.no_grad():

@@ -29,7 +29,7 @@ MADE_BY_TOOLS = re.compile(
     r"demo_report|bench_report|\.stamps|\.vscode|\.idea|\.coverage|\.DS_Store"
 )
 
-BASE = {f"sparsec.{m}" for m in ("errors", "options", "facts", "formats", "records", "timing", "cache")}
+BASE = {f"sparsec.{m}" for m in ("errors", "options", "facts", "formats", "grid", "records", "timing", "cache")}
 COMPAT = "sparsec.compat"
 
 # Longer than the limits, each with the reason why it is not split.
@@ -234,7 +234,7 @@ def registered() -> list[tuple[str, str]]:
         *(("METHODS", place) for place in METHODS.values()),
         *(("FAMILIES", place) for place in FAMILIES.values()),
         *(("TARGETS", place[0]) for place in TARGETS.values()),
-        *(("COMMANDS", f"sparsec.cli.{name}:command") for name in COMMANDS),
+        *(("COMMANDS", f"sparsec.cli.{name.replace('-', '_')}:command") for name in COMMANDS),
     ]
 
 

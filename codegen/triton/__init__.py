@@ -18,17 +18,18 @@ if TYPE_CHECKING:
     from sparsec.codegen.spec import Packed
     from sparsec.codegen.triton.contract import Family
 
-FAMILIES = {kind: f"sparsec.codegen.triton.{kind}:FAMILY" for kind in ("index",)}
+FAMILIES = {kind: f"sparsec.codegen.triton.{kind}:FAMILY" for kind in ("index", "nm24")}
+GATES = {"gated": "sparsec.codegen.triton.gated:FAMILY"}  # of x, for any weight: its launches take a ``gate``
 # family -> its loops and the most rows of x each takes (0: any), so that a plan can be made without triton
-LOOPS: dict[str, dict[str, int]] = {"index": {"gather": 8}}
+LOOPS: dict[str, dict[str, int]] = {"index": {"gather": 8}, "nm24": {"skinny": 64}}
 _TENSOR_CORES = {"nm:2:4": "nm24"}
 KNOWN = ("3.6", "3.9")  # versions of Triton that the kernels were compiled with, first and last
 
 
 @functools.cache
 def family(kind: str) -> Family:
-    """The family of a pattern kind, a key of ``FAMILIES``. Raises KeyError for any other, and NoTriton."""
-    module, _, name = FAMILIES[kind].partition(":")
+    """The family of a pattern kind, a key of ``FAMILIES`` or ``GATES``. Raises KeyError for any other, and NoTriton."""
+    module, _, name = {**FAMILIES, **GATES}[kind].partition(":")
     need_triton()
     return cast("Family", getattr(importlib.import_module(module), name))
 

@@ -296,10 +296,6 @@ def uses(impl: int, plan_text: str) -> int:
 
 
 def _rates(fact: WeightFact, dtype: str, target: Target, policy: Policy) -> Rates:
-    if isinstance(target, GpuTarget):
-        from sparsec.gpu_rates import rates
-
-        return rates(target)
     from sparsec.measure import rates_for  # it runs kernels, so it imports this package
 
     return rates_for(fact, dtype, target, torch.get_num_threads(), cache_dir(policy.cache_dir), policy.formats)

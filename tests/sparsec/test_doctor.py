@@ -31,7 +31,19 @@ def test_the_block_names_versions_machine_compiler_and_cache(
     (tmp_path / "cache" / "entry").write_bytes(bytes(3 * 2**20))
     monkeypatch.setattr(doctor, "_backend", lambda: "fine")
     facts = dict(checkup(build=False).facts)
-    for name in ("sparsec", "python", "system", "torch", "numpy", "cpu", "threads", "compiler", "cache", "backend"):
+    for name in (
+        "sparsec",
+        "python",
+        "system",
+        "torch",
+        "numpy",
+        "cpu",
+        "gpu",
+        "threads",
+        "compiler",
+        "cache",
+        "backend",
+    ):
         assert facts[name], name
         assert not facts[name].startswith("unusable"), facts[name]
     assert detect.detect().isa in facts["cpu"]

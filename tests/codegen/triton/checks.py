@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sparsec.codegen import reference
-from sparsec.codegen.triton import family, pack_verified
+from sparsec.codegen.triton import family_of, pack_verified
 from sparsec.codegen.triton.contract import Call
 from sparsec.codegen.triton.launch import run
 from sparsec.codegen.triton.samples import sample_weight, x_dtype
@@ -25,14 +25,15 @@ def check(
 ) -> None:  # fmt: skip
     """Pack a random weight of format ``name`` and compare up to ``configs`` configurations with the reference."""
     format = Format.parse(name)
+    chosen = family_of(format, loop)
     weight = sample_weight(format, n, k, density, seed)
-    packed = pack_verified(weight, format, "test")
+    packed = pack_verified(weight, format, "test", loop)
     torch.manual_seed(seed)
     x = torch.randn(m, k).to(x_dtype(format))
     b = torch.randn(n).to(x.dtype) if bias else None
     expected = reference.linear(x, weight, b, act).float()
-    for config in list(family(format.pattern.kind).configs(packed, loop, m, 90))[:configs]:
+    for config in list(chosen.configs(packed, loop, m, 90))[:configs]:
         y = torch.full((m, n), float("nan"), dtype=x.dtype)
-        run(family(format.pattern.kind).launches(packed, loop, Call(x, y, b, act), config))
+        run(chosen.launches(packed, loop, Call(x, y, b, act), config))
         off = (y.float() - expected).abs() - allowed(x, weight, b)
         assert bool((off <= 0).all()), (name, loop, dict(config), float(off.max()))

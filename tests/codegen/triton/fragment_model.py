@@ -1,0 +1,108 @@
+"""``mma.sp`` and the instructions around it, executed from registers by NumPy: what the assembly of a kernel means.
+
+The maps are written down once more from the PTX ISA ("Matrix fragments for sparse mma.m16n8k32 with .f16 and .bf16
+types", and "Sparse matrix storage" for the metadata), in its own terms and by lane and element, so that they share
+nothing with the packer. The lanes of the metadata, which the ISA gives as pictures, agree with ``ELayout`` of
+``MMA_Traits<SM80_SPARSE_16x8x32_...>`` in CUTLASS.
+
+Registers are uint32 [warps, 32 lanes].
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+Registers = Any  # np.ndarray, uint32 [warps, 32]
+LANE = np.arange(32)
+GROUP, THREAD = LANE >> 2, LANE % 4  # groupID and threadID_in_group
+
+
+def execute(text: str, inputs: Sequence[Any], outputs: int = 4) -> Any:
+    """Run one piece of assembly for whole warps. inputs: uint32 [warps, 32, registers] each; returns the outputs so."""
+    registers: dict[str, Any] = {}
+    flat = [array[:, :, r] for array in inputs for r in range(array.shape[2])]
+    for number, value in enumerate(flat):
+        registers[f"${outputs + number}"] = value
+    for statement in text.strip("{} ").split(";") if not text.startswith("mma") else [text.rstrip(";")]:
+        words = statement.strip()
+        if words and not words.startswith(".reg"):
+            name, _, rest = words.partition(" ")
+            operands = re.findall(r"[$\w]+", rest)
+            _execute(name, operands, registers, flat[0].shape)
+    return np.stack([registers[f"${r}"] for r in range(outputs)], 2)
+
+
+def _execute(name: str, operands: list[str], registers: dict[str, Any], shape: tuple[int, ...]) -> None:
+    if name.startswith("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32"):
+        a, b, c = ([registers[o] for o in operands[at : at + 4]] for at in (4, 8, 12))
+        made = mma_sp(a, b, c, registers[operands[16]], int(operands[17], 16), "bf16" not in name)
+        registers.update(zip(operands[:4], made, strict=True))
+        return
+    values = [
+        registers[o] if o in registers else np.full(shape, int(o, 0), dtype=np.uint32) for o in operands[1:]
+    ]  # fmt: skip
+    registers[operands[0]] = _simple(name, values)
+
+
+def _simple(name: str, v: list[Registers]) -> Registers:
+    if name == "mov.b32":
+        return v[0]
+    if name == "shr.b32":
+        return v[0] >> v[1]
+    if name == "lop3.b32":
+        table, out = int(v[3].flat[0]), np.zeros_like(v[0])
+        for case in range(8):
+            parts = [x if case >> (2 - i) & 1 else ~x for i, x in enumerate(v[:3])]
+            out |= (parts[0] & parts[1] & parts[2]) * np.uint32(table >> case & 1)
+        return out
+    if name == "fma.rn.f32":
+        a, b, c = (x.view(np.float32).astype(np.float64) for x in v)
+        return (a * b + c).astype(np.float32).view(np.uint32)
+    if name in ("fma.rn.bf16x2", "fma.rn.f16x2"):
+        half = name.endswith(".f16x2")
+        a, b, c = (_halves(x, half) for x in v)
+        made = a * b + c
+        bits = made.astype(np.float16).view(np.uint16) if half else made.astype(np.float32).view(np.uint32) >> 16
+        exact = bits.astype(np.uint16).view(np.float16) if half else (bits << 16).view(np.float32)
+        assert (exact == made).all(), "only exact results are modelled: there is no rounding here"
+        return (bits[..., 0] | (bits[..., 1].astype(np.uint32) << 16)).astype(np.uint32)
+    raise NotImplementedError(name)
+
+
+def _halves(x: Registers, half: bool) -> Any:
+    """float64 [..., 2]: the lower and the upper 16 bits as fp16 or bf16."""
+    bits = np.stack([x & 0xFFFF, x >> 16], -1)
+    return (bits.astype(np.uint16).view(np.float16) if half else (bits << 16).view(np.float32)).astype(np.float64)
+
+
+def mma_sp(a: list[Registers], b: list[Registers], c: list[Registers], e: Registers, selector: int, half: bool) -> Any:
+    """d: four uint32 [warps, 32] with fp32 in them."""
+    warps = e.shape[0]
+    weight, x = np.zeros((warps, 16, 32)), np.zeros((warps, 32, 8))
+    for i in range(8):  # a0 .. a7
+        row = GROUP if i in (0, 1, 4, 5) else GROUP + 8
+        first = THREAD * 4 + (0 if i < 4 else 16)
+        index = _index(e, row, first, selector, i % 2)
+        assert i % 2 == 0 or (index > _index(e, row, first, selector, 0)).all(), "metadata is not in order"
+        values = _halves(a[i // 2], half)[..., i % 2]
+        weight[np.arange(warps)[:, None], row, first + index] = values
+    for i in range(8):  # b0 .. b7
+        x[:, (i // 2) * 8 + THREAD * 2 + i % 2, GROUP] = _halves(b[i // 2], half)[..., i % 2]
+    product = weight @ x
+    return [
+        (product[:, GROUP + 8 * (i >= 2), THREAD * 2 + i % 2] + c[i].view(np.float32))
+        .astype(np.float32)
+        .view(np.uint32)
+        for i in range(4)
+    ]
+
+
+def _index(e: Registers, row: Any, first: Any, selector: int, which: int) -> Any:
+    """Where in its chunk of four, from column ``first``, kept value ``which`` of ``row`` stands; [warps, lanes]."""
+    lane = row % 8 * 4 + selector * 2 + first // 16
+    shift = row // 8 * 16 + first % 16 // 4 * 4 + which * 2
+    return (e[:, lane] >> shift.astype(np.uint32) & 3).astype(np.int64)
