@@ -16,8 +16,9 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.gpu.timing import copies_of
-from sparsec import compat
 from sparsec.codegen import triton
+from sparsec.codegen.cuda import prefill24
+from sparsec.codegen.cuda.cslt import DENSE, Cslt, unavailable
 from sparsec.codegen.spec import Packed
 from sparsec.codegen.triton.contract import Call, Family
 from sparsec.codegen.triton.launch import run
@@ -59,18 +60,24 @@ def compiled_linear(name: str) -> Callable[..., torch.Tensor]:
 
 
 def cusparselt(weights: list[torch.Tensor], x: torch.Tensor) -> Contender:
-    """cuSPARSELt by its own search of algorithms. x is padded to eight rows, as it asks for, outside of the time."""
+    """cuSPARSELt by its own search of algorithms. x is padded to eight rows, as it asks for, outside of the time.
+
+    Raises LookupError where it cannot be used here.
+    """
+    why = unavailable()
+    if why:
+        raise LookupError(why)
+    library = Cslt()
     started = time.perf_counter()
-    packs = [compat.cusparselt_compress(w) for w in weights]
-    padded = F.pad(x, (0, 0, 0, -len(x) % 8))
-    product = compat.cusparselt_linear(packs[0], padded)
+    packs = [library.compress(w) for w in weights]
     _wait(x)
     seconds = (time.perf_counter() - started) / len(packs)
+    padded = F.pad(x, (0, 0, 0, -len(x) % DENSE))
 
     def call(i: int) -> torch.Tensor:
-        return product(packs[i % len(packs)])[: len(x)]
+        return library.linear(padded, packs[i % len(packs)])[: len(x)]
 
-    return Contender("cuSPARSELt", call, _bytes(packs[0]), len(packs), seconds)
+    return Contender("cuSPARSELt", call, _bytes(packs[0].tensor), len(packs), seconds)
 
 
 def torch_bsr(weights: list[torch.Tensor], x: torch.Tensor, block: tuple[int, int]) -> Contender:
@@ -144,6 +151,37 @@ def kernel_call(
     def call(i: int) -> torch.Tensor:
         y = x.new_empty((len(x), packs[0].shape[0]))
         run(family.launches(packs[i % len(packs)], loop, Call(x, y, capability=capability), config, *extra))
+        return y
+
+    return call
+
+
+def prefill(weight: torch.Tensor, x: torch.Tensor, l2: int, capability: int, configs: int) -> Iterator[Contender]:
+    """The 2:4 kernels for many rows of x, as CUDA C++ text: each kind with its first ``configs`` shapes."""
+    dtype = prefill24.DTYPES[weight.dtype]
+    shapes = prefill24.shapes(dtype, "", len(x), capability)
+    for kind in dict.fromkeys(shape.kind for shape in shapes):
+        _wait(weight)
+        started = time.perf_counter()
+        packed = prefill24.pack(weight, kind)
+        _wait(weight)
+        seconds = time.perf_counter() - started
+        if not torch.equal(prefill24.unpack(packed, kind), weight):
+            raise RoundTripMismatch(format=f"{packed.format} {kind}", detail="unpacking gives another weight")
+        count = copies_of(packed.bytes, l2)
+        packs = [packed, *(_copy(packed) for _ in range(count - 1))]
+        for shape in [shape for shape in shapes if shape.kind == kind][:configs]:
+            config = {"block_m": shape.block_m, "stages": shape.stages}
+            call = _prefill_call(packs, shape, x, capability)
+            yield Contender(shape.name, call, packed.bytes, count, seconds, config)
+
+
+def _prefill_call(
+    packs: list[Packed], shape: prefill24.Shape, x: torch.Tensor, capability: int
+) -> Callable[[int], torch.Tensor]:
+    def call(i: int) -> torch.Tensor:
+        y = x.new_empty((len(x), packs[0].shape[0]))
+        prefill24.linear(packs[i % len(packs)], shape, x, y, None, capability)
         return y
 
     return call

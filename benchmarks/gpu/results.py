@@ -97,6 +97,7 @@ def footer(environment: Mapping[str, Any], rows: Sequence[Found]) -> list[str]:
         f"{env['gpu']} ({env['isa']}, {env['sms']} SMs, L2 {env['l2_bytes'] >> 20} MB, a copy {env['copy_tb_s']} TB/s, "
         f"{env['sm_clock'] or 'clock not known'}); torch {env['torch']}, CUDA {env['cuda']}, Triton {env['triton']}, "
         f"{library}, sparsec {env['sparsec']}. Targets: {said}.",
+        *(["", f"{env['cusparselt_note']}."] if env.get("cusparselt_note") else []),
     ]  # fmt: skip
 
 

@@ -82,14 +82,17 @@ def environment(target: Any, rate: float) -> dict[str, Any]:
     import torch
 
     import sparsec
+    from sparsec.codegen.cuda.cslt import doubtful, unavailable
     from sparsec.codegen.triton import need_triton
 
     library = torch.backends.cusparselt
+    usable = not unavailable()
     return {
         "gpu": target.model, "sms": target.cores, "l2_bytes": target.l2_bytes, "isa": target.isa,
         "copy_tb_s": round(rate / 1e12, 3), "sm_clock": clock(), "sparsec": sparsec.__version__,
         "torch": torch.__version__, "cuda": torch.version.cuda, "triton": need_triton(),
-        "cusparselt": library.version() if library.is_available() else None, "python": platform.python_version(),
+        "cusparselt": library.version() if usable else None,
+        "cusparselt_note": doubtful() if usable else unavailable(), "python": platform.python_version(),
     }  # fmt: skip
 
 

@@ -49,10 +49,10 @@ def checked(kind: str, name: str) -> Said:
 def outcomes() -> Iterator[dict[tuple[str, str], Future[Said]]]:
     """All formats at once, as many processes as half the cores, eight at most: kernels compile on the CPU."""
     with ThreadPoolExecutor(max(2, min(8, (os.cpu_count() or 2) // 2))) as pool:
-        yield {(kind, name): pool.submit(checked, kind, name) for kind, name in registered()}
+        yield {(kind, name): pool.submit(checked, kind, name) for kind, name in registered(on_device=True)}
 
 
-@pytest.mark.parametrize(("kind", "name"), registered())
+@pytest.mark.parametrize(("kind", "name"), registered(on_device=True))
 def test_every_kernel_gives_the_reference(
     kind: str, name: str, outcomes: dict[tuple[str, str], Future[Said]], gpu_table: list[tuple[str, ...]]
 ) -> None:
@@ -71,16 +71,21 @@ def test_every_kernel_gives_the_reference(
     assert not said.broke
     assert said.found
     assert not [found for found in said.found if found["failure"]]
-    assert not all(found["refused"] for found in said.found)
+    refused = [found["refused"] for found in said.found]
+    if all(refused) and kind in device_checks.ON_DEVICE:
+        pytest.skip(refused[0])
+    assert not all(refused)
 
 
-@pytest.mark.parametrize(("kind", "name"), registered())
+@pytest.mark.parametrize(("kind", "name"), registered(on_device=True))
 def test_two_runs_agree_bit_by_bit(kind: str, name: str, outcomes: dict[tuple[str, str], Future[Said]]) -> None:
+    if kind == "cuSPARSELt":
+        pytest.skip("its algorithms promise nothing of the order of sums")
     different = [found["case"] for found in outcomes[kind, name].result().found if not found["same_bits"]]
     assert not different
 
 
-@pytest.mark.parametrize(("kind", "name"), registered())
+@pytest.mark.parametrize(("kind", "name"), registered(on_device=True))
 def test_a_kernel_runs_on_the_device_of_its_tensors(kind: str, name: str) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("this machine has one GPU")
