@@ -17,7 +17,7 @@ import torch
 from benchmarks.gpu.__main__ import chosen, no_gpu
 from benchmarks.gpu.results import Results, markdown, slug, tally
 from benchmarks.gpu.rows import MS, REGIMES, SHAPES, TARGETS, Row, everything, pending, quick, verdict
-from benchmarks.gpu.run import ATTEMPTS, WorkerGone, run
+from benchmarks.gpu.run import ATTEMPTS, ProcessWorker, WorkerGone, run
 from benchmarks.gpu.timing import CALLS, COPIES, alternate, calls_of, copies_of
 from sparsec.errors import BadOptionValue
 from sparsec.timing import speedup
@@ -279,6 +279,12 @@ def test_rows_are_chosen_by_name() -> None:
         chosen(True, "(")
     with pytest.raises(BadOptionValue, match="matches no row"):
         chosen(True, "nothing")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_worker_that_cannot_start_says_why() -> None:
+    with pytest.raises(WorkerGone, match="this machine has no NVIDIA GPU that torch can use"):
+        ProcessWorker(2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

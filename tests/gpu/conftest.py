@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+# Machines with a GPU often hold many packages, and one that some library installed as "tests" hides this folder.
+_path: Any = importlib.import_module("tests").__path__
+if not any(Path(place).resolve() == Path(__file__).resolve().parents[1] for place in _path):
+    _path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def reason() -> str:
