@@ -126,6 +126,7 @@ def _compiled(weight: torch.Tensor, part: Range, rows: int, target: GpuTarget, f
     from sparsec.codegen.triton import family_of, pack_verified
     from sparsec.codegen.triton.compile import compile_launch
     from sparsec.codegen.triton.contract import Call
+    from sparsec.codegen.triton.launch import Launch
     from sparsec.codegen.triton.sass import analysed
     from sparsec.formats import Format
 
@@ -137,6 +138,9 @@ def _compiled(weight: torch.Tensor, part: Range, rows: int, target: GpuTarget, f
     config = family.configs(packed, part.kernel, rows, target.capability)[0]
     made: list[CompiledKernel] = []
     for launch in family.launches(packed, part.kernel, call, config):
+        if not isinstance(launch, Launch):
+            made += _other(launch, part, rows, (n, k), target, folder)
+            continue
         done = compile_launch(launch, target.capability)
         sass = analysed(launch, done)
         path = folder / f"{launch.name}-{digest(done.cubin)[:16]}.cubin"
@@ -158,6 +162,23 @@ def _compiled(weight: torch.Tensor, part: Range, rows: int, target: GpuTarget, f
             )
         )
     return next((m for m in made if m.unit), made[0])
+
+
+def _other(
+    launch: Any, part: Range, rows: int, shape: tuple[int, int], target: GpuTarget, folder: Path
+) -> Iterator[CompiledKernel]:
+    """A kernel of CUDA C++; none of a library's."""
+    from sparsec.codegen.triton.sass import disassembled
+
+    if launch.compile is None:
+        return
+    cubin = launch.compile(target.capability)
+    path = folder / f"{launch.name}-{digest(cubin)[:16]}.cubin"
+    write_atomic(path, cubin)
+    read = disassembled(cubin)
+    yield CompiledKernel(
+        part.format, part.kernel, shape, rows, launch.name, read.registers, read.local, "", 0.0, path.name
+    )
 
 
 def table_of(made: CompiledModel) -> str:

@@ -32,7 +32,7 @@ def rates(target: GpuTarget) -> Rates:
         bandwidth=copy,
         overhead=CALL_S,
         dense=tuple(DenseRate(dtype, _dense(target, dtype)) for dtype in VALUE_BYTES),
-        kernels=tuple(_kernels(target)),
+        kernels=(*_kernels(target), *_prefill(target)),
         dense_overhead=CALL_S,
     )
 
@@ -55,6 +55,21 @@ def _kernels(target: GpuTarget) -> Iterator[KernelRate]:
                 str(format.pattern), loop, format.values, tuple(_points(target, format.values, counts)),
                 stored=(0.0, counts[0].bytes_kept), most=_most(name, loop),
             )  # fmt: skip
+
+
+# Kernels whose code has no count of its own: how many times faster than dense they are expected to be where tensor
+# cores are the ceiling. The hardware's 2 is seldom seen (gpu-kernels: 1.2 to 1.6 on Hopper); tuning finds the rest.
+PREFILL = {"prefill": 1.2, "cusparselt": 1.25}
+
+
+def _prefill(target: GpuTarget) -> Iterator[KernelRate]:
+    """2:4 for many rows. What has 9 bits a weight reads 1.125 bytes of it; below 64 rows they work as for 64."""
+    for loop, gain in PREFILL.items():
+        if loop == "cusparselt" and not target.here:
+            continue
+        for dtype in ("bf16", "fp16"):
+            points = ((m, 0.0, 2 * m / (TENSOR * target.flops(dtype) * gain), 0.0) for m in MS if m >= 64)
+            yield KernelRate("nm:2:4", loop, dtype, tuple(points), stored=(1.125, 0.0))
 
 
 def _most(name: str, loop: str) -> int:

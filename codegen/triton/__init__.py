@@ -21,23 +21,33 @@ if TYPE_CHECKING:
 FAMILIES = {kind: f"sparsec.codegen.triton.{kind}:FAMILY" for kind in ("index", "nm24")}
 GATES = {"gated": "sparsec.codegen.triton.gated:FAMILY"}  # of x, for any weight: its launches take a ``gate``
 # family -> its loops and the most rows of x each takes (0: any), so that a plan can be made without triton
-LOOPS: dict[str, dict[str, int]] = {"index": {"gather": 8}, "nm24": {"skinny": 64}}
-_TENSOR_CORES = {"nm:2:4": "nm24"}
+LOOPS: dict[str, dict[str, int]] = {
+    "index": {"gather": 8},
+    "nm24": {"skinny": 64},
+    "prefill24": {"prefill": 0},
+    "cslt": {"cusparselt": 0},
+}
+OTHERS = {  # families that are not Triton's: CUDA C++ text, and a library
+    "prefill24": "sparsec.codegen.cuda.families:PREFILL",
+    "cslt": "sparsec.codegen.cuda.families:CSLT",
+}
+_TENSOR_CORES = {"nm:2:4": ("nm24", "prefill24", "cslt")}  # besides the family of the pattern's own kind
 KNOWN = ("3.6", "3.9")  # versions of Triton that the kernels were compiled with, first and last
 
 
 @functools.cache
 def family(kind: str) -> Family:
     """The family of a pattern kind, a key of ``FAMILIES`` or ``GATES``. Raises KeyError for any other, and NoTriton."""
-    module, _, name = {**FAMILIES, **GATES}[kind].partition(":")
-    need_triton()
+    module, _, name = {**FAMILIES, **GATES, **OTHERS}[kind].partition(":")
+    if kind not in OTHERS:
+        need_triton()
     return cast("Family", getattr(importlib.import_module(module), name))
 
 
 def kinds_of(format: Format) -> tuple[str, ...]:
     """The families that pack a format, by kind; 2:4 has one on tensor cores besides that of N:M."""
     kind = format.pattern.kind
-    return tuple(k for k in (_TENSOR_CORES.get(str(format.pattern)), kind) if k in FAMILIES)
+    return tuple(k for k in (*_TENSOR_CORES.get(str(format.pattern), ()), kind) if k in LOOPS)
 
 
 def kind_of(format: Format, loop: str) -> str:

@@ -14,7 +14,7 @@ from typing import Protocol, TypeAlias
 import torch
 
 from sparsec.codegen.spec import Packed
-from sparsec.codegen.triton.launch import Launch
+from sparsec.codegen.triton.launch import Runs
 from sparsec.formats import Format
 
 Config: TypeAlias = "Mapping[str, int]"  # tile sizes, splits, warps: what tuning may choose
@@ -60,6 +60,6 @@ class Family(Protocol):
         """The space that tuning may search, the best guess first; never empty."""
         ...
 
-    def launches(self, packed: Packed, loop: str, call: Call, config: Config) -> list[Launch]:
+    def launches(self, packed: Packed, loop: str, call: Call, config: Config) -> Sequence[Runs]:
         """What computes one product. Raises ValueError for an M above what the loop takes."""
         ...

@@ -6,9 +6,9 @@ CUDA side, and triton is imported by the families alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -49,11 +49,25 @@ class Launch:
     def name(self) -> str:
         return str(self.kernel.fn.__name__)
 
+    def run(self) -> None:
+        """Execute, on the current device."""
+        self.kernel[self.grid](**self.args, **self.constants, num_warps=self.warps, num_stages=self.stages)
 
-def run(launches: Sequence[Launch]) -> None:
-    """Execute in order, on the device of the tensors."""
+
+class Runs(Protocol):
+    """A launch, of whatever language."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def run(self) -> Callable[[], object]: ...
+
+
+def run(launches: Sequence[Runs]) -> None:
+    """Execute in order."""
     for launch in launches:
-        launch.kernel[launch.grid](**launch.args, **launch.constants, num_warps=launch.warps, num_stages=launch.stages)
+        launch.run()
 
 
 POINTERS = {

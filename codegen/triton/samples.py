@@ -5,8 +5,9 @@ A sample has the widths of a real layer, since what Triton makes of a kernel dep
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -55,7 +56,7 @@ def _launches(packed: Packed, loop: str, m: int, capability: int) -> tuple[Launc
     n, k = packed.shape
     call = Call(torch.zeros(m, k, dtype=dtype), torch.empty(m, n, dtype=dtype), capability=capability)
     config = chosen.configs(packed, loop, m, capability)[0]
-    return tuple(chosen.launches(packed, loop, call, config))
+    return tuple(cast("Sequence[Launch]", chosen.launches(packed, loop, call, config)))
 
 
 def x_dtype(format: Format) -> torch.dtype:

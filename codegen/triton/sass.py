@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sparsec.codegen.triton.compile import Compiled
@@ -55,18 +55,20 @@ class Sass:
 
 def analysed(launch: Launch, compiled: Compiled) -> Sass:
     """Read a compiled launch."""
-    code, resources = _disassembled(compiled.cubin)
+    read = disassembled(compiled.cubin)
+    per = len(read.loop) * LANES * launch.warps / launch.loop.count if launch.loop else 0.0
+    moved = conversions(compiled.ttgir)
+    return replace(read, name=compiled.name, capability=compiled.capability, per_unit=per, conversions=moved)
+
+
+def disassembled(cubin: bytes) -> Sass:
+    """Read machine code of one kernel, whatever made it; what only its launch knows is left empty."""
+    code, resources = _texts(cubin)
     found = [(int(m[1], 16), m[2]) for line in code.splitlines() if (m := _LINE.match(line))]
     loop = longest_loop(found)
     registers, stack, shared, local = map(int, _RESOURCES.search(resources).groups())  # type: ignore[union-attr]
-    per = 0.0
-    if launch.loop:
-        per = len(loop) * LANES * launch.warps / launch.loop.count
     wide = sum(op.startswith("LDG") and ".128" in op for op in loop)
-    return Sass(
-        compiled.name, compiled.capability, registers, stack + local, shared, len(found), loop, per, wide,
-        conversions(compiled.ttgir),
-    )  # fmt: skip
+    return Sass("", 0, registers, stack + local, shared, len(found), loop, 0.0, wide, 0)
 
 
 def longest_loop(code: Sequence[tuple[int, str]]) -> tuple[str, ...]:
@@ -109,7 +111,7 @@ def tools() -> Path:
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-def _disassembled(cubin: bytes) -> tuple[str, str]:
+def _texts(cubin: bytes) -> tuple[str, str]:
     """The listing, and the line of resources."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
