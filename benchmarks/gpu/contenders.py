@@ -17,14 +17,15 @@ from torch.nn import functional as F
 
 from benchmarks.gpu.timing import copies_of
 from sparsec.codegen import triton
-from sparsec.codegen.cuda import prefill24
 from sparsec.codegen.cuda.cslt import DENSE, Cslt, unavailable
 from sparsec.codegen.spec import Packed
 from sparsec.codegen.triton.contract import Call, Family
 from sparsec.codegen.triton.launch import run
 from sparsec.errors import RoundTripMismatch, UnknownFormat
-from sparsec.formats import Format, Pattern
+from sparsec.formats import Format, Pattern, value_kind
 
+LIBRARY = "cslt"  # a family that is none of ours: measured as a peer, without copies around it
+MANY_ROWS = 33
 GATE = 0.5  # of x, for kernels that drop small channels: half of uniform values
 
 
@@ -108,10 +109,18 @@ def format_of(name: str) -> Format:
         return Format(Pattern(pattern), values)
 
 
-def kinds_of(format: Format) -> tuple[str, ...]:
-    """The families that take a format, gates too."""
-    gates = getattr(triton, "GATES", {})
-    return (format.pattern.kind,) if format.pattern.kind in gates else triton.kinds_of(format)
+def kinds_of(format: Format, rows: int = 1) -> tuple[str, ...]:
+    """The families of ours that take a format, gates too; those for many rows of x from ``MANY_ROWS`` on.
+
+    Families may pack a weight's real values whatever the format says of them, so those must be among its own.
+    """
+    if format.pattern.kind in triton.GATES:
+        return (format.pattern.kind,)
+    kinds = [k for k in triton.kinds_of(format) if k != LIBRARY and (k not in triton.OTHERS or rows >= MANY_ROWS)]
+    values = value_kind(format.values)[0]
+    return tuple(
+        k for k in kinds if any(value_kind(format_of(f).values)[0] == values for f in triton.family(k).formats)
+    )
 
 
 def pack(kind: str, format: Format, weight: torch.Tensor) -> Pack:
@@ -145,43 +154,12 @@ def kernels(made: Pack, x: torch.Tensor, l2: int, capability: int, configs: int)
 def kernel_call(
     made: Pack, packs: list[Packed], loop: str, config: Mapping[str, int], x: torch.Tensor, capability: int
 ) -> Callable[[int], torch.Tensor]:
-    extra = (GATE,) if made.kind in getattr(triton, "GATES", {}) else ()
+    extra = (GATE,) if made.kind in triton.GATES else ()
     family: Any = made.family
 
     def call(i: int) -> torch.Tensor:
         y = x.new_empty((len(x), packs[0].shape[0]))
         run(family.launches(packs[i % len(packs)], loop, Call(x, y, capability=capability), config, *extra))
-        return y
-
-    return call
-
-
-def prefill(weight: torch.Tensor, x: torch.Tensor, l2: int, capability: int, configs: int) -> Iterator[Contender]:
-    """The 2:4 kernels for many rows of x, as CUDA C++ text: each kind with its first ``configs`` shapes."""
-    dtype = prefill24.DTYPES[weight.dtype]
-    shapes = prefill24.shapes(dtype, "", len(x), capability)
-    for kind in dict.fromkeys(shape.kind for shape in shapes):
-        _wait(weight)
-        started = time.perf_counter()
-        packed = prefill24.pack(weight, kind)
-        _wait(weight)
-        seconds = time.perf_counter() - started
-        if not torch.equal(prefill24.unpack(packed, kind), weight):
-            raise RoundTripMismatch(format=f"{packed.format} {kind}", detail="unpacking gives another weight")
-        count = copies_of(packed.bytes, l2)
-        packs = [packed, *(_copy(packed) for _ in range(count - 1))]
-        for shape in [shape for shape in shapes if shape.kind == kind][:configs]:
-            config = {"block_m": shape.block_m, "stages": shape.stages}
-            call = _prefill_call(packs, shape, x, capability)
-            yield Contender(shape.name, call, packed.bytes, count, seconds, config)
-
-
-def _prefill_call(
-    packs: list[Packed], shape: prefill24.Shape, x: torch.Tensor, capability: int
-) -> Callable[[int], torch.Tensor]:
-    def call(i: int) -> torch.Tensor:
-        y = x.new_empty((len(x), packs[0].shape[0]))
-        prefill24.linear(packs[i % len(packs)], shape, x, y, None, capability)
         return y
 
     return call

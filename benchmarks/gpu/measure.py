@@ -25,7 +25,6 @@ SAMPLE_ROWS = 1024  # of a weight are random, the rest repeats them: making valu
 WRONG = 2e-2  # relative error (of norms) beyond which a result counts as wrong; bf16 alone gives a few 1e-3
 SEARCH_ROUNDS, ROUNDS = 7, 31
 LAPS_S = 3.0  # of a row's timing; a round of the largest prefill takes half a second
-PREFILL_ROWS, PREFILL_FORMATS = 33, ("nm:2:4+bf16", "nm:2:4+fp16")  # from where kernels for many rows are tried too
 KEEP_BYTES = 24 << 30  # of weights and packs from one row to the next
 
 
@@ -157,9 +156,6 @@ def _made(
             sources.append((peer, peer, lambda peer=peer: _kernels(row, session, peer, x)))  # type: ignore[misc]
     for name in regime.formats:
         sources.append(("ours", name, lambda name=name: _kernels(row, session, name, x)))  # type: ignore[misc]
-    if row.m >= PREFILL_ROWS and set(PREFILL_FORMATS) & set(regime.formats):
-        rest = (session.l2, session.capability, session.configs)
-        sources.append(("ours", "prefill24", lambda: contenders.prefill(weight, x, *rest)))
     for kind, name, make in sources:
         session.step(name)
         try:
@@ -177,7 +173,7 @@ def _one(contender: Contender) -> Iterator[Contender]:
 
 def _kernels(row: Row, session: Session, name: str, x: torch.Tensor) -> Iterator[Contender]:
     """Kernels of every family that packs the format. Raises LookupError where none takes as many rows of x."""
-    kinds, found, refused = contenders.kinds_of(format_of(name)), 0, []
+    kinds, found, refused = contenders.kinds_of(format_of(name), row.m), 0, []
     for kind in kinds:
         try:
             made = session.pack(row, name, kind)

@@ -18,7 +18,6 @@ import torch
 
 from sparsec.codegen import reference, triton
 from sparsec.codegen.cuda import prefill24
-from sparsec.codegen.cuda.cslt import Cslt, unavailable
 from sparsec.codegen.spec import ACTS
 from sparsec.codegen.triton.contract import Call
 from sparsec.codegen.triton.launch import run
@@ -111,10 +110,10 @@ class FamilyWay:
 
 
 class PrefillWay:
-    """2:4 for many rows of x, as CUDA C++ text."""
+    """2:4 for many rows of x by ``mma.sp``, which the registry takes for other GPUs than those of sm_90."""
 
     formats = ("nm:2:4+bf16", "nm:2:4+fp16")
-    loops: dict[str, int] = {"mma": 0, "wgmma": 0}  # noqa: RUF012
+    loops: dict[str, int] = {"mma": 0}  # noqa: RUF012
 
     def pack(self, weight: torch.Tensor, format: Format, loop: str) -> Any:
         packed = prefill24.pack(weight, loop)
@@ -128,26 +127,8 @@ class PrefillWay:
         prefill24.linear(packed, replace(config, act=call.act), call.x, call.y, call.bias, call.capability)
 
 
-class LibraryWay:
-    """2:4 by cuSPARSELt."""
-
-    formats = ("nm:2:4+bf16", "nm:2:4+fp16")
-    loops: dict[str, int] = {"library": 0}  # noqa: RUF012
-
-    def pack(self, weight: torch.Tensor, format: Format, loop: str) -> Any:
-        if unavailable():
-            raise PatternMismatch(format=str(format), detail=unavailable())
-        return Cslt().compress(weight)
-
-    def configs(self, packed: Any, loop: str, m: int, capability: int) -> list[Any]:
-        return [None]
-
-    def product(self, packed: Any, case: Case, config: Any, call: Call) -> None:
-        call.y.copy_(Cslt().linear(call.x, packed, call.bias, call.act))
-
-
-ON_DEVICE = {"prefill24": PrefillWay, "cuSPARSELt": LibraryWay}  # these do not run in the interpreter
-ROUNDS_TWICE = ("cuSPARSELt",)  # before the activation, and after
+ON_DEVICE = {"prefill24 mma": PrefillWay}  # besides what the registry has on this GPU
+ROUNDS_TWICE = ("cslt",)  # before the activation, and after
 
 
 @functools.cache
@@ -157,7 +138,7 @@ def way(kind: str) -> Way:
 
 def registered(on_device: bool = False) -> list[tuple[str, str]]:
     """(family, format) for all that is registered, gates too; empty where there is no triton."""
-    kinds = [*triton.FAMILIES, *triton.GATES, *(ON_DEVICE if on_device else ())]
+    kinds = [*triton.FAMILIES, *triton.GATES, *((*triton.OTHERS, *ON_DEVICE) if on_device else ())]
     try:
         return [(kind, name) for kind in kinds for name in way(kind).formats]
     except NoTriton:
