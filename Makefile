@@ -9,10 +9,10 @@ STAMP := $(VENV)/.installed
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench accuracy readme clean
+.PHONY: help install demo test check bench gpu-test gpu-bench accuracy readme clean
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-9s %s\n", $$1, $$2}'
 
 install: $(STAMP) ## make .venv with everything the other commands need
 
@@ -41,6 +41,16 @@ check: $(STAMP) ## ruff, mypy strict, layout tests
 
 bench: $(STAMP) ## all engines side by side, into bench_report/; make bench ARGS=--quick for a short one
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# A machine with a GPU brings its own torch and often no network, so these two install nothing: they take .venv where it
+# is, else $(PYTHON), and find sparsec in this folder.
+GPU_PY := PYTHONPATH=$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH)) $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+gpu-test: ## kernels and torch.compile on the GPU of this machine; skipped with a reason where there is none
+	$(GPU_PY) -m pytest -q tests/gpu $(ARGS)
+
+gpu-bench: ## kernels against the best dense product, into benchmarks/results; ARGS=--quick for four minutes
+	$(GPU_PY) -m benchmarks.gpu $(ARGS)
 
 accuracy: $(STAMP) ## what every method costs in accuracy, into benchmarks/accuracy.md; SPARSEC_EVAL=DIR says on what
 	$(BIN)/python -m benchmarks.accuracy $(ARGS)

@@ -81,9 +81,9 @@ def shell_lines(name: str) -> list[str]:
 
 
 def test_make_targets_named_in_the_texts_exist() -> None:
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
     for name in TEXTS:
-        named = set(re.findall(r"`make (\w+)", (ROOT / name).read_text(encoding="utf-8")))
+        named = set(re.findall(r"`make ([\w-]+)", (ROOT / name).read_text(encoding="utf-8")))
         named |= {line.split()[1] for line in shell_lines(name) if line.startswith("make ")}
         assert named
         assert named <= targets, f"{name}: {named - targets}"
