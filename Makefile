@@ -8,6 +8,9 @@ STAMP := $(VENV)/.installed
 # The CPU builds of torch; the default index would bring gigabytes of CUDA libraries on Linux.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
+# Tests that compile kernels of GPUs, where there is none: two at a time, since they time nothing.
+OFFLINE := $(wildcard tests/codegen/test_triton_*.py tests/codegen/test_cuda_*.py tests/codegen/test_gated_*.py)
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check bench gpu-test gpu-bench accuracy readme clean
 
@@ -30,8 +33,9 @@ demo: $(STAMP) ## the first five minutes: a pruned real model against Inductor, 
 	$(BIN)/sparsec demo $(ARGS)
 
 test: check ## make check, then every test; kernels of GPUs in Triton's interpreter, in a process of their own
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/codegen/triton
-	$(BIN)/python -m pytest -q $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/codegen/triton
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup $(OFFLINE)
+	$(BIN)/python -m pytest -q $(OFFLINE:%=--ignore=%) $(ARGS)
 
 check: $(STAMP) ## ruff, mypy strict, layout tests
 	$(BIN)/ruff check .

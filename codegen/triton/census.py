@@ -50,14 +50,16 @@ def count(capability: int = COUNTED, kinds: Sequence[str] = (), rows: tuple[int,
     """Compile and count; needs triton, no GPU. Raises KernelCompileFailed."""
     from sparsec.codegen.triton.compile import compile_launch
     from sparsec.codegen.triton.samples import samples
-    from sparsec.codegen.triton.sass import analysed
+    from sparsec.codegen.triton.sass import Sass, analysed
     from sparsec.targets.cuda import ARCHITECTURES
 
     native = ARCHITECTURES[f"sm_{capability}"].native
+    seen: dict[str, Sass] = {}  # kernels for several numbers of rows are often one
     for sample in samples(capability, tuple(kinds), rows):
         main = next(launch for launch in sample.launches if launch.loop)
         assert main.loop is not None
-        sass = analysed(main, compile_launch(main, capability))
+        key = main.identity
+        sass = seen[key] = seen.get(key) or analysed(main, compile_launch(main, capability))
         missing = tuple(op for key, op in main.expects.items() if key in native and not sass.has(op))
         yield Count(
             sample.format, sample.loop, sample.m, main.loop.unit, round(sass.per_unit, 3), main.loop.budget,

@@ -49,6 +49,11 @@ class Launch:
     def name(self) -> str:
         return str(self.kernel.fn.__name__)
 
+    @property
+    def identity(self) -> str:
+        """Equal for launches that compile to the same code, however many rows or programs they are for."""
+        return f"{self.name} {signature(self)} {sorted(self.constants.items())} {self.warps} {self.stages} {self.loop}"
+
     def run(self) -> None:
         """Execute, on the current device."""
         self.kernel[self.grid](**self.args, **self.constants, num_warps=self.warps, num_stages=self.stages)

@@ -5,6 +5,7 @@ A sample has the widths of a real layer, since what Triton makes of a kernel dep
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -21,6 +22,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROWS = (1, 4, 16, 64, 2048)  # of x: decode, small batches, prefill
 N, K = 256, 1024
 DENSITIES = (0.3, 0.6)
+FREE = ("bitmap", "index", "block")  # patterns that hold weights of any density
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,14 @@ def samples(capability: int = 90, kinds: tuple[str, ...] = (), rows: tuple[int, 
                     yield Sample(name, loop, m, _launches(packed, loop, m, capability), stored)
 
 
+@functools.lru_cache(maxsize=64)
 def _packed(format: Format, loop: str) -> tuple[Packed, tuple[float, float]]:
     """The pack of a sample, and what positions and values take: solved from two densities where those are free."""
-    weights = [sample_weight(format, density=density) for density in DENSITIES]
+    densities = DENSITIES if format.pattern.kind in FREE else DENSITIES[:1]
+    weights = [sample_weight(format, density=density) for density in densities]
     packs = [pack_verified(weight, format, "sample", loop) for weight in weights]
     kept = [int(weight.count_nonzero()) for weight in weights]
-    if kept[0] == kept[1]:
+    if len(packs) == 1:
         return packs[0], (0.0, packs[0].bytes / kept[0])
     value = (packs[1].bytes - packs[0].bytes) / (kept[1] - kept[0])
     position = (packs[0].bytes - value * kept[0]) / (N * K)

@@ -63,10 +63,10 @@ def analysed(launch: Launch, compiled: Compiled) -> Sass:
 
 def disassembled(cubin: bytes) -> Sass:
     """Read machine code of one kernel, whatever made it; what only its launch knows is left empty."""
-    code, resources = _texts(cubin)
-    found = [(int(m[1], 16), m[2]) for line in code.splitlines() if (m := _LINE.match(line))]
+    text = _text(cubin)
+    found = [(int(m[1], 16), m[2]) for line in text.splitlines() if (m := _LINE.match(line))]
     loop = longest_loop(found)
-    registers, stack, shared, local = map(int, _RESOURCES.search(resources).groups())  # type: ignore[union-attr]
+    registers, stack, shared, local = map(int, _RESOURCES.search(text).groups())  # type: ignore[union-attr]
     wide = sum(op.startswith("LDG") and ".128" in op for op in loop)
     return Sass("", 0, registers, stack + local, shared, len(found), loop, 0.0, wide, 0)
 
@@ -111,15 +111,11 @@ def tools() -> Path:
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-def _texts(cubin: bytes) -> tuple[str, str]:
+def _text(cubin: bytes) -> str:
     """The listing, and the line of resources."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        texts = [
-            subprocess.run(
-                [tools() / "cuobjdump", option, file.name], capture_output=True, text=True, check=True
-            ).stdout
-            for option in ("-sass", "-res-usage")
-        ]
-    return texts[0], texts[1]
+        command = [str(tools() / "cuobjdump"), "-sass", "-res-usage", file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout
