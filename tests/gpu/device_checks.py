@@ -209,7 +209,7 @@ def error_of(
     expected = reference.ACT[case.act](wide)
     scale = x.double().abs() @ weight.double().abs().T + (0 if bias is None else bias.double().abs())
     step = STEP[x.dtype] * (1.0 if exact else 4.0) * (2.2 if case.kind in ROUNDS_TWICE else 1.0)
-    allowed = 1.05 * step * expected.abs() + SUMS * scale + (1e-6 if exact else step * scale)
+    allowed = 1.05 * step * expected.abs() + SUMS * scale + (0.0 if exact else step * scale) + 1e-6
     off = ((y.double() - expected).abs() / allowed).nan_to_num(nan=float("inf"))
     return float(off.max())
 
