@@ -63,7 +63,7 @@ def analysed(launch: Launch, compiled: Compiled) -> Sass:
 
 def disassembled(cubin: bytes) -> Sass:
     """Read machine code of one kernel, whatever made it; what only its launch knows is left empty."""
-    text = _text(cubin)
+    text = listing(cubin)
     found = [(int(m[1], 16), m[2]) for line in text.splitlines() if (m := _LINE.match(line))]
     loop = longest_loop(found)
     registers, stack, shared, local = map(int, _RESOURCES.search(text).groups())  # type: ignore[union-attr]
@@ -111,7 +111,7 @@ def tools() -> Path:
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-def _text(cubin: bytes) -> str:
+def listing(cubin: bytes) -> str:
     """The listing, and the line of resources."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

@@ -12,7 +12,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from sparsec.codegen.triton import FAMILIES, census  # noqa: E402
 
-
 pytestmark = pytest.mark.xdist_group("census")  # one process counts for all
 
 

@@ -13,7 +13,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from sparsec.codegen.triton.compile import CAPABILITIES, Compiled, compile_launch
 from sparsec.codegen.triton.samples import samples
-from sparsec.codegen.triton.sass import Sass, _disassembled, analysed
+from sparsec.codegen.triton.sass import Sass, analysed, listing
 
 
 def readers(capability: int, *rows: int) -> dict[tuple[str, int], tuple[Compiled, Sass, float]]:
@@ -49,7 +49,7 @@ def test_one_row_and_many_keep_to_the_budget_of_an_h200() -> None:
 
 def assert_no_predicate(compiled: Compiled) -> None:
     """All lanes of a warp have to take part in an instruction of the warp."""
-    lines = [line for line in _disassembled(compiled.cubin)[0].splitlines() if "HMMA.SP" in line]
+    lines = [line for line in listing(compiled.cubin).splitlines() if "HMMA.SP" in line]
     assert lines
     assert not [line for line in lines if re.search(r"@!?U?P\d", line)]
 
