@@ -11,9 +11,9 @@ Configurations (tile sizes, splits, warps) are the families' data; one is a reco
 from __future__ import annotations
 
 import functools
-import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,10 @@ from sparsec.passes.decide.candidates import dense_way, ways_for
 from sparsec.runtime.gpu import Config, Route, product
 from sparsec.targets.cuda import GpuTarget
 from sparsec.timing import Samples, speedup
+from sparsec.timing_gpu import GraphTimer, HostTimer, Once, Timer, alternate, calls_of, copies_of
 from sparsec.tune_db import Database, Key, Record
 
 CONFIGS = {"quick": 3, "full": 12}  # configurations of each kernel that are tried
-CALLS = 20  # of one graph
 _log = tune_log()
 
 
@@ -94,11 +94,14 @@ class GpuPoint:
     def measure(self, wanted: Mapping[Key, Run], m: int, effort: Any, budget_s: float) -> Iterator[Record]:
         """Run the wanted kernels against dense in the same rounds."""
         x = torch.randn(m, self.fact.k, generator=torch.Generator().manual_seed(0)).to(self.weight)
-        calls: dict[str, Callable[[int], object]] = {"dense": _dense_call(self._copies(self.weight), x)}
+        dense = self._copies(self.weight)
+        calls: dict[str, Callable[[int], object]] = {"dense": _dense_call(dense, x)}
+        most = len(dense)
         for key, run in wanted.items():
             packs = [run.packed, *(_copy(run.packed) for _ in range(self._times(run.packed.bytes) - 1))]
             calls[key.id] = _our_call(run, packs, x, self.target.capability)
-        samples = timed(calls, effort.rounds, min(effort.point_s, budget_s), self.weight.device)
+            most = max(most, len(packs))
+        samples = timed(calls, most, effort.rounds, min(effort.point_s, budget_s), self.weight.device)
         for key in (key for key in wanted if key.id in samples):
             ours, base = samples[key.id], samples["dense"]
             yield Record(key, speedup(base, ours), base.best, ours.best, len(ours.seconds), time.time())
@@ -108,8 +111,7 @@ class GpuPoint:
         return triton.pack_verified(self.weight, Format.parse(format), self.fact.key, loop)
 
     def _times(self, size: int) -> int:
-        """Copies that together are three times what the L2 cache holds."""
-        return max(1, -(-3 * self.target.l2_bytes // max(size, 1))) if self.weight.is_cuda else 1
+        return copies_of(size, self.target.l2_bytes) if self.weight.is_cuda else 1
 
     def _copies(self, weight: torch.Tensor) -> list[torch.Tensor]:
         times = self._times(weight.numel() * weight.element_size())
@@ -162,59 +164,18 @@ def _our_call(run: Run, packs: Sequence[Packed], x: torch.Tensor, capability: in
 
 
 def timed(
-    calls: Mapping[str, Callable[[int], object]], rounds: int, budget_s: float, device: torch.device
+    calls: Mapping[str, Callable[[int], object]], copies: int, rounds: int, budget_s: float, device: torch.device
 ) -> dict[str, Samples]:
     """Seconds a call, one a round, in rotating order; each call is given its number, to choose its copy by.
 
-    A kernel that fails is left out, with its reason in the log. At least five rounds.
+    A kernel that fails is left out, with its reason in the log. Without dense nothing can be claimed: an empty answer.
     """
-    ready: dict[str, Callable[[], float]] = {}
-    for name, call in calls.items():
-        try:
-            ready[name] = _graphed(call, device) if device.type == "cuda" else _hosted(call)
-        except Exception as error:  # whatever Triton or CUDA raises, this kernel is not a candidate here
-            _log.info("%s is not measured: %s", name, error)
-    names, taken, started = list(ready), {name: list[float]() for name in ready}, time.perf_counter()
-    for i in range(rounds):
-        if i >= 5 and time.perf_counter() - started > budget_s:
-            break
-        for name in itertools.islice(itertools.cycle(names), i % len(names), i % len(names) + len(names)):
-            taken[name].append(ready[name]())
-    return {name: Samples(tuple(values)) for name, values in taken.items()} if "dense" in ready else {}
-
-
-def _hosted(call: Callable[[int], object]) -> Callable[[], float]:
-    call(0)
-
-    def once() -> float:
-        before = time.perf_counter()
-        call(0)
-        return time.perf_counter() - before
-
-    return once
-
-
-def _graphed(call: Callable[[int], object], device: torch.device) -> Callable[[], float]:
-    """CALLS calls in one CUDA graph; gives the seconds of one of them. Warm-up compiles what is not compiled."""
-    with torch.cuda.device(device):
-        side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for i in range(3):
-                call(i)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            kept = [call(i) for i in range(CALLS)]
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        graph.replay()
-
-    def once() -> float:
-        assert kept
-        first.record()
-        graph.replay()
-        last.record()
-        last.synchronize()
-        return float(first.elapsed_time(last)) / 1e3 / CALLS
-
-    return once
+    timer: Timer = GraphTimer() if device.type == "cuda" else HostTimer()
+    ready: dict[str, Once] = {}
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        for name, call in calls.items():
+            try:
+                ready[name] = timer.prepare(call, calls_of(copies))
+            except Exception as error:  # whatever Triton or CUDA raises, this kernel is not a candidate here
+                _log.info("%s is not measured: %s", name, error)
+        return alternate(ready, rounds, budget_s) if "dense" in ready else {}

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from benchmarks.gpu.timing import copies_of
 from sparsec.codegen import triton
 from sparsec.codegen.cuda.cslt import DENSE, Cslt, unavailable
 from sparsec.codegen.spec import Packed
@@ -23,6 +22,7 @@ from sparsec.codegen.triton.contract import Call, Family
 from sparsec.codegen.triton.launch import run
 from sparsec.errors import RoundTripMismatch, UnknownFormat
 from sparsec.formats import Format, Pattern, value_kind
+from sparsec.timing_gpu import copies_of
 
 LIBRARY = "cslt"  # a family that is none of ours: measured as a peer, without copies around it
 MANY_ROWS = 33

@@ -16,10 +16,10 @@ import torch
 from benchmarks.gpu import contenders
 from benchmarks.gpu.contenders import GATE, Contender, Pack, format_of
 from benchmarks.gpu.rows import REGIMES, Row, Target, verdict
-from benchmarks.gpu.timing import GraphTimer, Timer, alternate, calls_of
 from sparsec.codegen.triton.samples import sample_weight, x_dtype
 from sparsec.errors import SparsecError
 from sparsec.timing import Samples, speedup
+from sparsec.timing_gpu import GraphTimer, Timer, alternate, calls_of
 
 SAMPLE_ROWS = 1024  # of a weight are random, the rest repeats them: making values on the host would take the time
 WRONG = 2e-2  # relative error (of norms) beyond which a result counts as wrong; bf16 alone gives a few 1e-3

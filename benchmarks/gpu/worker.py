@@ -70,7 +70,7 @@ def copy_rate(device: Any) -> float:
     """Bytes read and written a second by a copy from device memory to device memory."""
     import torch
 
-    from benchmarks.gpu.timing import GraphTimer
+    from sparsec.timing_gpu import GraphTimer
 
     source = torch.empty(COPY_BYTES // 4, device=device).normal_()
     target = torch.empty_like(source)

@@ -18,9 +18,9 @@ from benchmarks.gpu.__main__ import chosen, no_gpu
 from benchmarks.gpu.results import Results, markdown, slug, tally
 from benchmarks.gpu.rows import MS, REGIMES, SHAPES, TARGETS, Row, everything, pending, quick, verdict
 from benchmarks.gpu.run import ATTEMPTS, ProcessWorker, WorkerGone, run
-from benchmarks.gpu.timing import CALLS, COPIES, alternate, calls_of, copies_of
 from sparsec.errors import BadOptionValue
 from sparsec.timing import speedup
+from sparsec.timing_gpu import CALLS, COPIES, alternate, calls_of, copies_of
 
 ROOT = Path(__file__).resolve().parents[2]
 L2 = 60 << 20

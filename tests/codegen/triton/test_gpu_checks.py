@@ -14,7 +14,7 @@ from benchmarks.gpu.contenders import format_of, kinds_of
 from benchmarks.gpu.measure import Session, measure
 from benchmarks.gpu.results import HEADERS, cells
 from benchmarks.gpu.rows import REGIMES, Row
-from benchmarks.gpu.timing import HostTimer
+from sparsec.timing_gpu import HostTimer
 from tests.gpu import device_checks
 from tests.gpu.device_checks import cases, check, registered
 from tests.gpu.llama_checks import Size, generation_error, pruned_llama, said_for_lack_of_memory, sparse_uses

@@ -58,7 +58,7 @@ def test_a_kernel_that_fails_is_left_out_and_the_others_are_measured() -> None:
         raise RuntimeError("no")
 
     calls = {"dense": lambda i: None, "broken": broken, "good": lambda i: None}
-    found = tune_gpu.timed(calls, rounds=6, budget_s=9.0, device=torch.device("cpu"))
+    found = tune_gpu.timed(calls, copies=1, rounds=6, budget_s=9.0, device=torch.device("cpu"))
     assert set(found) == {"dense", "good"}
     assert {len(samples.seconds) for samples in found.values()} == {6}
 
@@ -67,7 +67,7 @@ def test_without_dense_nothing_is_claimed() -> None:
     def broken(i: int) -> object:
         raise RuntimeError("no")
 
-    assert tune_gpu.timed({"dense": broken, "good": lambda i: None}, 5, 1.0, torch.device("cpu")) == {}
+    assert tune_gpu.timed({"dense": broken, "good": lambda i: None}, 1, 5, 1.0, torch.device("cpu")) == {}
 
 
 def test_a_configuration_serves_the_rows_up_to_its_own() -> None:
