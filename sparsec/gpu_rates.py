@@ -24,6 +24,7 @@ from sparsec.targets.cuda import GpuTarget
 MS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
 CALL_S = 3e-6  # a kernel from launch to end with next to no work, inside a CUDA graph
 ISSUE = 0.8  # of the instruction slots that a well-filled SM uses
+HIDING = 0.25  # share of the bandwidth that a kernel loses whose instructions just keep up with memory
 TENSOR = 0.75  # of the data sheet's rate that dense products reach, by power and clock
 
 
@@ -63,9 +64,12 @@ def _kernels(target: GpuTarget, pattern: Pattern, dtype: str) -> Iterator[Kernel
             yield from _prefill(target, loop, dtype)
         elif counts := _counts(format, kind, loop):
             points = tuple(_points(target, dtype, counts))
+            first = counts[0]
+            busy = min(first.per_unit / first.budget, 1.0)  # a kernel that issues all the time hides less of memory
             yield KernelRate(
-                str(pattern), loop, dtype, points, stored=(counts[0].bytes_position, counts[0].bytes_value), most=most
-            )
+                str(pattern), loop, dtype, points, bandwidth=target.bandwidth * target.copy * (1 - HIDING * busy),
+                stored=(first.bytes_position, first.bytes_value), most=most,
+            )  # fmt: skip
 
 
 def _counts(format: Format, kind: str, loop: str) -> list[Count]:
@@ -103,11 +107,14 @@ def _points(target: GpuTarget, dtype: str, counts: list[Count]) -> Iterator[tupl
 
 # Kernels whose code has no count of its own: how many times faster than dense they are expected to be where tensor
 # cores are the ceiling. The hardware's 2 is seldom seen (1.2 to 1.6 on Hopper); tuning finds out.
+MANY = 256  # rows
 PREFILL = {"prefill": 1.2, "cusparselt": 1.25}
 
 
 def _prefill(target: GpuTarget, loop: str, dtype: str) -> Iterator[KernelRate]:
-    """2:4 for many rows: 9 bits, so 1.125 bytes, a weight; below 64 rows these work as for 64."""
+    """2:4 for many rows: 9 bits, so 1.125 bytes, a weight. With fewer rows their blocks of 128 x 128 do not fill a GPU,
+    so no cost is claimed there."""
     if dtype != "fp32" and (loop != "cusparselt" or target.here):
-        points = ((m, 0.0, 2 * m / (TENSOR * target.flops(dtype) * PREFILL[loop]), 0.0) for m in MS if m >= 64)
-        yield KernelRate("nm:2:4", loop, dtype, tuple(points), stored=(1.125, 0.0))
+        few = [(m, 0.0, 1.0, 0.0) for m in (1, MANY - 1)]
+        points = [(m, 0.0, 2 * m / (TENSOR * target.flops(dtype) * PREFILL[loop]), 0.0) for m in MS if m >= MANY]
+        yield KernelRate("nm:2:4", loop, dtype, (*few, *points), stored=(1.125, 0.0))

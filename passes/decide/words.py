@@ -54,7 +54,7 @@ def too_small(fact: WeightFact) -> str:
 
 
 def break_even(share: float) -> str:
-    return f"break-even is {zero(share)} zero on this CPU"
+    return f"break-even is {zero(share)} zero on this machine"
 
 
 def not_smaller(fact: WeightFact) -> str:

@@ -31,7 +31,7 @@ def encoder(make: Make) -> CompileRecord:
         block = f"encoder.layer.{i}"
         for part in ("query", "key", "value"):
             record.layers.append(make(f"{block}.attention.self.{part}", density=0.5 - 0.004 * i, pays_to=100))
-        dense = {"format": "dense", "reason": "break-even is 62 % zero on this CPU"}
+        dense = {"format": "dense", "reason": "break-even is 62 % zero on this machine"}
         record.layers.append(make(f"{block}.attention.output.dense", density=0.89, **dense))
         near = f"near 2:4 (97.{i} % of groups; 1 81{i} break it)"
         record.layers.append(make(f"{block}.intermediate.dense", 1536, 384, density=0.2, near=near))

@@ -94,3 +94,36 @@ def test_a_1x1_convolution_runs_too() -> None:
     with torch.inference_mode():
         x = torch.randn(1, 32, 2, 2)
         torch.testing.assert_close(fast(x), model(x), atol=1e-4, rtol=1e-4)
+
+
+def test_a_kernel_that_fails_makes_its_rows_dense_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsec.codegen.triton import family
+    from sparsec.errors import SparsecWarning
+
+    def out_of_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    model = pruned()
+    fast = torch.compile(model, backend="sparsec", options={**TARGET, "formats": ["index"]})
+    monkeypatch.setattr(type(family("index")), "launches", out_of_memory)
+    x = torch.randn(1, 96)
+    with torch.inference_mode():
+        with pytest.warns(SparsecWarning, match="gather on a .* failed .*no room.* run dense from now on"):
+            torch.testing.assert_close(fast(x), model(x), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(fast(x), model(x), atol=1e-4, rtol=1e-4)  # silent now
+
+
+def test_no_room_for_a_pack_leaves_the_weight_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsec.codegen import triton
+    from sparsec.errors import SparsecWarning
+
+    def out_of_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    model = pruned()
+    monkeypatch.setattr(triton, "pack_verified", out_of_memory)
+    fast, x = torch.compile(model, backend="sparsec", options=TARGET), torch.randn(1, 96)
+    with torch.inference_mode():
+        with pytest.warns(SparsecWarning, match="no room"):
+            y = fast(x)
+        torch.testing.assert_close(y, model(x), atol=1e-4, rtol=1e-4)
