@@ -126,9 +126,10 @@ def _generation(loaded: models.LoadedModel, batch: int, tokens: int) -> Case:
     positions = [torch.full((batch, 1), i) for i in range(tokens)]
     masks = _masks(tokens, next(loaded.model.parameters()).dtype, cache)
     names = inspect.signature(loaded.model.forward).parameters
+    held = "cache" if "cache" in names else "past_key_values"  # transformers renamed it in 5.24
 
     def kwargs(i: int) -> dict[str, Any]:
-        said = {"input_ids": ids[i], "position_ids": positions[i], "attention_mask": masks[i], "past_key_values": cache}
+        said = {"input_ids": ids[i], "position_ids": positions[i], "attention_mask": masks[i], held: cache}
         return {**{k: v for k, v in said.items() if k in names}, "use_cache": True}
 
     with torch.no_grad():
