@@ -66,7 +66,8 @@ def test_help_shows_an_example_and_imports_nothing_heavy(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES_RUN_HERE)
 def test_the_example_in_the_help_runs(name: str, tmp_path: Path) -> None:
-    example = __import__(f"sparsec.cli.{name}", fromlist=["EXAMPLE"]).EXAMPLE.splitlines()[0]
+    module = f"sparsec.cli.{name.replace('-', '_')}"
+    example = __import__(module, fromlist=["EXAMPLE"]).EXAMPLE.splitlines()[0]
     done = sparsec(*shlex.split(example)[1:], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
@@ -222,7 +223,7 @@ def test_a_reader_that_leaves_early_causes_no_traceback() -> None:
 
 def test_a_warning_is_a_sentence_without_a_place_in_our_code(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("a few words to calibrate on. " * 20)
-    words = ["sparsify", "tiny:llama", "--method", "wanda", "--data", "text.txt", "-o", "out", "--no-eval"]
+    words = ["sparsify", "tiny:llama", "--method", "sparsegpt", "--data", "text.txt", "-o", "out", "--no-eval"]
     words += ["--calibration", "{samples: 1, seqlen: 32}"]
     done = subprocess.run(
         [sys.executable, "-m", "sparsec", *words], capture_output=True, text=True, timeout=120, cwd=tmp_path
