@@ -213,7 +213,8 @@ def _machine_from_json(value: dict[str, Any]) -> Rates:
 
 def _kernel_from_json(value: dict[str, Any]) -> KernelRate:
     points = tuple((int(m), float(c), float(p), float(nonzero)) for m, c, p, nonzero in value["points"])
-    rate = KernelRate(**{**value, "points": points})
+    position, kept = value.get("stored", (0.0, 0.0))
+    rate = KernelRate(**{**value, "points": points, "stored": (float(position), float(kept))})  # JSON has no tuples
     if not points or rate.bandwidth < 0 or any(min(p) < 0 or p[0] < 1 for p in points):
         raise ValueError("not a rate")
     return rate

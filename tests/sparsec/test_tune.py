@@ -641,3 +641,16 @@ def test_kernel_texts_differ_where_the_kernel_does() -> None:
     texts = [t.text for name in names for d in ("fp32", "bf16") for t in kernel_texts(Pattern.parse(name), d, PORTABLE)]
     assert len(texts) == 24
     assert len({text.partition("\n")[2] for text in texts}) >= 20
+
+
+def test_a_rate_that_was_kept_is_the_rate_that_was_measured() -> None:
+    import json
+    from dataclasses import asdict
+
+    from sparsec.measure import _kernel_from_json
+    from sparsec.targets.base import KernelRate
+
+    rate = KernelRate("bitmap", "dot", "fp32", ((1, 0.0, 1e-12, 2e-12),), bandwidth=1e10)
+    back = _kernel_from_json(json.loads(json.dumps(asdict(rate))))
+    assert back == rate
+    assert hash(back) == hash(rate)  # decisions are remembered by it
