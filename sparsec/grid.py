@@ -6,11 +6,15 @@ In: a weight [N, K] that some quantiser left as ``q * scale`` in its own dtype. 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 SAMPLED = 8
+
+Fit = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,10 @@ class OnGrid:
         return (self.q.float() * wide).to(dtype)
 
 
-def on_grid(weight: torch.Tensor, bits: int, group: int = 0) -> OnGrid | None:
+def on_grid(weight: torch.Tensor, bits: int, group: int = 0, shifted: bool = False) -> OnGrid | None:
     """The symmetric grid of a weight [N, K], or None. ``group`` in-features of a row share a scale; 0: the whole row.
+
+    ``shifted``: 2^bits neighbouring integers with 0 among them, any for each group, instead of -top .. top.
 
     The scale of a group is its largest |w| over some integer up to 2^(bits-1) - 1; round to nearest leaves the largest
     such integer, so that is tried first, and others only where it does not hold. A weight of 16 bits has rounded
@@ -38,19 +44,20 @@ def on_grid(weight: torch.Tensor, bits: int, group: int = 0) -> OnGrid | None:
     k = weight.shape[1]
     if not weight.numel():
         return None
-    size, top = group or k, 2 ** (bits - 1) - 1
+    size, top = group or k, 2**bits - 1 if shifted else 2 ** (bits - 1) - 1
+    fit = functools.partial(_fit, top=top, span=top if shifted else 2 * top)
     grouped = torch.nn.functional.pad(weight.detach(), (0, -k % size)).reshape(-1, size)
     scale = torch.ones(len(grouped), 1, device=weight.device)
     largest = grouped.float().abs().amax(1, keepdim=True)
     todo = (largest[:, 0] > 0).nonzero().flatten()
     for step in range(top, 0, -1):
-        found, fitted = _fit(grouped[todo], largest[todo] / step, top)
+        found, fitted = fit(grouped[todo], largest[todo] / step)
         scale[todo[found]] = fitted[found]
         todo = todo[~found]
         if not len(todo):
             break
         few = todo[:SAMPLED]  # where a few groups are on no grid at all, the others need not be tried
-        if step == top and not _each_on_some(grouped[few], largest[few], top):
+        if step == top and not _each_on_some(grouped[few], largest[few], top, fit):
             return None
     if len(todo):
         return None
@@ -59,22 +66,29 @@ def on_grid(weight: torch.Tensor, bits: int, group: int = 0) -> OnGrid | None:
     return made if torch.equal(made.weight(weight.dtype), weight.detach()) else None
 
 
-def _fit(part: torch.Tensor, scale: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _fit(part: torch.Tensor, scale: torch.Tensor, top: int, span: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Which groups hold exactly with this scale, or with that of least squares near it; and the scale that does."""
     wide = part.float()
     q = (wide / scale).round()
-    exact = ((q * scale).to(part.dtype) == part).all(1)
-    if part.dtype == torch.float32 and bool(exact.all()):
+    near = q.amax(1).clamp(min=0) - q.amin(1).clamp(max=0) <= span
+    exact = near & ((q * scale).to(part.dtype) == part).all(1)
+    if part.dtype == torch.float32:  # the maximum tells the scale up to two units in its last place
+        for up in (torch.inf, -torch.inf):
+            other = scale
+            for _ in range(2 if not bool(exact.all()) else 0):
+                other = other.nextafter(torch.full_like(other, up))
+                holds = near & ~exact & (q * other == part).all(1)
+                exact, scale = exact | holds, torch.where(holds[:, None], other, scale)
         return exact, scale
     better = (wide * q).sum(1, keepdim=True) / (q * q).sum(1, keepdim=True).clamp(min=1)
     again = ((wide / better).round() * better).to(part.dtype)
-    refined = (again == part).all(1) & ((wide / better).round().abs().amax(1) <= top)
+    refined = near & (again == part).all(1) & ((wide / better).round().abs().amax(1) <= top)
     return exact | refined, torch.where(exact[:, None], scale, better)
 
 
-def _each_on_some(part: torch.Tensor, largest: torch.Tensor, top: int) -> bool:
+def _each_on_some(part: torch.Tensor, largest: torch.Tensor, top: int, fit: Fit) -> bool:
     """Whether each group holds with some step."""
     held = torch.zeros(len(part), dtype=torch.bool, device=part.device)
     for step in range(top, 0, -1):
-        held |= _fit(part, largest / step, top)[0]
+        held |= fit(part, largest / step)[0]
     return bool(held.all())

@@ -1,0 +1,105 @@
+"""Quantised values: the integers and scales that a floating-point weight was made of, found in the weight itself.
+
+In: a weight [N, K] and a value type (``int8``, ``int8g128``, ``int4g32``, ``ternary``, ``codebook``). Out: ``Codes``,
+proven to give every element of the weight back. Packers store codes in the order their kernels read; kernels compute
+with ``q * scale`` before that product was rounded to the weight's dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sparsec.errors import PatternMismatch
+from sparsec.formats import Format, value_kind
+from sparsec.grid import OnGrid, on_grid
+
+BITS = {"int8": 8, "int4": 4, "ternary": 2, "codebook": 4}
+SYMMETRIC_ZERO = {"int8": 128, "int4": 8, "ternary": 1, "codebook": 0}
+LEVELS = 16
+
+
+@dataclass(frozen=True)
+class Codes:
+    """weight = q * scale, rounded to the weight's dtype; for codebooks weight = levels[row, q].
+
+    ``q``: int8 [N, K], 0 where the weight is 0 (codebooks: the index of the level, also of a level 0).
+    ``scale``: fp32 [N, groups]; empty [N, 0] for codebooks. ``zero``: uint8 [N, groups], the unsigned code of 0, so
+    that q + zero lies in 0 .. 2^bits - 1. ``levels``: fp32 [N, 16] ascending, of codebooks only, else [N, 0].
+    ``group``: columns that share a scale, 0 for the whole row; a last group may be shorter.
+    """
+
+    q: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor
+    levels: torch.Tensor
+    group: int
+
+    def weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight [N, K] back, by plain torch."""
+        if self.levels.numel():
+            return self.levels.gather(1, self.q.long()).to(dtype)
+        return OnGrid(self.q, self.scale, self.group).weight(dtype)
+
+    @property
+    def symmetric(self) -> bool:
+        """All groups have the same zero, the middle of the range."""
+        return not self.zero.numel() or bool((self.zero == self.zero.flatten()[0]).all())
+
+
+def codes_of(weight: torch.Tensor, format: Format) -> Codes:
+    """The codes of a weight [N, K] on the CPU. Raises PatternMismatch where it lies on no such grid."""
+    kind, group = value_kind(format.values)
+    if kind == "codebook":
+        return _codebook(weight, format)
+    if kind == "ternary":
+        found, group = on_grid(weight, 2, 0), 0
+        if found is None:
+            raise PatternMismatch(format=str(format), detail="a row has more than one magnitude")
+        return Codes(found.q, found.scale, _zeros(found, 1), _none(weight), 0)
+    bits = BITS[kind]
+    found = on_grid(weight, bits, group)
+    if found is not None:
+        return Codes(found.q, found.scale, _zeros(found, 2 ** (bits - 1)), _none(weight), group)
+    found = on_grid(weight, bits, group, shifted=True) if bits < 8 else None  # q of 8 shifted bits fit no int8
+    if found is None:
+        where = f"groups of {group}" if group else "rows"
+        raise PatternMismatch(format=str(format), detail=f"its {where} are on no grid of {bits} bits")
+    return Codes(found.q, found.scale, _zero_points(found, bits), _none(weight), group)
+
+
+def _none(weight: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(weight.shape[0], 0)
+
+
+def _zeros(found: OnGrid, zero: int) -> torch.Tensor:
+    return torch.full(found.scale.shape, zero, dtype=torch.uint8)
+
+
+def _zero_points(found: OnGrid, bits: int) -> torch.Tensor:
+    """The middle of the range where the codes of a group allow it, else the smallest zero that leaves none negative."""
+    n, k = found.q.shape
+    size, middle = found.group or k, 2 ** (bits - 1)
+    q = torch.nn.functional.pad(found.q, (0, -k % size)).view(n, -1, size)
+    low, high = q.amin(2).clamp(max=0), q.amax(2).clamp(min=0)
+    fits = (low >= -middle) & (high < middle)
+    return torch.where(fits, middle, -low.int()).to(torch.uint8)
+
+
+def _codebook(weight: torch.Tensor, format: Format) -> Codes:
+    """Rows of at most 16 values; the largest repeats where there are fewer. Ascending, so a search finds each."""
+    wide = weight.detach().float() + 0.0  # -0.0 and 0.0 are one level
+    ordered = wide.sort(1).values
+    new = torch.ones_like(ordered, dtype=torch.bool)
+    new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    rank = new.cumsum(1) - 1
+    off = ~wide.isfinite().all(1)
+    off |= rank[:, -1] >= LEVELS if weight.shape[1] else False
+    if bool(off.any()):
+        row = int(off.nonzero()[0])
+        raise PatternMismatch(format=str(format), detail=f"row {row} has more than {LEVELS} values, or one not finite")
+    levels = ordered[:, -1:].repeat(1, LEVELS) if weight.shape[1] else torch.zeros(len(weight), LEVELS)
+    levels.scatter_(1, rank, ordered)
+    q = torch.searchsorted(levels.contiguous(), wide.contiguous()).to(torch.int8)
+    return Codes(q, _none(weight), torch.zeros(len(weight), 0, dtype=torch.uint8), levels, 0)

@@ -1,0 +1,47 @@
+"""Codes and scales are read off a weight exactly, or the weight is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsec.codegen.cpp.codes import codes_of
+from sparsec.errors import PatternMismatch
+from sparsec.formats import Format
+from sparsec.passes.quantize.contract import Grid
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.sampled_from([(8, 0, True), (8, 64, True), (4, 32, True), (4, 0, True), (4, 32, False), (4, 128, False)]),
+    st.integers(1, 9), st.integers(1, 150), st.sampled_from([0.0, 0.2, 1.0]), st.integers(0, 2**16),
+)  # fmt: skip
+def test_a_rounded_weight_comes_back(grid: tuple[int, int, bool], n: int, k: int, density: float, seed: int) -> None:
+    bits, group, symmetric = grid
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(n, k, generator=generator) * (torch.rand(n, k, generator=generator) < density)
+    left = Grid(bits, group, symmetric).nearest(weight)
+    found = codes_of(left, Format.parse(f"bitmap+int{bits}" + (f"g{group}" if group else "")))
+    assert torch.equal(found.weight(torch.float32), left)
+    assert bool(((found.q == 0) == (left == 0)).all())
+    size = found.group or k
+    stored = found.q.int() + found.zero.int().repeat_interleave(size, 1)[:, :k]
+    assert int(stored.min()) >= 0
+    assert int(stored.max()) < 2**bits
+
+
+def test_ternary_and_codebooks() -> None:
+    torch.manual_seed(0)
+    weight = torch.randint(-1, 2, (7, 33)) * torch.rand(7, 1)
+    assert torch.equal(codes_of(weight, Format.parse("panel+ternary")).weight(torch.float32), weight)
+    few = torch.randn(7, 16).gather(1, torch.randint(0, 16, (7, 200))).bfloat16()
+    assert torch.equal(codes_of(few, Format.parse("panel+codebook")).weight(torch.bfloat16), few)
+
+
+@pytest.mark.parametrize("values", ["int8", "int4g32", "ternary", "codebook"])
+def test_what_lies_on_no_grid_is_refused(values: str) -> None:
+    weight = torch.randn(4, 64)
+    with pytest.raises(PatternMismatch, match="stays dense"):
+        codes_of(weight, Format.parse(f"panel+{values}"))
