@@ -94,13 +94,15 @@ class BlockFact:
 class ValueFact:
     """What the kept values look like: ``real``, ``ternary``, ``codebook`` (few levels), ``grid`` (int x scale).
 
-    ``levels``: distinct values (0 when more than were counted). ``bits`` and ``group``: for ``grid``.
+    ``levels``: distinct values (0 when more than were counted). ``bits`` and ``group``: for ``grid``. ``exact``: codes
+    of 2, 4 or 8 bits and a scale for each group were proven to give every value back.
     """
 
     kind: str = "real"
     levels: int = 0
     bits: int = 0
     group: int = 0
+    exact: bool = False
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 from sparsec.errors import UnknownFormat, did_you_mean, listed
 
 if TYPE_CHECKING:
-    from sparsec.facts import WeightFact
+    from sparsec.facts import ValueFact, WeightFact
 
 PATTERN_KINDS = ("dense", "panel", "bitmap", "index", "nm", "vnm", "block")
 VALUE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of real values; CPU kernels take the first two
 VALUE_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "int4": 4, "ternary": 2, "codebook": 4}
+CODEBOOK_LEVELS = 16  # of a row, zero among them
 _DEFAULT_PARAMS = {"nm": (2, 4), "vnm": (64, 2, 8), "block": (16, 1)}
 
 
@@ -77,6 +78,18 @@ def value_kind(values: str) -> tuple[str, int]:
     """(``int4``, 128) of ``int4g128``; group 0: a whole row shares a scale, or there is none."""
     kind, found, size = values.partition("g")
     return (kind, int(size)) if found and size.isdigit() else (values, 0)
+
+
+def stored_types(fact: ValueFact) -> tuple[str, ...]:
+    """The quantised value types that hold every value of such a weight, smallest first."""
+    if fact.kind == "ternary" and not fact.group:
+        return ("ternary",)
+    if fact.kind in ("ternary", "grid"):
+        if not fact.exact:
+            return ()
+        bits, group = max(fact.bits, 2), f"g{fact.group}" if fact.group else ""
+        return (f"int4{group}",) if bits <= 4 else (f"int8{group}",)
+    return ("codebook",) if fact.kind == "codebook" and fact.levels < CODEBOOK_LEVELS else ()
 
 
 DENSE = Pattern("dense")

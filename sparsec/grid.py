@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 
 SAMPLED = 8
+CLEAR = 0.4  # of a step from the nearest integer: farther off, it may be the next one
+SURE = 40  # q up to here are known although the scale and the value are both rounded to bf16
 
 Fit = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -39,7 +41,7 @@ def on_grid(weight: torch.Tensor, bits: int, group: int = 0, shifted: bool = Fal
 
     The scale of a group is its largest |w| over some integer up to 2^(bits-1) - 1; round to nearest leaves the largest
     such integer, so that is tried first, and others only where it does not hold. A weight of 16 bits has rounded
-    products, which move the scale that the maximum tells by half a step; least squares over the group moves it back.
+    products, so the maximum tells its scale up to half a step only; every value of the group narrows that down.
     """
     k = weight.shape[1]
     if not weight.numel():
@@ -61,15 +63,14 @@ def on_grid(weight: torch.Tensor, bits: int, group: int = 0, shifted: bool = Fal
             return None
     if len(todo):
         return None
-    q = (grouped.float() / scale).round().to(torch.int8).reshape(len(weight), -1)[:, :k].contiguous()
+    q = _steps(grouped, scale).to(torch.int8).reshape(len(weight), -1)[:, :k].contiguous()
     made = OnGrid(q, scale.reshape(len(weight), -1), group)
     return made if torch.equal(made.weight(weight.dtype), weight.detach()) else None
 
 
 def _fit(part: torch.Tensor, scale: torch.Tensor, top: int, span: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which groups hold exactly with this scale, or with that of least squares near it; and the scale that does."""
-    wide = part.float()
-    q = (wide / scale).round()
+    """Which groups hold exactly with this scale, or with one near it; and the scale that does."""
+    q = (part.float() / scale).round()
     near = q.amax(1).clamp(min=0) - q.amin(1).clamp(max=0) <= span
     exact = near & ((q * scale).to(part.dtype) == part).all(1)
     if part.dtype == torch.float32:  # the maximum tells the scale up to two units in its last place
@@ -80,15 +81,51 @@ def _fit(part: torch.Tensor, scale: torch.Tensor, top: int, span: int) -> tuple[
                 holds = near & ~exact & (q * other == part).all(1)
                 exact, scale = exact | holds, torch.where(holds[:, None], other, scale)
         return exact, scale
-    better = (wide * q).sum(1, keepdim=True) / (q * q).sum(1, keepdim=True).clamp(min=1)
-    again = ((wide / better).round() * better).to(part.dtype)
-    refined = near & (again == part).all(1) & ((wide / better).round().abs().amax(1) <= top)
-    return exact | refined, torch.where(exact[:, None], scale, better)
+    steps = part.float() / scale
+    open_groups = (~exact & ((steps - q).abs() <= 0.01 + q.abs() / 100).all(1)).nonzero()[:, 0]  # others are far off
+    held, finer = _refined(part[open_groups], q[open_groups], top, span)
+    exact[open_groups], scale = held, scale.clone()
+    scale[open_groups[held]] = finer[held]
+    return exact, scale
+
+
+def _refined(part: torch.Tensor, q: torch.Tensor, top: int, span: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of groups of 16-bit values whose scale is only roughly known, given by ``q``: which hold, and their scales."""
+    rough = _between_roundings(part, torch.where(q.abs() <= SURE, q, 0.0))  # large q may be off by one so far
+    steps = part.float() / rough
+    q = steps.round()
+    finer = _between_roundings(part, torch.where((steps - q).abs() < CLEAR, q, 0.0))
+    q = _steps(part, finer)
+    middle = _between_roundings(part, q)
+    near = q.amax(1).clamp(min=0) - q.amin(1).clamp(max=0) <= span
+    return near & ((q * middle).to(part.dtype) == part).all(1) & (q.abs().amax(1) <= top), middle
+
+
+def _steps(part: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """part / scale as whole numbers, fp32. A value just above a power of two is rounded by up to half a step of 127:
+    where the nearest integer does not give it back, the next one may."""
+    q = (part.float() / scale).round()
+    if part.dtype == torch.float32:
+        return q
+    next_one = q + part.sign().float()
+    wrong = (q * scale).to(part.dtype) != part
+    return torch.where(wrong & ((next_one * scale).to(part.dtype) == part), next_one, q)
+
+
+def _between_roundings(part: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """The middle of the scales for which each q * scale rounds to its value of ``part``, if there are any."""
+    size = part.abs()
+    up = size.nextafter(torch.full_like(size, torch.inf)).double()
+    down = size.nextafter(torch.zeros_like(size)).double()
+    steps, exact = 2 * q.abs().double(), size.double()  # of thousands of values the last bits of fp32 matter
+    low = torch.where(steps > 0, (exact + down) / steps, 0.0).amax(1, keepdim=True)
+    high = torch.where(steps > 0, (exact + up) / steps, torch.inf).amin(1, keepdim=True)
+    return torch.where(high < torch.inf, (low + high) / 2, 1.0).float()
 
 
 def _each_on_some(part: torch.Tensor, largest: torch.Tensor, top: int, fit: Fit) -> bool:
-    """Whether each group holds with some step."""
-    held = torch.zeros(len(part), dtype=torch.bool, device=part.device)
-    for step in range(top, 0, -1):
-        held |= fit(part, largest / step)[0]
-    return bool(held.all())
+    """Whether each group holds with some step; all steps are tried at once."""
+    steps = torch.arange(1, top + 1, device=part.device, dtype=torch.float32)
+    scales = (largest.float() / steps).t().reshape(-1, 1)
+    held = fit(part.repeat(top, 1), scales)[0].view(top, len(part))
+    return bool(held.any(0).all())

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from sparsec.facts import ValueFact
+from sparsec.grid import OnGrid, on_grid
 
 REAL = ValueFact()
 MAX_LEVELS = 256
@@ -21,6 +22,7 @@ _SAMPLE_ROWS = 16
 _BAND = 1 << 20
 _REPEATS = 8  # a level must be used this often on average; fewer is a small matrix, not a codebook
 _EVIDENCE = 64  # multiples beyond those that a free choice of scales explains
+_TELLING = 40  # a larger code of a 16-bit value is near some integer, whatever the value
 _MIN_GROUP = 8  # kept values from which one group is evidence at all
 
 
@@ -32,13 +34,39 @@ def value_set(weight: torch.Tensor, nnz: int) -> ValueFact:
     levels = _levels(weight, sample, nnz)
     if levels is not None and _is_ternary(levels):
         return ValueFact("ternary", levels.numel())
+    count = 0 if levels is None else levels.numel()
     for group in GROUPS:
-        if group >= weight.shape[1] or _grid([sample], group) is None:
+        if group >= weight.shape[1]:
             continue
-        if grid := _grid(_bands(weight), group):
+        if _grid([sample], group) is not None and (grid := _grid(_bands(weight), group)):
             kind = "ternary" if grid.largest == 1 else "grid"
-            return ValueFact(kind, 0 if levels is None else levels.numel(), grid.bits, group)
-    return REAL if levels is None else ValueFact("codebook", levels.numel())
+            return ValueFact(kind, count, grid.bits, group, _proven(_bands(weight), grid.bits, group))
+        if weight.dtype != torch.float32 and (bits := _exact_bits(weight, sample, group)):
+            return ValueFact("ternary" if bits == 2 else "grid", count, bits, group, True)
+    return REAL if levels is None else ValueFact("codebook", count)
+
+
+def _exact_bits(weight: torch.Tensor, sample: torch.Tensor, group: int) -> int:
+    """Bits of the codes that give every value back, else 0. Where products were rounded to 16 bits any number is near
+    a multiple of any other, and only the exact search tells."""
+    for bits in (2, 4, MAX_BITS):
+        found = _codes(sample, bits, group)
+        if found is None:
+            continue
+        telling = int(((found.q != 0) & (found.q.abs() <= _TELLING)).sum()) - 2 * found.scale.numel()
+        return bits if telling >= _EVIDENCE and _proven(_bands(weight), bits, group) else 0
+    return 0
+
+
+def _codes(weight: torch.Tensor, bits: int, group: int) -> OnGrid | None:
+    """Codes of 2, 4 or 8 bits that give every value back, around any zero where they are of 4; None: there are none."""
+    width = 2 if bits <= 2 else 4 if bits <= 4 else MAX_BITS
+    found = on_grid(weight.to("cpu"), width, group)
+    return on_grid(weight.to("cpu"), width, group, shifted=True) if found is None and width == 4 else found
+
+
+def _proven(bands: list[torch.Tensor], bits: int, group: int) -> bool:
+    return all(_codes(band, bits, group) is not None for band in bands)
 
 
 def _sample(weight: torch.Tensor) -> torch.Tensor:
