@@ -56,6 +56,7 @@ class KernelRate:
     bandwidth: float = 0.0  # bytes/s at which this kernel streams weights that are in no cache; 0: as memory does
     stored: tuple[float, float] = (0.0, 0.0)  # bytes of a position and of a kept value; 0, 0: as ``storage_bytes`` says
     most: int = 0  # rows that the kernel takes at most; 0: any number
+    values: str = ""  # how kept values are stored, ``int8``; empty: in ``dtype``, that of x
 
 
 @dataclass(frozen=True)
