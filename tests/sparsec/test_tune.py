@@ -6,8 +6,10 @@ import dataclasses
 import importlib
 import json
 import logging
+import sqlite3
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,17 @@ import torch
 import sparsec
 from sparsec import cli, options, targets
 from sparsec.cache import read_json, write_json
-from sparsec.codegen.spec import Packed
+from sparsec.codegen.cpp.codes import codes_of
+from sparsec.codegen.spec import KernelSpec, Packed
 from sparsec.efforts import EFFORTS
-from sparsec.errors import BadOptionValue, CompileFailed, SparsecWarning
+from sparsec.errors import BadOptionValue, CompileFailed, SparsecWarning, TuningNotKept
+from sparsec.formats import Format, Pattern
 from sparsec.measure import _kernels, _machines, plausible, rates, rates_for
 from sparsec.measure_calls import best_seconds, cold_bytes, thread_count
-from sparsec.measure_kernels import compile_all, fit, fitted, kernel_texts, sample
+from sparsec.measure_kernels import Text, compile_all, fit, fitted, kernel_texts, sample
 from sparsec.options import Policy
 from sparsec.passes.decide import decide
+from sparsec.passes.decide.candidates import ways_for
 from sparsec.passes.profile.weights import profile
 from sparsec.targets import reference
 from sparsec.targets.base import DenseRate, KernelRate, Rates
@@ -213,6 +218,78 @@ def test_large_weights_are_measured_from_copies_that_no_cache_holds(
     assert any(r.key.cold for r in Database(tmp_path).all())
     per_format = max(kernels.count(name) for name in kernels)
     assert per_format >= 2**20 // (256 * 256 * 4)  # the fake pack is as large as the weight
+
+
+def test_two_that_tune_at_the_same_time_measure_each_way_once(tmp_path: Path, kernels: list[str]) -> None:
+    weight, said = a_weight(), policy(tmp_path)
+    with tuning(60.0) as session, ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: measure(weight, said), range(4)))
+    assert all(answer == answers[0] for answer in answers)
+    assert len(session.measured) == len(answers[0])
+    assert len(session.reused) == 3 * len(answers[0])
+
+
+def full_disk(*_: object) -> None:
+    raise sqlite3.OperationalError("database or disk is full")
+
+
+def test_where_nothing_can_be_written_a_process_still_measures_once(
+    tmp_path: Path, kernels: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparsec.tune_schema.insert", full_disk)
+    with pytest.warns(SparsecWarning, match="disk is full"):
+        first = measure(a_weight(), policy(tmp_path))
+    made = len(kernels)
+    assert measure(a_weight(), policy(tmp_path)) == first
+    assert len(kernels) == made
+
+
+def test_a_tuning_that_cannot_be_kept_ends_at_its_first_record(
+    tmp_path: Path, kernels: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparsec.tune_schema.insert", full_disk)
+    with tuning(60.0, strict=True), pytest.raises(TuningNotKept, match=r"disk is full.*make room"):
+        measure(a_weight(), policy(tmp_path))
+
+
+def test_a_record_holds_what_the_model_expected(tmp_path: Path, kernels: list[str]) -> None:
+    weight = a_weight()
+    measure(weight, policy(tmp_path), (16,))
+    ways = ways_for(profile(weight), "fp32", CPU.rates_for(), policy(tmp_path))
+    for record in Database(tmp_path).all():
+        (way,) = [w for w in ways if f"{w.format}/{w.kernel}" == record.key.name]
+        assert record.model_s == way.cost.at(16)
+        assert record.model_dense_s > 0
+
+
+def test_values_may_be_stored_otherwise_than_x_is(
+    tmp_path: Path, kernels: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The format of a way, not the dtype of x, names the kernel that is tried."""
+    asked: list[tuple[str, str]] = []
+
+    def texts(wanted: Format, dtype: str, target: Any) -> list[Text]:
+        asked.append((str(wanted), dtype))
+        return [Text(KernelSpec(wanted, "dot", dtype, "portable"), f"text of {wanted}")]
+
+    base = dataclasses.replace(reference.rates(1), overhead=0.0)
+    other = tuple(dataclasses.replace(k, values="bf16") for k in base.kernels if k.dtype == "fp32" and k.loop == "dot")
+    monkeypatch.setattr(CPU, "rates_for", lambda *_: dataclasses.replace(base, kernels=other))
+    monkeypatch.setattr(CPU, "kernel_texts", texts)
+    found = measure(a_weight(), policy(tmp_path), (1,))
+    assert found
+    assert all(name.endswith("+bf16") for name, _, _ in found)
+    assert {dtype for _, dtype in asked} == {"fp32"}
+    assert {(r.key.format.partition("+")[2], r.key.dtype) for r in Database(tmp_path).all()} == {("bf16", "fp32")}
+
+
+@pytest.mark.parametrize("values", ["int8", "int4", "ternary", "codebook"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_samples_for_quantised_values_lie_on_their_grid(values: str, dtype: torch.dtype) -> None:
+    weight, stored = sample(Pattern("bitmap"), 32, 128, 0.3, values)
+    codes = codes_of(weight.to(dtype), Format(Pattern("bitmap"), values))
+    assert torch.equal(codes.weight(dtype), weight.to(dtype))
+    assert int(weight.count_nonzero()) == stored
 
 
 def test_every_effort_of_the_options_is_in_the_table() -> None:
@@ -531,6 +608,9 @@ def test_the_tune_command_tunes_each_size_and_prints_only_json(
     [
         ((), "a model is needed"),
         (("m", "--effort", "fast"), "quick or full"),
+        (("m", "--effort", "ful"), "did you mean 'full'?"),
+        (("m", "--budget", "inf"), "at least 0"),
+        (("m", "--options", '{"tune": "full"}'), "with --effort"),
         (("m", "--batch", "0"), "numbers of at least 1"),
         (("m", "--options", "{"), "not JSON"),
         (("m", "--options", "[1]"), "JSON object"),
@@ -543,6 +623,27 @@ def test_wrong_words_are_one_sentence_and_exit_code_two(
     assert (code, out) == (2, "")
     assert said in err
     assert err.count("\n") == 1
+
+
+def test_an_interrupted_tuning_says_where_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    Database(tmp_path).save(a_record())
+    monkeypatch.setattr("sparsec.models.load_model", stopped)
+    code, out, err = run(capsys, "tune", "tiny:llama@80", "--cache-dir", str(tmp_path))
+    assert (code, out) == (130, "")
+    assert "the same command goes on from there" in err
+    assert str(Database(tmp_path).path) in err
+
+
+def test_tuning_into_a_directory_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    place = tmp_path / "file"
+    place.write_text("no directory")
+    with pytest.raises(TuningNotKept, match="could not be kept"):
+        sparsec.tune(torch.nn.Linear(4, 4), torch.randn(1, 4), options={"cache_dir": str(place)})
 
 
 def test_the_targets_command_names_this_machine_and_all_others(capsys: pytest.CaptureFixture[str]) -> None:
