@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sparsec.io import load, save
     from sparsec.runtime.store import invalidate
     from sparsec.sparsify import Report, methods, sparsify
-    from sparsec.tune import tune
+    from sparsec.tune_model import tune
 
 __version__ = "0.1.0"
 
@@ -29,7 +29,7 @@ _HOME = {
     "methods": "sparsec.sparsify",
     "save": "sparsec.io",
     "sparsify": "sparsec.sparsify",
-    "tune": "sparsec.tune",
+    "tune": "sparsec.tune_model",
 }
 
 __all__ = [

@@ -7,6 +7,7 @@ An unwritable directory is replaced by a temporary one, with a warning.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -25,23 +26,35 @@ _replacements: dict[str, Path] = {}
 
 def cache_dir(chosen: str = "") -> Path:
     """The directory to use: ``chosen``, else SPARSEC_CACHE_DIR, else ~/.cache/sparsec; created and writable."""
-    text = chosen or os.environ.get("SPARSEC_CACHE_DIR", "") or os.path.join(_user_cache(), "sparsec")
+    path = wanted_dir(chosen)
+    text = str(path)
     if text in _replacements:
         return _replacements[text]
-    path = Path(text).expanduser()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
+    if why := unwritable(path):
         path = Path(tempfile.mkdtemp(prefix="sparsec-cache-"))
         warnings.warn(
-            f"the cache directory {text} cannot be written ({error.strerror or error}); using {path} for this process",
+            f"the cache directory {text} cannot be written ({why}); using {path} for this process",
             SparsecWarning,
             stacklevel=2,
         )
         _replacements[text] = path
     return path
+
+
+def wanted_dir(chosen: str = "") -> Path:
+    """What ``cache_dir`` gives where it can be written."""
+    text = chosen or os.environ.get("SPARSEC_CACHE_DIR", "") or os.path.join(_user_cache(), "sparsec")
+    return Path(text).expanduser()
+
+
+def unwritable(path: Path) -> str:
+    """Why a directory, made where it is missing, takes no file; or nothing."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return ""
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 def _user_cache() -> str:
@@ -81,6 +94,15 @@ def lock(path: Path) -> Iterator[None]:
             yield
         finally:
             fcntl.flock(file, fcntl.LOCK_UN)
+
+
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """``lock``, or nothing at all where no lock file can be made: then nothing can be written, nor shared, either."""
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            held.enter_context(lock(path))
+        yield
 
 
 def read_json(path: Path) -> Any | None:

@@ -46,7 +46,10 @@ SparsecError
       ├── OffloadedModel            S606
       ├── OtherRun                  S607
       ├── JournalFailed             S608
-      └── Unsavable                 S609
+      ├── Unsavable                 S609
+      ├── TuningNotKept             S620
+      ├── OtherMachine              S621
+      └── BadTuningFile             S622
 SparsecWarning                            a fallback happened; the answer is still right
 
 Inside the compiler only OptionError reaches the user: everything else becomes a recorded fallback to dense.
@@ -352,3 +355,23 @@ def listed(names: Iterable[str]) -> str:
 class Unsavable(InputError):
     code = "S609"
     message = "no checkpoint was written, since from_pretrained could not load it: {why}."
+
+
+class TuningNotKept(InputError):
+    code = "S620"
+    message = (
+        "measurements could not be kept in {path}: {why}. What was measured before is safe there: make room, or choose "
+        "another --cache-dir, and run the same command again."
+    )
+
+
+class OtherMachine(InputError):
+    code = "S621"
+    message = (
+        "{path!r} was measured on {theirs} and this machine is {ours}, so nothing was imported; run sparsec tune here."
+    )
+
+
+class BadTuningFile(InputError):
+    code = "S622"
+    message = "{path!r} holds no measurements of sparsec tune --export: {why}. Export them again."

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 
 from sparsec import gpu_rates
-from sparsec.cache import digest, lock, read_json, write_json
+from sparsec.cache import digest, one_at_a_time, read_json, write_json
 from sparsec.codegen.spec import KernelSpec
 from sparsec.errors import BuildError, PackError
 from sparsec.facts import WeightFact
@@ -61,8 +60,9 @@ def rates(
 ) -> Rates:
     """The rates of ``target`` with ``threads`` threads, from the cache or measured now.
 
-    ``wanted``: patterns whose kernels to know; each costs a compilation the first time. Kernels that cannot be built
-    here are left out, so without a compiler only dense is known. A damaged cache entry is measured again.
+    ``wanted``: patterns, or formats where values are not stored as x is, whose kernels to know; each costs a
+    compilation the first time. Kernels that cannot be built here are left out, so without a compiler only dense is
+    known. A damaged cache entry is measured again.
     """
     if target.name == "reference":
         return reference.rates(threads)
@@ -75,12 +75,17 @@ def rates(
     machine = _machines[place]
     pairs = list(dict.fromkeys((name, dtype) for dtype in dtypes for name in wanted))
     new = [(name, dtype) for name, dtype in pairs if (*place, name, dtype) not in _kernels]
-    texts = {pair: kernel_texts(Pattern.parse(pair[0]), pair[1], target) for pair in new}
+    texts = {pair: kernel_texts(_named(*pair), pair[1], target) for pair in new}
     compile_all([t for found in texts.values() for t in found], cache)
     for pair, found in texts.items():
         rated = (_kernel_rate(t, target, machine, cache) for t in found)
         _kernels[(*place, *pair)] = tuple(r for r in rated if r is not None)
     return replace(machine, kernels=tuple(r for pair in pairs for r in _kernels[(*place, *pair)]))
+
+
+def _named(name: str, dtype: str) -> Format:
+    """``bitmap`` with values as x has them, ``bitmap+int8`` as it says."""
+    return Format.parse(name) if "+" in name else Format(Pattern.parse(name), dtype)
 
 
 def rates_for(
@@ -166,7 +171,7 @@ def _stored(path: Path, read: Callable[[Any], _T], make: Callable[[], tuple[_T, 
     """What ``path`` holds, else what ``make`` gives. Processes that share a cache measure one after the other."""
     if (found := _read(path, read)) is not None:
         return found
-    with _one_at_a_time(path.with_name("measuring.lock")):
+    with one_at_a_time(path.with_name("measuring.lock")):
         if (found := _read(path, read)) is not None:
             return found
         made, busy = make()
@@ -184,20 +189,6 @@ def _read(path: Path, read: Callable[[Any], _T]) -> _T | None:
         return read(entry["value"])
     except (KeyError, TypeError, ValueError):  # whole, but not of this code
         return None
-
-
-@contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
-    try:
-        held = lock(path)
-        held.__enter__()
-    except OSError:  # nothing can be written, so there is nothing to share either
-        yield
-        return
-    try:
-        yield
-    finally:
-        held.__exit__(None, None, None)
 
 
 def _machine_from_json(value: dict[str, Any]) -> Rates:

@@ -20,7 +20,7 @@ import torch
 from sparsec.codegen import build, cpp
 from sparsec.codegen.spec import KernelSpec, Packed
 from sparsec.errors import BuildError, PackError
-from sparsec.formats import Format, Pattern
+from sparsec.formats import Format, Pattern, value_kind
 from sparsec.measure_calls import best_seconds, best_seconds_alone_too, cold_bytes, plausible, thread_count, tune_log
 from sparsec.passes.graph import DTYPES
 from sparsec.runtime.direct import Direct
@@ -49,17 +49,26 @@ class Text:
     def pattern(self) -> Pattern:
         return self.spec.format.pattern
 
+    @property
+    def values(self) -> str:
+        """How values are stored; empty where as x."""
+        return "" if self.spec.format.values == self.spec.dtype else self.spec.format.values
 
-def kernel_texts(pattern: Pattern, dtype: str, target: Target) -> list[Text]:
-    """The C++ text of every loop of a pattern; none where its family does not take these parameters."""
+
+def kernel_texts(wanted: Format | Pattern, dtype: str, target: Target) -> list[Text]:
+    """The C++ text of every loop of a format; none where its family does not take these parameters or values.
+
+    ``dtype``: of x, and of the values of a bare pattern.
+    """
+    format = wanted if isinstance(wanted, Format) else Format(wanted, dtype)
     found = []
     try:
-        family = cpp.family(pattern.kind)
+        family = cpp.family(format.pattern.kind)
         for loop in family.loops:
-            spec = KernelSpec.on(target, Format(pattern, dtype), loop, dtype)
+            spec = KernelSpec.on(target, format, loop, dtype)
             found.append(Text(spec, family.text(spec)))
     except (KeyError, ValueError, PackError) as error:
-        _log.info("no kernel for %s+%s: %s", pattern, dtype, error)
+        _log.info("no kernel for %s with x in %s: %s", format, dtype, error)
         return []
     return found
 
@@ -92,7 +101,7 @@ def measure_kernel(t: Text, target: Target, overhead: float, cache: Path) -> tup
     densities = _densities(t.pattern)
     # One tile: next to nothing but what is done to x.
     for rows, density in [(16, densities[-1]), *((n, density) for density in densities)]:
-        weight, stored = sample(t.pattern, rows, k, density)
+        weight, stored = sample(t.pattern, rows, k, density, t.values)
         run = direct(weight.to(TORCH[t.spec.dtype]), t.spec, target, cache)
         for m in _LOOP_MS.get(t.spec.loop, _OTHER_MS):
             name = f"{rows}/{density}/{m}"
@@ -103,7 +112,8 @@ def measure_kernel(t: Text, target: Target, overhead: float, cache: Path) -> tup
     taken = [(*sizes[name], max(s - overhead, 0.1 * s)) for name, s in seconds.items()]
     points = fitted(taken, positions=t.pattern.kind in ("bitmap", "index"))
     bandwidth, busy_too = _streamed(t, target, overhead, cache)
-    return KernelRate(str(t.pattern), t.spec.loop, t.spec.dtype, points, bandwidth), busy or busy_too
+    rate = KernelRate(str(t.pattern), t.spec.loop, t.spec.dtype, points, bandwidth, values=t.values)
+    return rate, busy or busy_too
 
 
 def _densities(pattern: Pattern) -> tuple[float, ...]:
@@ -114,7 +124,7 @@ def _densities(pattern: Pattern) -> tuple[float, ...]:
 
 def _streamed(t: Text, target: Target, overhead: float, cache: Path) -> tuple[float, bool]:
     """Bytes per second of a call whose weight is in no cache."""
-    weight = sample(t.pattern, *_LARGE, _densities(t.pattern)[0])[0].to(TORCH[t.spec.dtype])
+    weight = sample(t.pattern, *_LARGE, _densities(t.pattern)[0], t.values)[0].to(TORCH[t.spec.dtype])
     first = direct(weight, t.spec, target, cache)
     copies = max(2, -(-cold_bytes(target) // max(first.packed.bytes, 1)))
     packs = [replace(first.packed, tensors=tuple(p.clone() for p in first.packed.tensors)) for _ in range(copies)]
@@ -128,19 +138,28 @@ def _call_next(runs: Iterator[Direct], x: torch.Tensor) -> torch.Tensor:
     return next(runs)(x)
 
 
-def sample(pattern: Pattern, n: int, k: int, density: float) -> tuple[torch.Tensor, int]:
-    """A random weight [n, k] (fp32) that holds ``pattern``, and how many values a format of it stores."""
+def sample(pattern: Pattern, n: int, k: int, density: float, values: str = "") -> tuple[torch.Tensor, int]:
+    """A random weight [n, k] (fp32) that holds ``pattern``, and how many values a format of it stores.
+
+    ``values``: the type that the kept values lie on the grid of, exactly in bf16 too; empty: any.
+    """
     generator = torch.Generator().manual_seed(0)
-    values = torch.rand(n, k, generator=generator) + 0.5
+    kept = _on_grid(torch.rand(n, k, generator=generator) + 0.5, values)
     if pattern.kind == "nm":
         keep, of = pattern.params
         scores = torch.rand(n, -(-k // of), of, generator=generator)
         mask = torch.zeros_like(scores).scatter_(2, scores.topk(keep, dim=2).indices, 1.0)
-        return values * mask.reshape(n, -1)[:, :k], n * -(-k // of) * keep
+        return kept * mask.reshape(n, -1)[:, :k], n * -(-k // of) * keep
     rows, cols = pattern.params or (1, 1)
     coarse = torch.rand(-(-n // rows), -(-k // cols), generator=generator) < density
-    kept = coarse.repeat_interleave(rows, 0).repeat_interleave(cols, 1)[:n, :k]
-    return values * kept, int(coarse.sum()) * rows * cols
+    mask = coarse.repeat_interleave(rows, 0).repeat_interleave(cols, 1)[:n, :k]
+    return kept * mask, int(coarse.sum()) * rows * cols
+
+
+def _on_grid(weight: torch.Tensor, values: str) -> torch.Tensor:
+    """Numbers of 0.5 to 1.5 rounded to what quantised values can be: never zero, and at most 1."""
+    steps = {"int8": 127, "int4": 7, "codebook": 7, "ternary": 1}.get(value_kind(values)[0])
+    return weight if steps is None else (weight * steps).round().clamp(1, steps) / (steps + 1)
 
 
 def fitted(

@@ -12,10 +12,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from sparsec.efforts import EFFORTS
 from sparsec.errors import BadOptionValue, UnknownOption, did_you_mean, listed
 from sparsec.formats import Pattern
-
-EFFORTS = ("off", "quick", "full")
 
 
 @dataclass(frozen=True)

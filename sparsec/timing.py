@@ -86,3 +86,14 @@ def speedup(base: Samples, ours: Samples) -> Ratio:
     low = ratios[max(0, math.floor(n / 2 - half))]
     high = ratios[min(n - 1, math.ceil(n / 2 + half) - 1 if n > 1 else 0)]
     return Ratio(ratios[n // 2], low, high)
+
+
+def certain(base: Samples, ours: Samples) -> Ratio:
+    """``speedup``, but no surer of a gain than the quietest moments are.
+
+    Other work may slow dense for many rounds on end and ours less, as one thread that waits holds up a barrier but not
+    a queue; then every round agrees on a gain that is not there. The best of each, in rounds that both had, must
+    agree as well.
+    """
+    ratio = speedup(base, ours)
+    return Ratio(ratio.value, min(ratio.low, base.best / ours.best), ratio.high)

@@ -12,32 +12,32 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from sparsec.cache import cache_dir, digest
+from sparsec.cache import digest
 from sparsec.codegen import triton
 from sparsec.codegen.spec import Packed
+from sparsec.efforts import EFFORTS, Effort
 from sparsec.errors import BuildError, PackError
 from sparsec.facts import Range, WeightFact
 from sparsec.formats import Format
 from sparsec.gpu_rates import rates_for
 from sparsec.measure_calls import tune_log
 from sparsec.options import Policy
-from sparsec.passes.decide.candidates import dense_way, ways_for
 from sparsec.runtime.gpu import Config, Route, product
 from sparsec.targets.cuda import GpuTarget
-from sparsec.timing import Samples, speedup
+from sparsec.timing import Samples
 from sparsec.timing_gpu import GraphTimer, HostTimer, Once, Timer, alternate, calls_of, copies_of
-from sparsec.tune_db import Database, Key, Record
+from sparsec.tune_db import Database
+from sparsec.tune_point import Timed, Trial, promising
+from sparsec.tune_record import Key
 
-CONFIGS = {"quick": 3, "full": 12}  # configurations of each kernel that are tried
 _log = tune_log()
 
 
@@ -63,24 +63,19 @@ class GpuPoint:
     target: GpuTarget
     policy: Policy
 
-    def ways(self, m: int, effort: Any) -> dict[Key, Run]:
+    def trials(self, m: int, effort: Effort) -> dict[Key, Trial]:
         """Kernels worth measuring at M = ``m``, cheapest by the model first, each with its first configurations."""
         expected = rates_for(self.target, self.fact, self.policy.formats)
-        dense = dense_way(self.fact, self.dtype, expected)
-        if dense is None:
-            return {}
-        ways = ways_for(self.fact, self.dtype, expected, self.policy)
-        limit = float("inf") if self.policy.min_speedup == 0 else effort.hopeless * dense.cost.at(m)
-        ways = sorted((w for w in ways if w.cost.at(m) <= limit), key=lambda w: w.cost.at(m))[: effort.candidates]
-        found: dict[Key, Run] = {}
-        for way in ways:
+        found: dict[Key, Trial] = {}
+        for way, trial in promising(self.fact, self.dtype, expected, self.policy, m, effort):
             try:
                 packed = self._packed(way.format, way.kernel)
             except (BuildError, PackError, torch.OutOfMemoryError) as error:  # the decision meets it again
                 _log.info("%s is not measured: %s", way.format, error)
                 continue
-            for config in configs_of(packed, way.kernel, m, self.target)[: CONFIGS[self.policy.tune]]:
-                found[self.key(way.format, way.kernel, config, m)] = Run(packed, way.kernel, config)
+            for config in configs_of(packed, way.kernel, m, self.target)[: effort.configs]:
+                run = Run(packed, way.kernel, config)
+                found[self.key(way.format, way.kernel, config, m)] = replace(trial, run=run)
         return found
 
     def key(self, format: str, loop: str, config: Config, m: int) -> Key:
@@ -91,20 +86,22 @@ class GpuPoint:
             fact.n, fact.k, round(40 * fact.density), m, True,
         )  # fmt: skip
 
-    def measure(self, wanted: Mapping[Key, Run], m: int, effort: Any, budget_s: float) -> Iterator[Record]:
+    def measure(self, trials: Mapping[Key, Trial], m: int, effort: Effort, budget_s: float) -> Timed | None:
         """Run the wanted kernels against dense in the same rounds."""
         x = torch.randn(m, self.fact.k, generator=torch.Generator().manual_seed(0)).to(self.weight)
         dense = self._copies(self.weight)
         calls: dict[str, Callable[[int], object]] = {"dense": _dense_call(dense, x)}
         most = len(dense)
-        for key, run in wanted.items():
+        for key, trial in trials.items():
+            run: Run = trial.run
             packs = [run.packed, *(_copy(run.packed) for _ in range(self._times(run.packed.bytes) - 1))]
             calls[key.id] = _our_call(run, packs, x, self.target.capability)
             most = max(most, len(packs))
-        samples = timed(calls, most, effort.rounds, min(effort.point_s, budget_s), self.weight.device)
-        for key in (key for key in wanted if key.id in samples):
-            ours, base = samples[key.id], samples["dense"]
-            yield Record(key, speedup(base, ours), base.best, ours.best, len(ours.seconds), time.time())
+        samples, late = timed(calls, most, effort.rounds, effort.point_s, budget_s, self.weight.device)
+        if "dense" not in samples:
+            return None
+        ways = {key: samples[key.id] for key in trials if key.id in samples}
+        return Timed(samples["dense"], ways, late=tuple(key for key in trials if key.id in late))
 
     @functools.lru_cache(maxsize=8)  # noqa: B019  a point lives as long as one weight is tuned
     def _packed(self, format: str, loop: str) -> Packed:
@@ -125,25 +122,24 @@ def configs_of(packed: Packed, loop: str, m: int, target: GpuTarget) -> list[Con
 
 @functools.cache
 def kernels_hash() -> str:
-    """Of the text of every GPU kernel, and of the Triton that compiles it."""
-    folder = Path(triton.__file__).parent
-    return digest(triton.need_triton(), *(f.read_bytes() for f in sorted(folder.glob("*.py"))))
+    """Of the text of every GPU kernel, Triton's and CUDA's, and of the Triton that compiles it."""
+    here = Path(triton.__file__).parent
+    files = (f for folder in (here, here.parent / "cuda") for f in folder.iterdir() if f.suffix in (".py", ".cuh"))
+    return digest(triton.need_triton(), *(f.read_bytes() for f in sorted(files)))
 
 
 def tuned_configs(
     weight: torch.Tensor, fact: WeightFact, dtype: str, part: Range, packed: Packed, target: GpuTarget, policy: Policy
 ) -> tuple[tuple[int, Config], ...]:
     """(M bucket, fastest measured configuration) of one kernel on such weights, from the database; M ascending."""
-    from sparsec.tune import EFFORTS
-
     point = GpuPoint(weight, fact, dtype, target, policy)
     found = []
     for m in EFFORTS["full"].ms:
         if m < part.m_lo or (part.m_hi is not None and m > part.m_hi):
             continue
-        configs = configs_of(packed, part.kernel, m, target)[: CONFIGS["full"]]
+        configs = configs_of(packed, part.kernel, m, target)[: EFFORTS["full"].configs]
         keys = {point.key(part.format, part.kernel, config, m): config for config in configs}
-        known = Database(cache_dir(policy.cache_dir)).load(keys)
+        known = Database.of(policy.cache_dir).load(keys)
         if known:
             best = max(known.values(), key=lambda record: record.ratio.low)
             found.append((m, keys[best.key]))
@@ -164,18 +160,30 @@ def _our_call(run: Run, packs: Sequence[Packed], x: torch.Tensor, capability: in
 
 
 def timed(
-    calls: Mapping[str, Callable[[int], object]], copies: int, rounds: int, budget_s: float, device: torch.device
-) -> dict[str, Samples]:
+    calls: Mapping[str, Callable[[int], object]],
+    copies: int,
+    rounds: int,
+    point_s: float,
+    budget_s: float,
+    device: torch.device,
+) -> tuple[dict[str, Samples], set[str]]:
     """Seconds a call, one a round, in rotating order; each call is given its number, to choose its copy by.
 
-    A kernel that fails is left out, with its reason in the log. Without dense nothing can be claimed: an empty answer.
+    A kernel that fails is left out, with its reason in the log. The second answer: those that were not prepared, since
+    compiling the others had used up ``budget_s``. Without dense nothing can be claimed: an empty answer.
     """
     timer: Timer = GraphTimer() if device.type == "cuda" else HostTimer()
     ready: dict[str, Once] = {}
+    late: set[str] = set()
+    started = time.perf_counter()
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for name, call in calls.items():
+            if len(ready) > 1 and time.perf_counter() - started > budget_s:
+                late.add(name)
+                continue
             try:
                 ready[name] = timer.prepare(call, calls_of(copies))
             except Exception as error:  # whatever Triton or CUDA raises, this kernel is not a candidate here
                 _log.info("%s is not measured: %s", name, error)
-        return alternate(ready, rounds, budget_s) if "dense" in ready else {}
+        left = max(budget_s - (time.perf_counter() - started), 0.0)
+        return (alternate(ready, rounds, min(point_s, left)) if "dense" in ready else {}), late

@@ -29,7 +29,9 @@ MADE_BY_TOOLS = re.compile(
     r"demo_report|bench_report|\.stamps|\.vscode|\.idea|\.coverage|\.DS_Store"
 )
 
-BASE = {f"sparsec.{m}" for m in ("errors", "options", "facts", "formats", "grid", "records", "timing", "cache")}
+BASE = {
+    f"sparsec.{m}" for m in ("errors", "options", "efforts", "facts", "formats", "grid", "records", "timing", "cache")
+}
 COMPAT = "sparsec.compat"
 
 # Longer than the limits, each with the reason why it is not split.

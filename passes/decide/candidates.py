@@ -78,8 +78,8 @@ def our_ways(fact: WeightFact, dtype: str, rates: Rates, formats: tuple[str, ...
     for pattern in patterns(fact):
         if not allowed(pattern, formats):
             continue
-        name = Format(pattern, dtype)
         for rate in kernel_rates(rates, pattern, dtype):
+            name = Format(pattern, rate.values or dtype)
             read = read_bytes(rate, name, fact)
             if read >= whole and not any_size and pattern.kind != "panel":
                 continue

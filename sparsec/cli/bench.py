@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparsec.cli.common import progress
+from sparsec.cli.common import emit_json, progress
 from sparsec.errors import BadOptionValue
+
+if TYPE_CHECKING:
+    from sparsec.options import Options
+    from sparsec.tune_record import Key, Record
 
 EXAMPLE = """\
 sparsec bench tiny:llama@80 -p 16 -n 4 -r 3
-sparsec bench minilm -p 128 -b 1,32 -t 1,2 -o json"""
+sparsec bench minilm -p 128 -b 1,32 -t 1,2 -o json
+sparsec bench tiny:llama@80 --calibration -p 16"""
 
 
 def command(
@@ -52,6 +57,9 @@ def command(
     tune: Annotated[str | None, typer.Option(help="off, quick or full.")] = None,
     target: Annotated[str | None, typer.Option(help="A target, e.g. cpu:avx2; see: sparsec targets.")] = None,
     min_speedup: Annotated[float | None, typer.Option(help="A sparse layer must promise this much (1.05).")] = None,
+    calibration: Annotated[
+        bool, typer.Option("--calibration", help="How far the cost model is from the clock; without a model, so far.")
+    ] = False,
 ) -> None:
     """Time a model: Inductor on the dense weights and sparsec, in turns, in one run.
 
@@ -62,7 +70,14 @@ def command(
     from sparsec.bench_output import FORMATS, read_records, render
     from sparsec.options import Options
 
+    named = {"formats": formats.split(",") if formats else None, "tune": tune, "target": target}
+    options = {key: value for key, value in {**named, "min_speedup": min_speedup}.items() if value is not None}
+    checked = Options.parse(options)
     models = tuple(([model] if model else []) + [name for said in more or [] for name in said.split(",")])
+    if calibration:
+        lengths = parse_numbers("-p", prompt or ["1,128"])
+        _calibration(models, dtype, parse_numbers("-b", batch or ["1"]), lengths, checked, as_json or output == "json")
+        return
     if not models:
         raise BadOptionValue(key="MODEL", value="", expected="a model is needed, as in: sparsec bench tiny:llama@80")
     output = "json" if as_json else output
@@ -70,14 +85,6 @@ def command(
         if said is not None and said not in FORMATS:
             raise BadOptionValue(key=key, value=said, expected=f"it must be one of {', '.join(FORMATS)}")
     before = read_records(compare) if compare else None
-    options: dict[str, Any] = {
-        "formats": formats.split(",") if formats else None,
-        "tune": tune,
-        "target": target,
-        "min_speedup": min_speedup,
-    }
-    options = {key: value for key, value in options.items() if value is not None}
-    Options.parse(options)
     request = BenchRequest(
         models=models,
         prompts=parse_numbers("-p", prompt, least=0) if prompt else None,
@@ -99,3 +106,71 @@ def command(
         print(render(records, output, before))
     if output_err:
         print(render(records, output_err, before), file=sys.stderr)
+
+
+def _calibration(
+    models: tuple[str, ...],
+    dtype: str | None,
+    batches: tuple[int, ...],
+    lengths: tuple[int, ...],
+    options: Options,
+    as_json: bool,
+) -> None:
+    """Predicted against measured: of the models, tuned now as far as they are not, else of all that tuning knows."""
+    from dataclasses import asdict, replace
+
+    from sparsec.errors import InputError
+    from sparsec.model_error import errors_by_kernel, table
+    from sparsec.tune_db import Database
+
+    if options.policy.tune == "off":
+        options = replace(options, policy=replace(options.policy, tune="quick"))
+    database = Database.of(options.policy.cache_dir)
+    if models:
+        with progress("sparsec bench") as step:
+            records = _tuned(models, dtype, [(b, t) for b in batches for t in lengths], options, step)
+    else:
+        from sparsec.tune_files import fingerprints
+
+        here = fingerprints()
+        records = [record for record in database.all() if record.key.hardware in here]
+    rows = errors_by_kernel(records)
+    if not rows:
+        raise InputError(
+            detail=f"{database.path} holds no measurement of this machine to compare with; give a model, as in: "
+            "sparsec bench tiny:llama@80 --calibration"
+        )
+    if as_json:
+        emit_json({"database": str(database.path), "kernels": [asdict(row) for row in rows]})
+        return
+    busy = sum(record.busy for record in records)
+    print("predicted by the cost model against measured; errors are predicted / measured - 1, medians of their sizes")
+    print(table(rows))
+    loaded = f", {busy} of them on a busy machine" if busy else ""
+    print(f"{len(records)} measurements{loaded}; kept in {database.path}")
+
+
+def _tuned(
+    models: tuple[str, ...], dtype: str | None, points: list[tuple[int, int]], options: Options, step: Any
+) -> list[Record]:
+    """Every record that the layers of the models have at the given (batch, tokens); one budget for all."""
+    from dataclasses import replace
+
+    import torch
+
+    from sparsec.models import load_model
+    from sparsec.tune_model import watched
+
+    found: dict[Key, Record] = {}
+    left = options.policy.tune_budget_s
+    total = len(models) * len(points)
+    for i, name in enumerate(models):
+        loaded = load_model(name, dtype)
+        for j, (batch, tokens) in enumerate(points):
+            step(i * len(points) + j, total, f"{name}: batch {batch}, {tokens} tokens")
+            torch.compiler.reset()
+            now = replace(options, policy=replace(options.policy, tune_budget_s=left))
+            summary, session = watched(loaded.model, (), loaded.inputs(batch, tokens), now)
+            left = max(0.0, left - summary.measuring_s)
+            found |= {record.key: record for record in (*session.reused, *session.measured)}
+    return list(found.values())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import logging
-import subprocess
-import sys
+import sqlite3
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,28 @@ import torch
 import sparsec
 from sparsec import cli, options, targets
 from sparsec.cache import read_json, write_json
-from sparsec.codegen.spec import Packed
-from sparsec.errors import BadOptionValue, CompileFailed, SparsecWarning
+from sparsec.codegen.cpp.codes import codes_of
+from sparsec.codegen.spec import KernelSpec, Packed
+from sparsec.efforts import EFFORTS
+from sparsec.errors import BadOptionValue, CompileFailed, SparsecWarning, TuningNotKept
+from sparsec.formats import Format, Pattern
 from sparsec.measure import _kernels, _machines, plausible, rates, rates_for
 from sparsec.measure_calls import best_seconds, cold_bytes, thread_count
-from sparsec.measure_kernels import compile_all, fit, fitted, kernel_texts, sample
+from sparsec.measure_kernels import Text, compile_all, fit, fitted, kernel_texts, sample
 from sparsec.options import Policy
 from sparsec.passes.decide import decide
+from sparsec.passes.decide.candidates import ways_for
 from sparsec.passes.profile.weights import profile
 from sparsec.targets import reference
 from sparsec.targets.base import DenseRate, KernelRate, Rates
 from sparsec.timing import Ratio, Samples
-from sparsec.tune import EFFORTS, measured_for, tuning
-from sparsec.tune_db import Database, Key, Record
+from sparsec.tune import measured_for, tuning
+from sparsec.tune_db import Database
+from sparsec.tune_record import Key, Record
 
-TUNE, MEASURE, CALLS = (sys.modules[f"sparsec.{name}"] for name in ("tune", "measure", "measure_calls"))
+TUNE, CPU, MEASURE, CALLS = (
+    importlib.import_module(f"sparsec.{name}") for name in ("tune", "tune_cpu", "measure", "measure_calls")
+)
 PORTABLE = targets.resolve("cpu:portable")
 
 
@@ -62,8 +70,10 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def direct(weight: torch.Tensor, spec: Any, target: Any, cache: Path, packed: Packed | None = None) -> FakeDirect:
         return FakeDirect(made, weight, f"{spec.format}/{spec.loop}", packed)
 
-    monkeypatch.setattr(TUNE, "direct", direct)
-    monkeypatch.setattr(TUNE, "rates_for", lambda *_: dataclasses.replace(reference.rates(1), overhead=0.0))
+    monkeypatch.setattr(CPU, "direct", direct)
+    monkeypatch.setattr(CPU, "wait_for_cores", lambda threads: True)
+    monkeypatch.setattr(CPU, "others_s", lambda: 0.0)  # on a busy machine records are taken with more care
+    monkeypatch.setattr(CPU, "rates_for", lambda *_: dataclasses.replace(reference.rates(1), overhead=0.0))
     return made
 
 
@@ -166,7 +176,7 @@ def test_an_interruption_keeps_what_was_measured_so_far(
 def test_a_kernel_that_cannot_be_made_is_left_to_the_decision(
     tmp_path: Path, kernels: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    working = TUNE.direct
+    working = CPU.direct
 
     def direct(weight: torch.Tensor, spec: Any, *rest: Any) -> FakeDirect:
         if str(spec.format).startswith("index"):
@@ -174,7 +184,7 @@ def test_a_kernel_that_cannot_be_made_is_left_to_the_decision(
         made: FakeDirect = working(weight, spec, *rest)
         return made
 
-    monkeypatch.setattr(TUNE, "direct", direct)
+    monkeypatch.setattr(CPU, "direct", direct)
     found = measure(a_weight(), policy(tmp_path))
     assert {f for f, _, _ in found} == {"bitmap+fp32"}
 
@@ -192,7 +202,7 @@ def test_nothing_is_measured_for_weights_and_targets_that_cannot_run_sparse(tmp_
 
 def test_ways_that_the_model_calls_hopeless_are_not_tried(tmp_path: Path, kernels: list[str]) -> None:
     slow = dataclasses.replace(reference.rates(1), overhead=1.0)
-    TUNE.rates_for = lambda *_: slow  # undone with the fixture's own patch
+    CPU.rates_for = lambda *_: slow  # undone with the fixture's own patch
     assert measure(a_weight(), policy(tmp_path, min_speedup=1.05)) == {}
     assert measure(a_weight(), policy(tmp_path, min_speedup=0.0)) != {}
 
@@ -200,7 +210,7 @@ def test_ways_that_the_model_calls_hopeless_are_not_tried(tmp_path: Path, kernel
 def test_large_weights_are_measured_from_copies_that_no_cache_holds(
     tmp_path: Path, kernels: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(TUNE, "cold_bytes", lambda target: 2**20)
+    monkeypatch.setattr(CPU, "cold_bytes", lambda target: 2**20)
     measure(a_weight(), policy(tmp_path), (1,))
     assert not any(r.key.cold for r in Database(tmp_path).all())
     kernels.clear()
@@ -210,74 +220,83 @@ def test_large_weights_are_measured_from_copies_that_no_cache_holds(
     assert per_format >= 2**20 // (256 * 256 * 4)  # the fake pack is as large as the weight
 
 
+def test_two_that_tune_at_the_same_time_measure_each_way_once(tmp_path: Path, kernels: list[str]) -> None:
+    weight, said = a_weight(), policy(tmp_path)
+    with tuning(60.0) as session, ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: measure(weight, said), range(4)))
+    assert all(answer == answers[0] for answer in answers)
+    assert len(session.measured) == len(answers[0])
+    assert len(session.reused) == 3 * len(answers[0])
+
+
+def full_disk(*_: object) -> None:
+    raise sqlite3.OperationalError("database or disk is full")
+
+
+def test_where_nothing_can_be_written_a_process_still_measures_once(
+    tmp_path: Path, kernels: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparsec.tune_schema.insert", full_disk)
+    with pytest.warns(SparsecWarning, match="disk is full"):
+        first = measure(a_weight(), policy(tmp_path))
+    made = len(kernels)
+    assert measure(a_weight(), policy(tmp_path)) == first
+    assert len(kernels) == made
+
+
+def test_a_tuning_that_cannot_be_kept_ends_at_its_first_record(
+    tmp_path: Path, kernels: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparsec.tune_schema.insert", full_disk)
+    with tuning(60.0, strict=True), pytest.raises(TuningNotKept, match=r"disk is full.*make room"):
+        measure(a_weight(), policy(tmp_path))
+
+
+def test_a_record_holds_what_the_model_expected(tmp_path: Path, kernels: list[str]) -> None:
+    weight = a_weight()
+    measure(weight, policy(tmp_path), (16,))
+    ways = ways_for(profile(weight), "fp32", CPU.rates_for(), policy(tmp_path))
+    for record in Database(tmp_path).all():
+        (way,) = [w for w in ways if f"{w.format}/{w.kernel}" == record.key.name]
+        assert record.model_s == way.cost.at(16)
+        assert record.model_dense_s > 0
+
+
+def test_values_may_be_stored_otherwise_than_x_is(
+    tmp_path: Path, kernels: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The format of a way, not the dtype of x, names the kernel that is tried."""
+    asked: list[tuple[str, str]] = []
+
+    def texts(wanted: Format, dtype: str, target: Any) -> list[Text]:
+        asked.append((str(wanted), dtype))
+        return [Text(KernelSpec(wanted, "dot", dtype, "portable"), f"text of {wanted}")]
+
+    base = dataclasses.replace(reference.rates(1), overhead=0.0)
+    other = tuple(dataclasses.replace(k, values="bf16") for k in base.kernels if k.dtype == "fp32" and k.loop == "dot")
+    monkeypatch.setattr(CPU, "rates_for", lambda *_: dataclasses.replace(base, kernels=other))
+    monkeypatch.setattr(CPU, "kernel_texts", texts)
+    found = measure(a_weight(), policy(tmp_path), (1,))
+    assert found
+    assert all(name.endswith("+bf16") for name, _, _ in found)
+    assert {dtype for _, dtype in asked} == {"fp32"}
+    assert {(r.key.format.partition("+")[2], r.key.dtype) for r in Database(tmp_path).all()} == {("bf16", "fp32")}
+
+
+@pytest.mark.parametrize("values", ["int8", "int4", "ternary", "codebook"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_samples_for_quantised_values_lie_on_their_grid(values: str, dtype: torch.dtype) -> None:
+    weight, stored = sample(Pattern("bitmap"), 32, 128, 0.3, values)
+    codes = codes_of(weight.to(dtype), Format(Pattern("bitmap"), values))
+    assert torch.equal(codes.weight(dtype), weight.to(dtype))
+    assert int(weight.count_nonzero()) == stored
+
+
 def test_every_effort_of_the_options_is_in_the_table() -> None:
-    assert tuple(EFFORTS) == options.EFFORTS
+    assert tuple(EFFORTS) == ("off", "quick", "full")
+    assert options.EFFORTS is EFFORTS
     assert EFFORTS["quick"].candidates < EFFORTS["full"].candidates
     assert set(EFFORTS["quick"].ms) <= {2**i for i in range(20)}
-
-
-# -------------------------------------------------------------------------------------------------- the database
-
-
-def a_record(i: int = 0, **other: Any) -> Record:
-    key = Key("cpu/x", "2.13", 2, "text", "bitmap+fp32", "dot", "fp32", 64, 64, 8, 1 + i, False)
-    return Record(dataclasses.replace(key, **other), Ratio(1.5, 1.4, 1.6), 2e-5, 1e-5, 15, 100.0 + i)
-
-
-def test_a_record_comes_back_as_it_was_saved(tmp_path: Path) -> None:
-    database = Database(tmp_path)
-    for record in (a_record(), a_record(1, cold=True), a_record(2, density=39)):
-        database.save(record)
-        assert database.load([record.key, a_record(9).key]) == {record.key: record}
-    assert [r.key.m for r in database.all()] == [3, 2, 1]
-
-
-def test_every_field_of_a_key_keeps_records_apart() -> None:
-    base = a_record().key
-    changed = {"hardware": "y", "torch": "3", "threads": 4, "kernel": "new", "format": "index+fp32", "loop": "outer"}
-    changed |= {"dtype": "bf16", "n": 65, "k": 65, "density": 9, "m": 2, "cold": True}
-    assert set(changed) == {f.name for f in dataclasses.fields(Key)}
-    ids = {dataclasses.replace(base, **{name: value}).id for name, value in changed.items()}
-    assert len(ids | {base.id}) == 1 + len(changed)
-
-
-@pytest.mark.parametrize("damage", [b"this is no database", b"SQLite format 3\x00" + b"\xff" * 4000])
-def test_a_damaged_database_is_set_aside_and_begun_anew(tmp_path: Path, damage: bytes) -> None:
-    database = Database(tmp_path)
-    database.path.write_bytes(damage)
-    with pytest.warns(SparsecWarning, match="damaged"):
-        database.save(a_record())
-    assert database.all() == [a_record()]
-    assert database.path.with_suffix(".damaged").read_bytes() == damage
-
-
-def test_a_database_that_cannot_be_written_costs_a_warning_only(tmp_path: Path) -> None:
-    database = Database(tmp_path)
-    database.path.mkdir()
-    with pytest.warns(SparsecWarning, match="not kept"):
-        database.save(a_record())
-
-
-WRITER = """
-import sys
-from pathlib import Path
-from sparsec.timing import Ratio, Samples
-from sparsec.tune_db import Database, Key, Record
-database, who = Database(Path(sys.argv[1])), sys.argv[2]
-for i in range(40):
-    key = Key(who, "2.13", 2, "text", "bitmap+fp32", "dot", "fp32", 64, 64, 8, i, False)
-    database.save(Record(key, Ratio(1.5, 1.4, 1.6), 2e-5, 1e-5, 15, 100.0))
-"""
-
-
-def test_two_processes_share_one_database(tmp_path: Path) -> None:
-    command = [sys.executable, "-W", "error", "-c", WRITER, str(tmp_path)]
-    writers = [subprocess.Popen([*command, who], stderr=subprocess.PIPE, text=True) for who in ("one", "two")]
-    for writer in writers:
-        _, said = writer.communicate(timeout=120)
-        assert writer.returncode == 0, said
-    found = Database(tmp_path).all()
-    assert {(r.key.hardware, r.key.m) for r in found} == {(who, i) for who in ("one", "two") for i in range(40)}
 
 
 # -------------------------------------------------------------------------------------------------- rates
@@ -371,7 +390,7 @@ def test_rates_are_measured_even_where_nothing_can_be_written(
     def no_lock(path: Path) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(MEASURE, "lock", no_lock)
+    monkeypatch.setattr(importlib.import_module("sparsec.cache"), "lock", no_lock)
     monkeypatch.setattr(MEASURE, "write_json", lambda path, value: None)
     assert again(tmp_path) == MACHINE
 
@@ -394,7 +413,7 @@ def test_only_patterns_that_hold_or_could_help_are_asked_for(
     asked: list[str] = []
 
     def texts(pattern: Any, dtype: str, target: Any) -> list[Any]:
-        asked.append(f"{pattern}+{dtype}")
+        asked.append(str(pattern))
         return []
 
     monkeypatch.setattr(MEASURE, "kernel_texts", texts)
@@ -556,6 +575,11 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]
     return code, out, err
 
 
+def a_record() -> Record:
+    key = Key("cpu/x", "2.13", 2, "text", "bitmap+fp32", "dot", "fp32", 64, 64, 8, 1, False)
+    return Record(key, Ratio(1.5, 1.4, 1.6), 2e-5, 1e-5, 15, 100.0)
+
+
 def test_show_lists_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "tune", "--show", "--cache-dir", str(tmp_path))
     assert (code, out.split()[0]) == (0, "0")
@@ -584,6 +608,9 @@ def test_the_tune_command_tunes_each_size_and_prints_only_json(
     [
         ((), "a model is needed"),
         (("m", "--effort", "fast"), "quick or full"),
+        (("m", "--effort", "ful"), "did you mean 'full'?"),
+        (("m", "--budget", "inf"), "at least 0"),
+        (("m", "--options", '{"tune": "full"}'), "with --effort"),
         (("m", "--batch", "0"), "numbers of at least 1"),
         (("m", "--options", "{"), "not JSON"),
         (("m", "--options", "[1]"), "JSON object"),
@@ -596,6 +623,27 @@ def test_wrong_words_are_one_sentence_and_exit_code_two(
     assert (code, out) == (2, "")
     assert said in err
     assert err.count("\n") == 1
+
+
+def test_an_interrupted_tuning_says_where_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    Database(tmp_path).save(a_record())
+    monkeypatch.setattr("sparsec.models.load_model", stopped)
+    code, out, err = run(capsys, "tune", "tiny:llama@80", "--cache-dir", str(tmp_path))
+    assert (code, out) == (130, "")
+    assert "the same command goes on from there" in err
+    assert str(Database(tmp_path).path) in err
+
+
+def test_tuning_into_a_directory_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    place = tmp_path / "file"
+    place.write_text("no directory")
+    with pytest.raises(TuningNotKept, match="could not be kept"):
+        sparsec.tune(torch.nn.Linear(4, 4), torch.randn(1, 4), options={"cache_dir": str(place)})
 
 
 def test_the_targets_command_names_this_machine_and_all_others(capsys: pytest.CaptureFixture[str]) -> None:

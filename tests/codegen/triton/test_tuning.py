@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -58,8 +59,8 @@ def test_a_kernel_that_fails_is_left_out_and_the_others_are_measured() -> None:
         raise RuntimeError("no")
 
     calls = {"dense": lambda i: None, "broken": broken, "good": lambda i: None}
-    found = tune_gpu.timed(calls, copies=1, rounds=6, budget_s=9.0, device=torch.device("cpu"))
-    assert set(found) == {"dense", "good"}
+    found, late = tune_gpu.timed(calls, copies=1, rounds=6, point_s=9.0, budget_s=9.0, device=torch.device("cpu"))
+    assert (set(found), late) == ({"dense", "good"}, set())
     assert {len(samples.seconds) for samples in found.values()} == {6}
 
 
@@ -67,7 +68,13 @@ def test_without_dense_nothing_is_claimed() -> None:
     def broken(i: int) -> object:
         raise RuntimeError("no")
 
-    assert tune_gpu.timed({"dense": broken, "good": lambda i: None}, 1, 5, 1.0, torch.device("cpu")) == {}
+    assert tune_gpu.timed({"dense": broken, "good": lambda i: None}, 1, 5, 1.0, 1.0, torch.device("cpu")) == ({}, set())
+
+
+def test_what_the_budget_leaves_no_time_to_compile_is_late() -> None:
+    calls = {name: lambda i: time.sleep(0.02) for name in ("dense", "first", "second", "third")}
+    found, late = tune_gpu.timed(calls, copies=1, rounds=5, point_s=1.0, budget_s=0.0, device=torch.device("cpu"))
+    assert (set(found), late) == ({"dense", "first"}, {"second", "third"})
 
 
 def test_a_configuration_serves_the_rows_up_to_its_own() -> None:

@@ -1,0 +1,131 @@
+"""Tuning on a CPU: one weight in, seconds of dense and of each sparse kernel out, interleaved.
+
+Each candidate runs beside dense ``F.linear`` (what Inductor calls for a linear) on copies of the weight used in turn,
+so that, as inside a model, no call finds its weight in a cache.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from sparsec.cache import cache_dir, digest
+from sparsec.codegen.spec import Packed
+from sparsec.efforts import Effort
+from sparsec.errors import BuildError, PackError
+from sparsec.facts import WeightFact
+from sparsec.formats import Format
+from sparsec.measure import rates_for
+from sparsec.measure_calls import cold_bytes, tune_log
+from sparsec.measure_kernels import TORCH, Text, direct, kernel_texts
+from sparsec.options import Policy
+from sparsec.passes.decide.candidates import Way
+from sparsec.quiet import others_s, short_of_cores, wait_for_cores
+from sparsec.targets.base import Target
+from sparsec.timing import interleave
+from sparsec.tune_point import Timed, Trial, promising
+from sparsec.tune_record import Key
+
+_COLD_FROM = 2**17  # bytes of dense weight; a smaller one is measured where it is, its time is the call's
+_log = tune_log()
+
+
+@dataclass(frozen=True)
+class CpuPoint:
+    """One weight [N, K] on this CPU: which ways to measure, and their seconds."""
+
+    weight: torch.Tensor
+    fact: WeightFact
+    dtype: str
+    target: Target
+    policy: Policy
+    threads: int
+
+    def trials(self, m: int, effort: Effort) -> dict[Key, Trial]:
+        """The sparse ways worth measuring at M = ``m``, cheapest by the model first."""
+        cache = cache_dir(self.policy.cache_dir)
+        rates = rates_for(self.fact, self.dtype, self.target, self.threads, cache, self.policy.formats)
+        found = {}
+        for way, trial in promising(self.fact, self.dtype, rates, self.policy, m, effort):
+            if (text := self._text(way)) is not None:
+                found[self._key(text, way, m)] = replace(trial, run=text)
+        return found
+
+    def _text(self, way: Way) -> Text | None:
+        texts = kernel_texts(Format.parse(way.format), self.dtype, self.target)
+        return next((t for t in texts if t.spec.loop == way.kernel), None)
+
+    def _key(self, text: Text, way: Way, m: int) -> Key:
+        fact = self.fact
+        return Key(
+            self.target.fingerprint, torch.__version__, self.threads, digest(text.text), way.format, way.kernel,
+            self.dtype, fact.n, fact.k, round(40 * fact.density), m, self._cold,
+        )  # fmt: skip
+
+    @property
+    def _cold(self) -> bool:
+        return self.weight.numel() * self.weight.element_size() >= _COLD_FROM
+
+    def measure(self, trials: Mapping[Key, Trial], m: int, effort: Effort, budget_s: float) -> Timed | None:
+        """Run the ways against dense in the same rounds; those that the budget leaves no time to pack are missing."""
+        started = time.perf_counter()
+        dense = itertools.cycle(self._copies(self.weight))
+        x = torch.randn(m, self.fact.k, generator=torch.Generator().manual_seed(0)).to(TORCH[self.dtype])
+        calls: dict[str, Callable[[], object]] = {}
+        packs: dict[str, list[Packed]] = {}
+        late: list[Key] = []
+        for key, trial in trials.items():
+            if calls and time.perf_counter() - started > budget_s:
+                late.append(key)
+                continue
+            try:
+                runs = self._runs(trial.run, packs)
+            except (BuildError, PackError) as error:  # the decision meets it again, and records it
+                _log.info("%s is not measured: %s", key.name, error)
+                continue
+            calls[key.id] = partial(_next_call, itertools.cycle(runs), x)
+        if not calls:
+            return None
+        wait_for_cores(self.threads)
+        left = max(budget_s - (time.perf_counter() - started), 0.0)
+        taken, began = others_s(), time.monotonic()
+        samples = interleave(
+            {"dense": lambda: torch.nn.functional.linear(x, next(dense)), **calls},
+            effort.rounds,
+            min(effort.point_s, left),
+            min_call_s=0.0 if self._cold else 2e-4,
+        )
+        used = 0.0 if taken is None else (others_s() or taken) - taken
+        busy = short_of_cores(used, time.monotonic() - began, self.threads)
+        ways = {key: samples[key.id] for key in trials if key.id in samples}
+        return Timed(samples["dense"], ways, busy, tuple(late))
+
+    def _runs(self, text: Text, packs: dict[str, list[Packed]]) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+        """The kernel on as many copies of the pack as it takes to outgrow the caches; loops share the copies."""
+        cache = cache_dir(self.policy.cache_dir)
+        weight = self.weight.detach()
+        name = str(text.spec.format)
+        if name not in packs:
+            packed = direct(weight, text.spec, self.target, cache).packed
+            times = _copies_for(packed.bytes, self.target) if self._cold else 1
+            copies = (tuple(t.clone() for t in packed.tensors) for _ in range(times - 1))
+            packs[name] = [packed, *(replace(packed, tensors=tensors) for tensors in copies)]
+        return [direct(weight, text.spec, self.target, cache, packed) for packed in packs[name]]
+
+    def _copies(self, weight: torch.Tensor) -> list[torch.Tensor]:
+        size = weight.numel() * weight.element_size()
+        times = _copies_for(size, self.target) if self._cold else 1
+        return [weight.detach(), *(weight.detach().clone() for _ in range(times - 1))]
+
+
+def _copies_for(size: int, target: Target) -> int:
+    return -(-cold_bytes(target) // max(size, 1))
+
+
+def _next_call(runs: Iterator[Callable[[torch.Tensor], torch.Tensor]], x: torch.Tensor) -> torch.Tensor:
+    return next(runs)(x)
