@@ -39,7 +39,7 @@ def on_grid(weight: torch.Tensor, bits: int, group: int = 0, shifted: bool = Fal
 
     The scale of a group is its largest |w| over some integer up to 2^(bits-1) - 1; round to nearest leaves the largest
     such integer, so that is tried first, and others only where it does not hold. A weight of 16 bits has rounded
-    products, which move the scale that the maximum tells by half a step; least squares over the group moves it back.
+    products, so that the maximum tells the scale only nearly; all weights of the group together tell the rest.
     """
     k = weight.shape[1]
     if not weight.numel():
@@ -67,7 +67,7 @@ def on_grid(weight: torch.Tensor, bits: int, group: int = 0, shifted: bool = Fal
 
 
 def _fit(part: torch.Tensor, scale: torch.Tensor, top: int, span: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which groups hold exactly with this scale, or with that of least squares near it; and the scale that does."""
+    """Which groups hold exactly with this scale, or with one near it; and the scale that does."""
     wide = part.float()
     q = (wide / scale).round()
     near = q.amax(1).clamp(min=0) - q.amin(1).clamp(max=0) <= span
@@ -80,10 +80,32 @@ def _fit(part: torch.Tensor, scale: torch.Tensor, top: int, span: int) -> tuple[
                 holds = near & ~exact & (q * other == part).all(1)
                 exact, scale = exact | holds, torch.where(holds[:, None], other, scale)
         return exact, scale
-    better = (wide * q).sum(1, keepdim=True) / (q * q).sum(1, keepdim=True).clamp(min=1)
-    again = ((wide / better).round() * better).to(part.dtype)
-    refined = near & (again == part).all(1) & ((wide / better).round().abs().amax(1) <= top)
+    better = _common(part, scale)
+    q = (wide / better).round()
+    near = q.amax(1).clamp(min=0) - q.amin(1).clamp(max=0) <= span
+    again = (q * better).to(part.dtype)
+    refined = near & (again == part).all(1) & (q.abs().amax(1) <= top)
     return exact | refined, torch.where(exact[:, None], scale, better)
+
+
+def _common(part: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The scale [G, 1] near ``scale`` with which whole numbers round to every weight of 16 bits; else ``scale``.
+
+    A product rounds to w between the middles of w and its neighbours, so each q allows an interval of scales, and all
+    of a group have the true one in common. Small q are known first; they narrow the interval until large ones are.
+    """
+    bits, size = part.abs().contiguous().view(torch.int16), part.abs().float()
+    below, above = (((bits + by).clamp(min=0).view(part.dtype).float() + size) / 2 for by in (-1, 1))
+    low, high = scale * (1 - 2**-8), scale * (1 + 2**-8)
+    for last in (False, False, False, True):
+        q = (above / low * (1 + 1e-6)).floor()  # a middle belongs to one of its sides: leave both
+        known = (size > 0) & (q > 0) & (q == (below / high * (1 - 1e-6)).ceil())
+        if last:
+            q = (size / (low + high) * 2).round()
+            known = q > 0
+        low = torch.maximum(low, torch.where(known, below / q, 0).amax(1, keepdim=True))
+        high = torch.minimum(high, torch.where(known, above / q, torch.inf).amin(1, keepdim=True))
+    return torch.where(high >= low, (low + high) / 2, scale)
 
 
 def _each_on_some(part: torch.Tensor, largest: torch.Tensor, top: int, fit: Fit) -> bool:
