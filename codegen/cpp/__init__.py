@@ -7,6 +7,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from sparsec.codegen.cpp.values import is_coded
 from sparsec.codegen.spec import Family, Packed
 from sparsec.errors import RoundTripMismatch
 from sparsec.formats import Format
@@ -22,6 +23,13 @@ def family(kind: str) -> Family:
     """The family of a pattern kind, a key of ``FAMILIES``. Raises KeyError for any other."""
     module, _, name = FAMILIES[kind].partition(":")
     return cast(Family, getattr(importlib.import_module(module), name))
+
+
+def loops_of(format: Format) -> tuple[str, ...]:
+    """The loops that a format's kernels have. Dense codes have ``outer`` too: decoding costs more than reading."""
+    if format.pattern.kind == "panel" and is_coded(format.values):
+        return ("dot", "outer")
+    return family(format.pattern.kind).loops
 
 
 def pack_verified(weight: torch.Tensor, format: Format, source_key: str, cache: Path | None = None) -> Packed:

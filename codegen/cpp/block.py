@@ -10,8 +10,9 @@ import math
 
 import torch
 
-from sparsec.codegen.cpp import packer, sliced
+from sparsec.codegen.cpp import coded, packer, sliced
 from sparsec.codegen.cpp.compose import unit
+from sparsec.codegen.cpp.values import bits, is_coded
 from sparsec.codegen.spec import KernelSpec, Packed
 from sparsec.formats import Format, Pattern
 
@@ -27,30 +28,46 @@ def _layout(pattern: Pattern) -> tuple[str, int]:
 
 
 def _pack_rows(weight: torch.Tensor, pattern: Pattern, values: str, source_key: str) -> Packed:
-    weight = packer.checked(weight, values)
+    tail: tuple[torch.Tensor, ...] = ()
+    if is_coded(values):
+        found = coded.coded(weight, Format(pattern, values), "rows")
+        weight, tail, numbers = found.stored, found.tail, found.main
+    else:
+        weight = numbers = packer.checked(weight, values)
     n, k = weight.shape
     tiles, runs = -(-n // packer.TILE), -(-k // RUN)
-    wide = torch.nn.functional.pad(weight, (0, runs * RUN - k, 0, tiles * packer.TILE - n)).view(
-        tiles * packer.TILE, runs, RUN
+    wide, kept = (
+        torch.nn.functional.pad(t, (0, runs * RUN - k, 0, tiles * packer.TILE - n)).view(-1, runs, RUN)
+        for t in (weight, numbers != 0)
     )
-    kept = (wide != 0).any(2)
+    kept = kept.any(2)
     data = wide[kept].view(-1)
-    stored = packer.padded(data.numel(), weight.dtype)
+    if tail:
+        data = coded.to_bytes(data, bits(values))
+    stored = packer.padded(data.numel(), data.dtype)
     stored[: data.numel()] = data
     start = packer.prefix(kept.sum(1))
     work = RUN * start[:: packer.TILE] + torch.arange(tiles + 1) * 64
     run = kept.nonzero()[:, 1].to(torch.int32)
-    return Packed(Format(pattern, values), 1, (stored, run, start), work, (n, k), source_key)
+    return Packed(Format(pattern, values), 1, (stored, run, start, *tail), work, (n, k), source_key)
 
 
 def _unpack_rows(packed: Packed) -> torch.Tensor:
-    stored, run, start = packed.tensors
+    stored, run, start, *tail = packed.tensors
+    values = packed.format.values
+    if tail:
+        stored = coded.from_bytes(stored, bits(values))
     n, k = packed.shape
     runs = -(-k // RUN)
     row = torch.repeat_interleave(torch.arange(start.numel() - 1), start.diff())
     wide = torch.zeros(start.numel() - 1, runs, RUN, dtype=stored.dtype)
     wide[row, run.long()] = stored[: run.numel() * RUN].view(-1, RUN)
-    return wide.view(start.numel() - 1, runs * RUN)[:n, :k].contiguous()
+    dense = wide.view(start.numel() - 1, runs * RUN)[:n, :k].contiguous()
+    if not tail:
+        return dense
+    kept = torch.zeros(start.numel() - 1, runs, dtype=torch.bool)
+    kept[row, run.long()] = True
+    return coded.decoded(dense, kept.repeat_interleave(RUN, 1)[:n, :k], tuple(tail), values)
 
 
 class Block:

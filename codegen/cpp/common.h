@@ -21,6 +21,12 @@ INLINE bf16 to_bf16(float f) {
   return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 
+// One byte of a stream of BITS-bit codes, the first code in the lowest bits.
+template <int BITS>
+struct Code {
+  uint8_t bits;
+};
+
 constexpr int64_t kRows = 16;    // rows of W in a tile, the unit of sparsec_run
 constexpr int64_t kChunk = 128;  // columns of W that are worked on together
 

@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sparsec.codegen import epilogue
+from sparsec.codegen.cpp.values import bits, is_coded
+from sparsec.codegen.cpp.values import constants as coded_constants
 from sparsec.codegen.spec import KernelSpec
 
 VALUE_TYPES = {"fp32": "float", "bf16": "bf16"}
+_TENSORS = {"panel": 1, "words": 1, "bitmap": 3, "rows": 3, "sliced": 5}  # of a layout, before those of its values
 
 
 def part(name: str) -> str:
@@ -16,12 +19,22 @@ def part(name: str) -> str:
 
 
 def unit(spec: KernelSpec, layout: str, constants: Mapping[str, int]) -> str:
-    """The translation unit of ``spec`` on one layout (``panel``, ``bitmap``, ``sliced``, ``rows``).
+    """The translation unit of ``spec`` on one layout (``panel``, ``words``, ``bitmap``, ``sliced``, ``rows``).
 
     ``constants`` are what the layout's header asks for, e.g. ``kShare``.
     """
+    values = spec.format.values
     known = {"kAhead": 4096, "kVectors": 2 if spec.isa == "portable" else 4, **constants}
-    lines = [f"using Value = {VALUE_TYPES[spec.format.values]};"]
+    meaning: tuple[str, ...] = ("plain.h",)
+    if is_coded(values):
+        known |= coded_constants(values, _TENSORS[layout])
+        stored = f"Code<{bits(values)}>"
+        meaning = (f"coded_{spec.isa}.h", "coded.h", "outliers.h")
+    else:
+        stored = VALUE_TYPES[values]
+    lines = [f"using X = {VALUE_TYPES[spec.dtype]};  // of x, y, bias and outliers"]
+    lines += [f"using Lane = {_lane(spec, layout)};  // what x and W are multiplied as"]
+    lines += [f"using Stored = {stored};"]
     lines += [f"constexpr bool kWide = {'true' if spec.isa == 'avx512' else 'false'};  // registers for 4 rows of x"]
     lines += [f"constexpr int {name} = {value};" for name, value in sorted(known.items())]
     texts = [
@@ -31,9 +44,19 @@ def unit(spec: KernelSpec, layout: str, constants: Mapping[str, int]) -> str:
         part(f"{spec.isa}.h"),
         epilogue.TEXT,
         "\n".join(lines),
+        *(part(name) for name in meaning),
         *(part(name) for name in _loop_parts(spec.loop, layout)),
     ]
     return "\n".join(texts)
+
+
+def _lane(spec: KernelSpec, layout: str) -> str:
+    """Codes of up to 4 bits become bf16 as soon as float; products of bf16 are worth it where the machine has them."""
+    values = spec.format.values
+    if not is_coded(values):
+        return VALUE_TYPES[spec.dtype]
+    in_pairs = spec.bf16_dot and bits(values) < 8 and layout in ("bitmap", "words") and spec.loop == "dot"
+    return "bf16" if in_pairs else "float"
 
 
 def _loop_parts(loop: str, layout: str) -> Sequence[str]:

@@ -11,14 +11,15 @@ import torch
 
 from sparsec.codegen.cpp import bitmap, packer, sliced
 from sparsec.codegen.cpp.compose import unit
+from sparsec.codegen.cpp.values import is_coded, refusal
 from sparsec.codegen.spec import KernelSpec, Packed
 from sparsec.errors import PatternMismatch
 from sparsec.formats import Pattern
 
 
-def _layout(pattern: Pattern) -> str:
+def _layout(pattern: Pattern, values: str) -> str:
     n, m = pattern.params
-    if 6 * n <= m:
+    if 6 * n <= m and not (is_coded(values) and refusal("sliced", values)):
         return "sliced"
     return "fixed" if 32 % m == 0 else "bitmap"
 
@@ -45,19 +46,21 @@ class NM:
     loops = ("dot", "outer")
 
     def pack(self, weight: torch.Tensor, pattern: Pattern, values: str, source_key: str) -> Packed:
-        weight = packer.checked(weight, values)
+        if not is_coded(values):
+            weight = packer.checked(weight, values)
         check(weight, pattern)
-        layout = _layout(pattern)
+        layout = _layout(pattern, values)
         if layout == "sliced":
             return sliced.pack(weight, pattern, values, source_key)
         n, m = pattern.params
         return bitmap.pack(weight, pattern, values, source_key, (n, m) if layout == "fixed" else (0, 0))
 
     def unpack(self, packed: Packed) -> torch.Tensor:
-        return (sliced.unpack if _layout(packed.format.pattern) == "sliced" else bitmap.unpack)(packed)
+        layout = _layout(packed.format.pattern, packed.format.values)
+        return (sliced.unpack if layout == "sliced" else bitmap.unpack)(packed)
 
     def text(self, spec: KernelSpec) -> str:
-        layout = _layout(spec.format.pattern)
+        layout = _layout(spec.format.pattern, spec.format.values)
         if layout == "sliced":
             return sliced.text(spec)
         n, m = spec.format.pattern.params

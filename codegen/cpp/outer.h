@@ -27,7 +27,7 @@ EXPORT void sparsec_prepare(const SparsecCall *call, int64_t begin, int64_t end)
         F16 r[16];
         for (int i = 0; i < 16; ++i) {
           int64_t row = m0 + j + i;
-          const Value *x = static_cast<const Value *>(call->x) + row * call->x_stride + k;
+          const X *x = static_cast<const X *>(call->x) + row * call->x_stride + k;
           r[i] = row < call->m && columns ? load_n(x, columns) : zero16();
         }
         transpose16(r);
@@ -82,12 +82,13 @@ __attribute__((noinline)) void outer_tiles(const SparsecCall *call, int64_t m0, 
     }
   }
   for (int64_t t = 0; t < end - begin; ++t) {
+    add_outliers_transposed<NV>(call, begin + t, x, acc + t * kRows * 16 * NV);
     for (int j = 0; j < NV; ++j) {
       F16 r[16];
       for (int i = 0; i < 16; ++i) r[i] = load16(acc + ((t * kRows + i) * NV + j) * 16);
       transpose16(r);
       int64_t row = m0 + 16 * j, left = call->m - row;
-      finish<Value>(call, row, left < 16 ? static_cast<int>(left) : 16, (begin + t) * kRows, r);
+      finish<X>(call, row, left < 16 ? static_cast<int>(left) : 16, (begin + t) * kRows, r);
     }
   }
 }

@@ -8,7 +8,7 @@ constexpr int kPair = kWide ? 2 : 1;  // tiles that share each broadcast
 // Steps whose part of W stays in the first-level cache while kRowsAtOnce rows of x pass by.
 constexpr int64_t kStepsAtOnce = 256;
 constexpr int kRowsAtOnce = 64;
-constexpr int64_t kStepColumns = 4 / sizeof(Value);
+constexpr int64_t kStepColumns = 4 / sizeof(X);
 constexpr int64_t kW = kRows * kStepColumns;
 
 INLINE int64_t steps_of(int64_t k) { return ceil_div(k, kStepColumns); }
@@ -23,11 +23,11 @@ EXPORT int64_t sparsec_scratch(int64_t m, int64_t k) { return m * steps_of(k) * 
 EXPORT int64_t sparsec_prepare_units(int64_t m, int64_t) { return ceil_div(m, kSideBySide); }
 
 // 16 steps of a row; a step is moved as the 4 bytes it is. Past the end of the row there are zeros.
-INLINE F16 load_steps(const Value *x, int64_t columns) {
+INLINE F16 load_steps(const X *x, int64_t columns) {
   alignas(64) float bits[16];
   constexpr int64_t kAll = 16 * kStepColumns;
   if (columns < kAll) __builtin_memset(bits, 0, sizeof bits);
-  __builtin_memcpy(bits, x, (columns < kAll ? columns : kAll) * sizeof(Value));
+  __builtin_memcpy(bits, x, (columns < kAll ? columns : kAll) * sizeof(X));
   return load16(bits);
 }
 
@@ -36,10 +36,10 @@ EXPORT void sparsec_prepare(const SparsecCall *call, int64_t begin, int64_t end)
   for (int64_t row = begin * kSideBySide, rows; row < last; row += rows) {
     rows = block_rows(last - row);
     float *out = static_cast<float *>(call->scratch) + row * steps;
-    const Value *x = static_cast<const Value *>(call->x) + row * call->x_stride;
+    const X *x = static_cast<const X *>(call->x) + row * call->x_stride;
     if (rows == 1) {
       if (call->k % kStepColumns) out[steps - 1] = 0;
-      __builtin_memcpy(out, x, call->k * sizeof(Value));
+      __builtin_memcpy(out, x, call->k * sizeof(X));
       continue;
     }
     for (int64_t s = 0; s < steps; s += 16) {
@@ -59,7 +59,7 @@ INLINE F16 step(F16 acc, const bf16 *w, const bf16 *x) { return mac_pairs(acc, w
 
 // sums[tile][row] += `steps` steps of T tiles, `apart` values from each other, times MB of `wide` rows of x
 template <int T, int MB>
-__attribute__((noinline)) void panel_block(const Value *w, int64_t apart, const Value *x, int64_t wide, int64_t steps,
+__attribute__((noinline)) void panel_block(const X *w, int64_t apart, const X *x, int64_t wide, int64_t steps,
                                            F16 *sums) {
   constexpr int kSums = MB >= 4 ? 1 : 4 / MB;  // enough sums in flight that none waits for itself
   F16 acc[kSums][T][MB];
@@ -88,7 +88,7 @@ __attribute__((noinline)) void panel_block(const Value *w, int64_t apart, const 
 template <int T>
 INLINE void panel_tiles(const SparsecCall *call, int64_t tile) {
   int64_t steps = steps_of(call->k);
-  const Value *w = pack_of<Value>(call, 0) + tile * steps * kW, *x = static_cast<const Value *>(call->scratch);
+  const X *w = pack_of<X>(call, 0) + tile * steps * kW, *x = static_cast<const X *>(call->scratch);
   for (int64_t begin = 0, end; begin < call->m; begin = end) {
     end = begin + kRowsAtOnce < call->m ? begin + kRowsAtOnce : call->m;
     F16 sums[T * kRowsAtOnce];
@@ -98,7 +98,7 @@ INLINE void panel_tiles(const SparsecCall *call, int64_t tile) {
       int64_t count = s + kStepsAtOnce < steps ? kStepsAtOnce : steps - s;
       for (int64_t row = begin, wide; row < end; row += wide) {
         wide = block_rows(end - row);
-        const Value *from = x + (row * steps + s * wide) * kStepColumns, *weight = w + s * kW;
+        const X *from = x + (row * steps + s * wide) * kStepColumns, *weight = w + s * kW;
         F16 *to = sums + (row - begin);
         switch (wide) {
           case 1: panel_block<T, 1>(weight, steps * kW, from, wide, count, to); break;
@@ -111,7 +111,7 @@ INLINE void panel_tiles(const SparsecCall *call, int64_t tile) {
       }
     }
     for (int t = 0; t < T; ++t)
-      finish<Value>(call, begin, static_cast<int>(end - begin), (tile + t) * kRows, sums + t * kRowsAtOnce);
+      finish<X>(call, begin, static_cast<int>(end - begin), (tile + t) * kRows, sums + t * kRowsAtOnce);
   }
 }
 

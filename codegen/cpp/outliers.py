@@ -1,0 +1,134 @@
+"""Outliers beside a coded weight, the CPU's sidecar: W = main + outliers, which share no position.
+
+  begin[rows + 1] int32   first outlier of each row, N rounded up to whole tiles
+  column[O] int16         unsigned, ascending in a row; int32 for more than 65536 columns
+  value[O]                in the weight's dtype
+
+Every coded pack has the three; most have no outlier in them. SpQR (Dettmers et al., 2023) and SqueezeLLM (Kim et al.,
+2023, "dense-and-sparse") keep 0.05 to 1 % of weights so. Here they are found again in the float weight: what is on no
+grid, where nearly everything else of its group is on one.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sparsec.codegen.cpp import packer
+from sparsec.codegen.cpp.codes import BITS, LEVELS, codes_of
+from sparsec.errors import PatternMismatch
+from sparsec.formats import Format, value_kind
+
+MOST = 0.03  # of a weight's values; more are no outliers, and a whole weight in their format costs less
+_TRIED = 1 << 22  # values that are looked at together
+
+
+def split(weight: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor]:
+    """(main, outliers) of a weight [N, K], both dense: main is on the format's grid if there is one with few outliers.
+
+    A weight without outliers is main itself; one with too many comes back whole, for ``codes_of`` to refuse.
+    """
+    aside = torch.zeros_like(weight)
+    if not weight.numel():
+        return weight, aside
+    try:
+        codes_of(weight, format)
+    except PatternMismatch:
+        out = _off_grid(weight, format)
+        if out is None:
+            return weight, aside
+        return weight.masked_fill(out, 0.0), weight.masked_fill(~out, 0.0)
+    return weight, aside
+
+
+def _off_grid(weight: torch.Tensor, format: Format) -> torch.Tensor | None:
+    """Where the outliers are, bool [N, K]; None where more than MOST are off, or one is not finite."""
+    if not bool(weight.isfinite().all()):
+        return None
+    kind, group = value_kind(format.values)
+    n, k = weight.shape
+    size = group or k
+    grouped = torch.nn.functional.pad(weight, (0, -k % size)).view(-1, size)
+    few = grouped[torch.linspace(0, len(grouped) - 1, min(len(grouped), 32)).long()]  # refuse soon what is no grid
+    if _share(_off(few, kind)) > 2 * MOST:
+        return None
+    step = max(1, _TRIED // size)
+    off = torch.cat([_off(part, kind) for part in torch.split(grouped, step)]).view(n, -1)[:, :k]
+    return off if _share(off) <= MOST else None
+
+
+def _share(off: torch.Tensor) -> float:
+    return float(off.float().mean())
+
+
+def _off(part: torch.Tensor, kind: str) -> torch.Tensor:
+    """What of each group [G, size] is on no grid, where the best grid is the one that holds most of the group."""
+    if kind == "codebook":
+        return _off_book(part)
+    top = 1 if kind == "ternary" else 2 ** (BITS[kind] - 1) - 1
+    left = torch.arange(len(part))
+    best = torch.ones_like(part, dtype=torch.bool) & (part != 0)
+    order = part.float().abs().sort(1, descending=True).values
+    tries = min(part.shape[1], 2 + int(2 * MOST * part.shape[1]) + 2)
+    for at in range(tries):
+        for step in (top,) if kind != "int4" else range(top, 0, -1):
+            off = _off_scale(part[left], order[left, at, None] / step, top)
+            better = off.sum(1) < best[left].sum(1)
+            best[left[better]] = off[better]
+            good = best[left].sum(1) <= min(at, max(1, int(MOST * part.shape[1])))
+            left = left[~good]
+            if not len(left):
+                return best
+    return best
+
+
+def _off_scale(part: torch.Tensor, scale: torch.Tensor, top: int) -> torch.Tensor:
+    """What is not within -top .. top times a scale [G, 1], or the scales that rounding leaves next to it."""
+    wide, scale = part.float(), scale.clamp(min=torch.finfo(torch.float32).tiny)
+
+    def off(scale: torch.Tensor) -> torch.Tensor:
+        q = (wide / scale).round()
+        return (q.abs() > top) | ((q * scale).to(part.dtype) != part)
+
+    found = off(scale)
+    if part.dtype == torch.float32:
+        others = [scale.nextafter(torch.full_like(scale, to)) for to in (torch.inf, -torch.inf)]
+    else:  # products of 16 bits were rounded: least squares over what is near
+        q = (wide / scale).round()
+        near = (q.abs() <= top) & ((q * scale - wide).abs() <= wide.abs() * 2.0**-7)
+        q = q * near
+        others = [(wide * q).sum(1, keepdim=True) / (q * q).sum(1, keepdim=True).clamp(min=1)]
+    for other in others:
+        again = off(other.clamp(min=torch.finfo(torch.float32).tiny))
+        found = torch.where(again.sum(1, keepdim=True) < found.sum(1, keepdim=True), again, found)
+    return found
+
+
+def _off_book(part: torch.Tensor) -> torch.Tensor:
+    """Rows have up to 16 frequent values, 0 among them; the rarest others are off."""
+    off = torch.zeros_like(part, dtype=torch.bool)
+    for row, out in zip(part, off, strict=True):
+        values, where, counts = (row + 0.0).unique(return_inverse=True, return_counts=True)
+        if len(values) > LEVELS:
+            counts[values == 0] = len(row) + 1  # main is 0 where an outlier stands
+            room = LEVELS if bool((values == 0).any()) else LEVELS - 1
+            out |= ~torch.isin(where, counts.topk(room).indices)
+    return off
+
+
+def stream(aside: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(begin, column, value) of outliers [N, K], mostly zero."""
+    n, k = aside.shape
+    row, column = aside.nonzero().unbind(1)
+    rows = -(-n // packer.TILE) * packer.TILE
+    begin = packer.prefix(torch.bincount(row, minlength=rows)).int()
+    return begin, column.to(torch.int16 if k <= 2**16 else torch.int32), aside[row, column].contiguous()
+
+
+def joined(main: torch.Tensor, stream: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """main + outliers [N, K], by plain torch."""
+    begin, column, value = stream
+    row = torch.repeat_interleave(torch.arange(len(begin) - 1), begin.diff().long())
+    wide = column.long() & 0xFFFF if column.dtype == torch.int16 else column.long()
+    out = main.clone()
+    out[row, wide] = value
+    return out

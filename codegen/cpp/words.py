@@ -1,0 +1,39 @@
+"""The layout "words" (see ``words.h``): codes of every position, for the pattern ``panel``."""
+
+from __future__ import annotations
+
+import torch
+
+from sparsec.codegen.cpp import coded, packer
+from sparsec.codegen.cpp.values import bits
+from sparsec.codegen.spec import Packed
+from sparsec.formats import Format
+
+
+def pack(weight: torch.Tensor, format: Format, source_key: str) -> Packed:
+    found = coded.coded(weight, format, "words")
+    (n, k), width = weight.shape, bits(format.values)
+    wide = torch.nn.functional.pad(found.stored, (0, -k % packer.CHUNK, 0, -n % packer.TILE))
+    parts = wide.view(-1, packer.GROUP, wide.shape[1] // packer.CHUNK, packer.CHUNK).transpose(1, 2)
+    stream = coded.to_bytes(_elements(parts, width), width).flatten()
+    data = packer.padded(stream.numel(), torch.uint8)
+    data[: stream.numel()] = stream
+    work = torch.arange(wide.shape[0] // packer.TILE + 1) * (packer.TILE * wide.shape[1] + 1)
+    return Packed(format, 1, (data, *found.tail), work, (n, k), source_key)
+
+
+def _elements(parts: torch.Tensor, width: int) -> torch.Tensor:
+    """[..., 128]: the codes of an element follow each other, where they are not bytes."""
+    return parts if width == 8 else parts.reshape(*parts.shape[:-1], 4, 32).transpose(-1, -2).flatten(-2)
+
+
+def unpack(packed: Packed) -> torch.Tensor:
+    data, *tail = packed.tensors
+    (n, k), width = packed.shape, bits(packed.format.values)
+    rows, chunks = -(-n // packer.TILE) * packer.TILE, -(-k // packer.CHUNK)
+    size = packer.CHUNK * width // 8
+    codes = coded.from_bytes(data[: rows * chunks * size].view(rows // packer.GROUP, chunks, packer.GROUP, size), width)
+    if width < 8:
+        codes = codes.reshape(*codes.shape[:-1], 32, 4).transpose(-1, -2).flatten(-2)
+    stored = codes.transpose(1, 2).reshape(rows, -1)[:n, :k].contiguous()
+    return coded.decoded(stored, None, tuple(tail), packed.format.values)
