@@ -124,3 +124,63 @@ INLINE Bytes expand64(const Bytes &rest, uint64_t mask, const Bytes &codes) {
   }
   return {_mm256_set_m128i(part[1], part[0]), _mm256_set_m128i(part[3], part[2])};
 }
+
+// ---- steps of slices: lanes are rows that have columns of their own
+
+// w - zero in the first `lanes` lanes, 0 in the others.
+INLINE Bytes centred(const Bytes &w, const Bytes &zero, int lanes) {
+  F16 kept = keep_first({_mm256_castsi256_ps(_mm256_sub_epi8(w.a, zero.a)), _mm256_castsi256_ps(_mm256_sub_epi8(w.b, zero.b))},
+                        lanes);
+  return {_mm256_castps_si256(kept.a), _mm256_castps_si256(kept.b)};
+}
+INLINE __m256i dot8_signed(__m256i acc, __m256i x, __m256i w) {
+#ifdef __AVXVNNI__
+  return _mm256_dpbusd_avx_epi32(acc, x, w);
+#else
+  return _mm256_add_epi32(acc, pairs_i32(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w))));
+#endif
+}
+// acc lane i += the sum over j < 4 of w[4i + j] x[4i + j]; x has kXOffset added, w is signed.
+INLINE I16 dot_signed(const I16 &acc, const Bytes &x, const Bytes &w) {
+  return {dot8_signed(acc.a, x.a, w.a), dot8_signed(acc.b, x.b, w.b)};
+}
+// Lane r of the result is lane rank[r] of v.
+INLINE I16 unsort_i(const I16 &v, uint64_t ranks) {
+  F16 out = unsort({_mm256_castsi256_ps(v.a), _mm256_castsi256_ps(v.b)}, ranks);
+  return {_mm256_castps_si256(out.a), _mm256_castps_si256(out.b)};
+}
+
+// The positions of a step: of each of 64 bytes, or (RUN == 4) of each of 16 lanes. SHARE lanes have the same.
+template <int SHARE, int RUN>
+struct XPlaces {
+  I16 at;
+  MEMBER explicit XPlaces(const uint8_t *p) {
+    alignas(32) uint8_t spread[64];
+    constexpr int kWidth = 4 / RUN;  // bytes of a lane
+    for (int i = 0; i < 16 && SHARE > 1; ++i) __builtin_memcpy(spread + kWidth * i, p + kWidth * (i / SHARE), kWidth);
+    const uint8_t *from = SHARE > 1 ? spread : p;
+    if (RUN == 4) at = load_u8(from);
+    else at = {whole(from), whole(from + 32)};
+  }
+};
+// 128 columns of a row of x.
+template <int SHARE, int RUN>
+struct XTable {
+  const int8_t *x;
+  MEMBER void load(const int8_t *p) { x = p; }
+  // Each 16 columns give the positions that are theirs: the others have a sign bit, for which pshufb writes 0.
+  MEMBER __m256i bytes(__m256i p) const {
+    __m256i out = _mm256_setzero_si256();
+    for (int i = 0; i < 8; ++i) {
+      __m256i part = _mm256_broadcastsi128_si256(half(x + 16 * i));
+      __m256i mine = _mm256_adds_epu8(_mm256_xor_si256(p, _mm256_set1_epi8(static_cast<char>(16 * i))), _mm256_set1_epi8(0x70));
+      out = _mm256_or_si256(out, _mm256_shuffle_epi8(part, mine));
+    }
+    return out;
+  }
+  MEMBER Bytes at(const XPlaces<SHARE, RUN> &p) const {
+    if (RUN == 1) return {bytes(p.at.a), bytes(p.at.b)};
+    auto from = reinterpret_cast<const int *>(x);
+    return {_mm256_i32gather_epi32(from, p.at.a, 4), _mm256_i32gather_epi32(from, p.at.b, 4)};
+  }
+};

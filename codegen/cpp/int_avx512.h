@@ -66,3 +66,49 @@ INLINE Bytes expand64(Bytes rest, uint64_t mask, Bytes codes) {
   asm("" : "+v"(out), "+v"(codes));
   return _mm512_mask_expand_epi8(out, mask, codes);
 }
+
+// ---- steps of slices: lanes are rows that have columns of their own
+
+// w - zero in the first `lanes` lanes, 0 in the others.
+INLINE Bytes centred(Bytes w, Bytes zero, int lanes) {
+  return _mm512_maskz_sub_epi8(_bzhi_u64(~uint64_t{0}, 4 * lanes), w, zero);
+}
+// acc lane i += the sum over j < 4 of w[4i + j] x[4i + j]; x has kXOffset added, w is signed.
+INLINE I16 dot_signed(I16 acc, Bytes x, Bytes w) { return _mm512_dpbusd_epi32(acc, x, w); }
+// Lane r of the result is lane rank[r] of v.
+INLINE I16 unsort_i(I16 v, uint64_t ranks) { return _mm512_castps_si512(unsort(_mm512_castsi512_ps(v), ranks)); }
+
+// The positions of a step: of each of 64 bytes, or (RUN == 4) of each of 16 lanes. SHARE lanes have the same.
+template <int SHARE, int RUN>
+struct XPlaces {
+  __m512i at;
+  MEMBER explicit XPlaces(const uint8_t *p) {
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    at = RUN == 4 ? load_u8(p) : _mm512_loadu_si512(p);
+    if (SHARE > 1) at = _mm512_permutexvar_epi32(_mm512_srli_epi32(lane, __builtin_ctz(SHARE)), at);
+  }
+};
+template <>
+struct XPlaces<16, 4> {
+  int at;
+  MEMBER explicit XPlaces(const uint8_t *p) : at(*p) {}
+};
+// 128 columns of a row of x.
+template <int SHARE, int RUN>
+struct XTable {
+  __m512i low, high;
+  MEMBER void load(const int8_t *x) { low = _mm512_loadu_si512(x), high = _mm512_loadu_si512(x + 64); }
+  MEMBER Bytes at(const XPlaces<SHARE, RUN> &p) const {
+    return RUN == 4 ? _mm512_permutex2var_epi32(low, p.at, high) : _mm512_permutex2var_epi8(low, p.at, high);
+  }
+};
+template <>
+struct XTable<16, 4> {
+  const int8_t *x;
+  MEMBER void load(const int8_t *p) { x = p; }
+  MEMBER Bytes at(const XPlaces<16, 4> &p) const {
+    int32_t four;
+    __builtin_memcpy(&four, x + 4 * p.at, 4);
+    return _mm512_set1_epi32(four);
+  }
+};

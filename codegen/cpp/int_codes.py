@@ -47,18 +47,28 @@ def _places(counts: Array, bits: int) -> tuple[Array, Array]:
 def compress(codes: Array, counts: Array, bits: int) -> tuple[Array, Array]:
     """(bytes, first byte of each run and one more) of runs of ``counts`` codes, each padded to whole bytes."""
     place, start = _places(counts, bits)
-    together = 8 // bits
     wide = np.zeros(int(start[-1]), dtype=np.uint8)
     wide[place] = codes
-    flat = wide[::together].copy()
+    return in_bytes(wide, bits), start // (8 // bits)
+
+
+def in_bytes(codes: Array, bits: int) -> Array:
+    """Neighbours together, the first in the lowest bits; there are enough to fill the last byte."""
+    together = 8 // bits
+    flat = codes[::together].copy()
     for i in range(1, together):
-        flat |= wide[i::together] << (bits * i)
-    return flat, start // together
+        flat |= codes[i::together] << (bits * i)
+    return flat
+
+
+def from_bytes(flat: Array, bits: int) -> Array:
+    """The inverse of ``in_bytes``."""
+    out: Array = (flat[:, None] >> np.arange(0, 8, bits, dtype=np.uint8)) & (2**bits - 1)
+    return out.ravel()
 
 
 def decompress(flat: Array, counts: Array, bits: int) -> Array:
     """The codes that ``compress`` was given."""
-    place, _ = _places(counts, bits)
-    together = 8 // bits
-    out: Array = flat[place // together] >> (place % together * bits).astype(np.uint8) & (2**bits - 1)
+    place, start = _places(counts, bits)
+    out: Array = from_bytes(flat[: int(start[-1]) * bits // 8], bits)[place]
     return out

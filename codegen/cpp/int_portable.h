@@ -100,3 +100,45 @@ INLINE Bytes expand64(const Bytes &rest, uint64_t mask, const Bytes &codes) {
   for (const uint8_t *code = codes.at; mask; mask &= mask - 1) out.at[__builtin_ctzll(mask)] = *code++;
   return out;
 }
+
+// ---- steps of slices: lanes are rows that have columns of their own
+
+// w - zero in the first `lanes` lanes, 0 in the others.
+INLINE Bytes centred(const Bytes &w, const Bytes &zero, int lanes) {
+  Bytes out;
+  for (int i = 0; i < 64; ++i) out.at[i] = static_cast<uint8_t>(i < 4 * lanes ? w.at[i] - zero.at[i] : 0);
+  return out;
+}
+// acc lane i += the sum over j < 4 of w[4i + j] x[4i + j], both signed.
+INLINE I16 dot_signed(const I16 &acc, const Bytes &x, const Bytes &w) {
+  return each_i([&](int i) {
+    int32_t sum = acc.at[i];
+    for (int j = 4 * i; j < 4 * i + 4; ++j) sum += static_cast<int8_t>(w.at[j]) * static_cast<int8_t>(x.at[j]);
+    return sum;
+  });
+}
+// Lane r of the result is lane rank[r] of v.
+INLINE I16 unsort_i(const I16 &v, uint64_t ranks) {
+  return each_i([&](int i) { return v.at[ranks >> (4 * i) & 15]; });
+}
+
+// The positions of a step; SHARE lanes have the same, and RUN neighbouring columns one.
+template <int SHARE, int RUN>
+struct XPlaces {
+  const uint8_t *at;
+  MEMBER explicit XPlaces(const uint8_t *p) : at(p) {}
+};
+// 128 columns of a row of x.
+template <int SHARE, int RUN>
+struct XTable {
+  const int8_t *x;
+  MEMBER void load(const int8_t *p) { x = p; }
+  MEMBER Bytes at(const XPlaces<SHARE, RUN> &p) const {
+    Bytes out;
+    for (int i = 0; i < 64; ++i) {
+      int lane = i / 4 / SHARE;
+      out.at[i] = static_cast<uint8_t>(RUN == 4 ? x[4 * p.at[lane] + i % 4] : x[p.at[4 * lane + i % 4]]);
+    }
+    return out;
+  }
+};

@@ -29,7 +29,7 @@ def kept_of(pattern: Pattern) -> int:
     return 0
 
 
-def constants(format: Format) -> dict[str, int]:
+def constants(format: Format) -> dict[str, int | str]:
     return {"kPerStep": kept_of(format.pattern), "kSide": 16, "kXColumns": QUAD, "kXFlip": 0, "kSums": 1}
 
 

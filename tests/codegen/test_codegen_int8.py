@@ -31,10 +31,12 @@ FORMATS = [
     *("panel+int8", "panel+int8g64", "panel+int4", "panel+int4g32", "panel+ternary"),
     *("bitmap+int8", "bitmap+int8g32", "bitmap+int4g128", "bitmap+ternary"),
     *("nm:2:4+int8", "nm:2:4+int4g32", "nm:3:7+int8", "nm:1:2+ternary"),
+    *("index+int8", "index+int4g32", "index+int8g256", "nm:1:8+int8", "index+ternary"),
+    *("block:16x1+int8", "block:4x1+int4g64", "block:2x3+int8", "block:16x16+int8", "block:1x16+int8g128"),
 ]
 ISAS = ("avx512", "avx2", "portable")
 SPECS = [spec_of(f"{format} fp32 {isa}") for format in FORMATS for isa in ISAS]
-SPECS += [spec_of("bitmap+int8 bf16 avx512"), spec_of("panel+int4g32 bf16 avx512")]
+SPECS += [spec_of("bitmap+int8 bf16 avx512"), spec_of("panel+int4g32 bf16 avx512"), spec_of("index+int8 bf16 avx512")]
 every = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name.removeprefix("linear_"))
 
 
@@ -165,7 +167,7 @@ def few(*formats: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("spec", [s for s in SPECS if str(s.format) in formats], ids=lambda s: s.name)
 
 
-some = few("bitmap+int8", "panel+int4g32", "nm:2:4+int8")
+some = few("bitmap+int8", "panel+int4g32", "nm:2:4+int8", "index+int8", "block:16x16+int8")
 
 
 def packed_of(spec: KernelSpec, n: int, k: int, density: float = 0.5) -> tuple[torch.Tensor, Packed]:
