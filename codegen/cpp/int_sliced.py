@@ -54,7 +54,8 @@ class Slots(NamedTuple):
     @property
     def steps(self) -> Array:
         """[tiles, chunks] steps of the fullest group."""
-        return self.quads.max(2, initial=0)
+        out: Array = self.quads.max(2, initial=0)
+        return out
 
     @property
     def active(self) -> Array:
@@ -66,7 +67,8 @@ class Slots(NamedTuple):
 
 def _slots(counts: Array, per: int) -> Slots:
     """``counts``: [tiles, chunks, groups] columns or runs that are kept; ``per`` of them make a step."""
-    rank = np.argsort(np.argsort(-counts, axis=2, kind="stable"), axis=2, kind="stable")
+    order = np.argsort(-counts, axis=2, kind="stable")
+    rank = np.argsort(order, axis=2, kind="stable")
     slots = Slots(np.zeros(0), rank, -(-counts // per))
     flat = slots.active.ravel()
     return slots._replace(first=(flat.cumsum() - flat).reshape(slots.active.shape))
@@ -170,8 +172,8 @@ def _starts(slots: Slots, bytes_of_slot: int, positions_of_slot: int) -> Array:
 
 def _lanes(slots: Slots, share: int) -> Array:
     active = slots.active
-    out: Array = (active[active > 0] * share).astype(np.uint8)
-    return out
+    lanes: Array = active[active > 0] * share
+    return lanes.astype(np.uint8)
 
 
 def _heads(slots: Slots, share: int) -> Array:

@@ -73,7 +73,7 @@ struct Sums {
 
 // Steps [begin, end) of a tile times MB of `wide` rows of x.
 template <int MB, class R>
-__attribute__((noinline)) void steps_times_x(const SparsecCall *call, R &from, int64_t tile, const int8_t *x,
+__attribute__((noinline)) void steps_times_x(const SparsecCall *call, R from, int64_t tile, const int8_t *x,
                                              const int32_t *sums, int64_t begin, int64_t end, F16 *done, I16 *open) {
   constexpr int kSums = MB >= 4 ? 1 : 4 / MB;  // enough sums in flight that none waits for itself
   int64_t groups = groups_of(call->k), last = columns_of(call->k) / 4;

@@ -2,8 +2,8 @@
 
 Weights are int8 (a scale for each row or group), int4 (with zero points too) or ternary, as ``codes_of`` finds them;
 x is rounded to int8 in prepare. A text is put together from an ISA's words (``int_avx512.h`` ...), prepare
-(``int_x.h``) and a loop that reads a layout: ``int_steps.h`` for dense weights and bitmaps, ``int_sliced.h`` where rows keep columns of
-their own.
+(``int_x.h``) and a loop that reads a layout: ``int_steps.h`` for dense weights and bitmaps,
+``int_sliced.h`` where rows keep columns of their own.
 """
 
 from __future__ import annotations
@@ -50,17 +50,18 @@ class Integer:
 
     def pack(self, weight: torch.Tensor, pattern: Pattern, values: str, source_key: str) -> Packed:
         checked(weight, pattern, values)
-        module = int_sliced if layout(pattern) == "sliced" else int_steps
-        return module.pack(weight.detach(), Format(pattern, values), source_key)
+        pack = int_sliced.pack if layout(pattern) == "sliced" else int_steps.pack
+        return pack(weight.detach(), Format(pattern, values), source_key)
 
     def unpack(self, packed: Packed) -> torch.Tensor:
-        return (int_sliced if layout(packed.format.pattern) == "sliced" else int_steps).unpack(packed)
+        unpack = int_sliced.unpack if layout(packed.format.pattern) == "sliced" else int_steps.unpack
+        return unpack(packed)
 
     def text(self, spec: KernelSpec) -> str:
         kind, group = value_kind(spec.format.values)
         name = layout(spec.format.pattern)
-        module = int_sliced if name == "sliced" else int_steps
-        constants = {"kAhead": 4096, "kBits": BITS[kind], "kGroup": group, **module.constants(spec.format)}
+        own = int_sliced.constants if name == "sliced" else int_steps.constants
+        constants = {"kAhead": 4096, "kBits": BITS[kind], "kGroup": group, **own(spec.format)}
         lines = [f"using X = {VALUE_TYPES[spec.dtype]};"]
         lines += [f"constexpr int {key} = {value};" for key, value in sorted(constants.items())]
         texts = [
