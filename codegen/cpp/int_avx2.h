@@ -41,7 +41,8 @@ INLINE void store_bytes(uint8_t *p, Bytes v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), v.a);
   _mm256_storeu_si256(reinterpret_cast<__m256i *>(p + 32), v.b);
 }
-INLINE Bytes splat_bytes(int v) { return {_mm256_set1_epi8(static_cast<char>(v)), _mm256_set1_epi8(static_cast<char>(v))}; }
+INLINE __m256i splat8(int v) { return _mm256_set1_epi8(static_cast<char>(v)); }
+INLINE Bytes splat_bytes(int v) { return {splat8(v), splat8(v)}; }
 // Lane i of 16 numbers of 0 .. 255 to all 4 bytes of lane i.
 INLINE Bytes four_times(I16 v) {
   I16 all = mul_i(v, splat_i(0x01010101));
@@ -49,13 +50,17 @@ INLINE Bytes four_times(I16 v) {
 }
 
 INLINE __m256i pairs_i32(__m256i words) { return _mm256_madd_epi16(words, _mm256_set1_epi16(1)); }
+// Sums of two products of signed bytes, with the sign of w at x.
+INLINE __m256i signed_pairs(__m256i x, __m256i w) {
+  return _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+}
 template <int B>
 INLINE __m256i dot8(__m256i acc, __m256i w, __m256i x) {
 #ifdef __AVXVNNI__
   return _mm256_dpbusd_avx_epi32(acc, w, x);
 #else
   // Two products of at most 127 x 127, or 15 x 127, fit 16 bits; with |w| unsigned its sign goes to x.
-  __m256i words = B == 8 ? _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)) : _mm256_maddubs_epi16(w, x);
+  __m256i words = B == 8 ? signed_pairs(x, w) : _mm256_maddubs_epi16(w, x);
   return _mm256_add_epi32(acc, pairs_i32(words));
 #endif
 }
@@ -73,7 +78,7 @@ INLINE __m256i as_decoded(__m256i v) {  // 8-bit codes, which packs hold as q + 
   return kByteZero ? v : _mm256_xor_si256(v, _mm256_set1_epi8(-128));
 }
 INLINE __m256i shifted(__m256i v, int shift, int bits) {
-  return _mm256_and_si256(_mm256_srli_epi16(v, shift), _mm256_set1_epi8(static_cast<char>((1 << bits) - 1)));
+  return _mm256_and_si256(_mm256_srli_epi16(v, shift), splat8((1 << bits) - 1));
 }
 // 16 bytes of 4-bit codes to 32 bytes, or 8 of 2-bit codes.
 INLINE __m256i spread_codes(__m256i b, int bits) {  // b: 16-bit lanes with 2 codes, or 32-bit lanes with 4
@@ -129,15 +134,15 @@ INLINE Bytes expand64(const Bytes &rest, uint64_t mask, const Bytes &codes) {
 
 // w - zero in the first `lanes` lanes, 0 in the others.
 INLINE Bytes centred(const Bytes &w, const Bytes &zero, int lanes) {
-  F16 kept = keep_first({_mm256_castsi256_ps(_mm256_sub_epi8(w.a, zero.a)), _mm256_castsi256_ps(_mm256_sub_epi8(w.b, zero.b))},
-                        lanes);
+  __m256i a = _mm256_sub_epi8(w.a, zero.a), b = _mm256_sub_epi8(w.b, zero.b);
+  F16 kept = keep_first({_mm256_castsi256_ps(a), _mm256_castsi256_ps(b)}, lanes);
   return {_mm256_castps_si256(kept.a), _mm256_castps_si256(kept.b)};
 }
 INLINE __m256i dot8_signed(__m256i acc, __m256i x, __m256i w) {
 #ifdef __AVXVNNI__
   return _mm256_dpbusd_avx_epi32(acc, x, w);
 #else
-  return _mm256_add_epi32(acc, pairs_i32(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w))));
+  return _mm256_add_epi32(acc, pairs_i32(signed_pairs(x, w)));
 #endif
 }
 // acc lane i += the sum over j < 4 of w[4i + j] x[4i + j]; x has kXOffset added, w is signed.
@@ -163,7 +168,12 @@ struct XPlaces {
     else at = {whole(from), whole(from + 32)};
   }
 };
-// 128 columns of a row of x.
+template <>
+struct XPlaces<16, 4> {
+  int at;
+  MEMBER explicit XPlaces(const uint8_t *p) : at(*p) {}
+};
+// 128 columns of a row of x; or, where all lanes have the same 4, where they lie: `wide` rows side by side.
 template <int SHARE, int RUN>
 struct XTable {
   const int8_t *x;
@@ -173,14 +183,24 @@ struct XTable {
     __m256i out = _mm256_setzero_si256();
     for (int i = 0; i < 8; ++i) {
       __m256i part = _mm256_broadcastsi128_si256(half(x + 16 * i));
-      __m256i mine = _mm256_adds_epu8(_mm256_xor_si256(p, _mm256_set1_epi8(static_cast<char>(16 * i))), _mm256_set1_epi8(0x70));
+      __m256i mine = _mm256_adds_epu8(_mm256_xor_si256(p, splat8(16 * i)), splat8(0x70));
       out = _mm256_or_si256(out, _mm256_shuffle_epi8(part, mine));
     }
     return out;
   }
-  MEMBER Bytes at(const XPlaces<SHARE, RUN> &p) const {
+  MEMBER Bytes at(const XPlaces<SHARE, RUN> &p, int) const {
     if (RUN == 1) return {bytes(p.at.a), bytes(p.at.b)};
     auto from = reinterpret_cast<const int *>(x);
     return {_mm256_i32gather_epi32(from, p.at.a, 4), _mm256_i32gather_epi32(from, p.at.b, 4)};
+  }
+};
+template <>
+struct XTable<16, 4> {
+  const int8_t *x;
+  MEMBER void load(const int8_t *p) { x = p; }
+  MEMBER Bytes at(const XPlaces<16, 4> &p, int wide) const {
+    int32_t four;
+    __builtin_memcpy(&four, x + 4 * wide * p.at, 4);
+    return {_mm256_set1_epi32(four), _mm256_set1_epi32(four)};
   }
 };

@@ -1,4 +1,5 @@
-// Whole numbers on AVX-512 (VNNI, VBMI), beside the floats of avx512.h. The other int_ ISA headers define the same words.
+// Whole numbers on AVX-512 (VNNI, VBMI), beside the floats of avx512.h. The int_ headers of other ISAs have the same
+// words.
 
 typedef __m512i Bytes;  // 64 bytes: 16 rows of W by 4 columns
 typedef __m512i I16;    // 16 int32
@@ -93,12 +94,12 @@ struct XPlaces<16, 4> {
   int at;
   MEMBER explicit XPlaces(const uint8_t *p) : at(*p) {}
 };
-// 128 columns of a row of x.
+// 128 columns of a row of x; or, where all lanes have the same 4, where they lie: `wide` rows side by side.
 template <int SHARE, int RUN>
 struct XTable {
   __m512i low, high;
   MEMBER void load(const int8_t *x) { low = _mm512_loadu_si512(x), high = _mm512_loadu_si512(x + 64); }
-  MEMBER Bytes at(const XPlaces<SHARE, RUN> &p) const {
+  MEMBER Bytes at(const XPlaces<SHARE, RUN> &p, int) const {
     return RUN == 4 ? _mm512_permutex2var_epi32(low, p.at, high) : _mm512_permutex2var_epi8(low, p.at, high);
   }
 };
@@ -106,9 +107,9 @@ template <>
 struct XTable<16, 4> {
   const int8_t *x;
   MEMBER void load(const int8_t *p) { x = p; }
-  MEMBER Bytes at(const XPlaces<16, 4> &p) const {
+  MEMBER Bytes at(const XPlaces<16, 4> &p, int wide) const {
     int32_t four;
-    __builtin_memcpy(&four, x + 4 * p.at, 4);
+    __builtin_memcpy(&four, x + 4 * wide * p.at, 4);
     return _mm512_set1_epi32(four);
   }
 };

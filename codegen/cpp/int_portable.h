@@ -128,16 +128,17 @@ struct XPlaces {
   const uint8_t *at;
   MEMBER explicit XPlaces(const uint8_t *p) : at(p) {}
 };
-// 128 columns of a row of x.
+// 128 columns of a row of x; or, where all lanes have the same 4, `wide` rows side by side.
 template <int SHARE, int RUN>
 struct XTable {
   const int8_t *x;
   MEMBER void load(const int8_t *p) { x = p; }
-  MEMBER Bytes at(const XPlaces<SHARE, RUN> &p) const {
+  MEMBER Bytes at(const XPlaces<SHARE, RUN> &p, int wide) const {
     Bytes out;
     for (int i = 0; i < 64; ++i) {
       int lane = i / 4 / SHARE;
-      out.at[i] = static_cast<uint8_t>(RUN == 4 ? x[4 * p.at[lane] + i % 4] : x[p.at[4 * lane + i % 4]]);
+      int run = (SHARE == 16 ? wide : 1) * 4;
+      out.at[i] = static_cast<uint8_t>(RUN == 4 ? x[run * p.at[lane] + i % 4] : x[p.at[4 * lane + i % 4]]);
     }
     return out;
   }

@@ -10,8 +10,11 @@
 // chunk to the next} (int64).
 // Expects kBits, kGroup, kShare, kRun and kSlice, the columns of a chunk: a group has a whole number of chunks.
 
+#define UNROLL _Pragma("GCC unroll 16")  // see int_steps.h
+
 constexpr bool kBroadcast = kShare == 16 && kRun == 4;  // all lanes take the same four columns
 constexpr int kMost = kBroadcast ? 16 : 8;              // rows of x whose tables and sums fit the registers
+static_assert(!kBroadcast || kSide == kMost, "prepare puts the rows of a block side by side");
 
 struct Cursor {
   const uint8_t *code, *position, *lanes, *head, *zero;
@@ -36,7 +39,8 @@ struct Cursor {
 };
 
 template <int MB>
-__attribute__((noinline)) void slices_times_x(const SparsecCall *call, const Activations &to, int64_t tile, int64_t row) {
+__attribute__((noinline)) void slices_times_x(const SparsecCall *call, const Activations &to, int64_t tile,
+                                              int64_t row) {
   Cursor at(call, tile);
   int64_t of_scale = kGroup ? to.groups : 1, group = -1;
   const float *scale = pack_of<float>(call, 5) + tile * kRows * of_scale;
@@ -44,16 +48,19 @@ __attribute__((noinline)) void slices_times_x(const SparsecCall *call, const Act
   const int8_t *x = to.x + row * to.columns;
   F16 done[MB];
   I16 whole[MB];
-  for (int m = 0; m < MB; ++m) done[m] = zero16();
+  UNROLL for (int m = 0; m < MB; ++m) done[m] = zero16();
   for (int64_t k = 0; k < call->k; k += kSlice, at.next_chunk()) {
     if (k % kGroupColumns == 0) {
       ++group;
       I16 start = mul_i(load_i16(q_sum + group * kRows), splat_i(-kXOffset));
-      for (int m = 0; m < MB; ++m) whole[m] = start;
+      UNROLL for (int m = 0; m < MB; ++m) whole[m] = start;
     }
     XTable<kShare, kRun> table[MB];
     I16 acc[MB];
-    for (int m = 0; m < MB; ++m) acc[m] = zero_i16(), table[m].load(x + m * to.columns + k);
+    UNROLL for (int m = 0; m < MB; ++m) {
+      acc[m] = zero_i16();
+      table[m].load(kBroadcast ? x + k * MB + 4 * m : x + m * to.columns + k);
+    }
     Bytes zero = kBits == 8 ? splat_bytes(kByteZero) : four_times(load_u8(at.zero));
     for (int s = at.head[0]; s > 0; --s) {
       int lanes = *at.lanes++;
@@ -63,15 +70,15 @@ __attribute__((noinline)) void slices_times_x(const SparsecCall *call, const Act
       XPlaces<kShare, kRun> places(at.position);
       at.code += lanes * kBits / 2;
       at.position += lanes / kShare * (4 / kRun);
-      for (int m = 0; m < MB; ++m) acc[m] = dot_signed(acc[m], table[m].at(places), w);
+      UNROLL for (int m = 0; m < MB; ++m) acc[m] = dot_signed(acc[m], table[m].at(places, MB), w);
     }
     uint64_t ranks = at.ranks();
-    for (int m = 0; m < MB; ++m) whole[m] = add_i(whole[m], kShare == 16 ? acc[m] : unsort_i(acc[m], ranks));
+    UNROLL for (int m = 0; m < MB; ++m) whole[m] = add_i(whole[m], kShare == 16 ? acc[m] : unsort_i(acc[m], ranks));
     if ((k + kSlice) % kGroupColumns && k + kSlice < call->k) continue;
     F16 factor = load16(scale + (kGroup ? group * kRows : 0));
-    for (int m = 0; m < MB; ++m) done[m] = fma(to_floats(whole[m]), factor, done[m]);
+    UNROLL for (int m = 0; m < MB; ++m) done[m] = fma(to_floats(whole[m]), factor, done[m]);
   }
-  for (int m = 0; m < MB; ++m) done[m] = mul(done[m], splat(to.scale[row + m]));
+  UNROLL for (int m = 0; m < MB; ++m) done[m] = mul(done[m], splat(to.scale[row + m]));
   finish<X>(call, row, MB, tile * kRows, done);
 }
 
@@ -80,6 +87,8 @@ EXPORT void sparsec_run(const SparsecCall *call, int64_t tile_begin, int64_t til
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
     int64_t row = 0;
     for (; row + kMost <= call->m; row += kMost) slices_times_x<kMost>(call, to, tile, row);
+    if constexpr (kMost > 8)
+      for (; row + 8 <= call->m; row += 8) slices_times_x<8>(call, to, tile, row);
     for (; row + 4 <= call->m; row += 4) slices_times_x<4>(call, to, tile, row);
     for (; row + 2 <= call->m; row += 2) slices_times_x<2>(call, to, tile, row);
     for (; row < call->m; ++row) slices_times_x<1>(call, to, tile, row);

@@ -27,16 +27,18 @@ def shape_of(pattern: Pattern) -> tuple[int, int]:
     return math.gcd(rows, packer.TILE), 4 if cols % 4 == 0 else 1
 
 
-def slice_of(values: str) -> int:
-    """Columns of a chunk."""
-    return math.gcd(value_kind(values)[1], packer.CHUNK)
+def slice_of(format: Format) -> int:
+    """Columns of a chunk: what the registers hold of x, or where x is read from memory, what a byte can count."""
+    whole = shape_of(format.pattern) == (packer.TILE, 4)
+    return math.gcd(value_kind(format.values)[1], 512 if whole else packer.CHUNK)
 
 
 def constants(format: Format) -> dict[str, int | str]:
     share, run = shape_of(format.pattern)
+    side = 16 if (share, run) == (packer.TILE, 4) else 1
     return {
-        **{"kShare": share, "kRun": run, "kSlice": slice_of(format.values)},
-        **{"kSide": 1, "kXColumns": packer.CHUNK, "kXFlip": "kXOffset != 0", "kSums": 0},
+        **{"kShare": share, "kRun": run, "kSlice": slice_of(format)},
+        **{"kSide": side, "kXColumns": packer.CHUNK, "kXFlip": "kXOffset != 0", "kSums": 0},
     }
 
 
@@ -80,7 +82,7 @@ def pack(weight: torch.Tensor, format: Format, source_key: str) -> Packed:
     if pattern.kind == "nm":
         nm.check(weight, pattern)
     codes, (n, k), (share, run) = codes_of(weight, format), weight.shape, shape_of(pattern)
-    wide, bits = slice_of(format.values), BITS[kind]
+    wide, bits = slice_of(format), BITS[kind]
     tiles, chunks = -(-n // packer.TILE), -(-k // wide)
     q = np.zeros((tiles * packer.TILE, chunks * wide), dtype=np.int16)
     q[:n, :k] = codes.q.numpy()
@@ -125,7 +127,7 @@ def _apart(zeros: Array) -> int:
 def _zeros(codes: Codes, slots: Slots, wide: int, middle: int) -> Array:
     """uint8 [tiles, chunks, 16] in the order of the ranks, or [16] where all are the same."""
     if codes.symmetric:
-        return np.full(packer.TILE, middle, dtype=np.uint8)
+        return codes.zero.numpy().ravel()[:1].repeat(packer.TILE)
     tiles, chunks, groups = slots.rank.shape
     share = packer.TILE // groups
     by_row = np.full((tiles * packer.TILE, codes.zero.shape[1]), middle, dtype=np.uint8)
@@ -186,7 +188,7 @@ def _heads(slots: Slots, share: int) -> Array:
 def unpack(packed: Packed) -> torch.Tensor:
     """The weight back, in NumPy and from the layout's description alone."""
     (n, k), (kind, group) = packed.shape, value_kind(packed.format.values)
-    (share, run), wide, bits = shape_of(packed.format.pattern), slice_of(packed.format.values), BITS[kind]
+    (share, run), wide, bits = shape_of(packed.format.pattern), slice_of(packed.format), BITS[kind]
     flat, position, lanes, heads, start, scale, _, zero, info = (t.numpy() for t in packed.tensors)
     tiles, chunks = -(-n // packer.TILE), -(-k // wide)
     head = heads[: tiles * chunks * 9].reshape(-1, 9)

@@ -1,11 +1,14 @@
-// Loop over steps: 16 rows of W by 4 columns, decoded to 64 bytes that lie as the dot product takes them, times the same
-// 4 columns of some rows of x. Zeros that a pattern left out become the code of zero; codes are unsigned, so that
+// Loop over steps: 16 rows of W by 4 columns, decoded to 64 bytes that lie as the dot product takes them, times the
+// same 4 columns of some rows of x. Zeros that a pattern left out become the code of zero; codes are unsigned, so that
 //   the sum over k of (code - zero) x = the sum of code x - zero * the sum of x,
 // whose last factor prepare has worked out for each row of x.
 // pack: codes (uint8); masks, 64 bits a step (bitmaps only); first code of each tile and one more (int64); scales
 // [tile][group][16] (float); zeros alike (uint8; kBits < 8); {the type of the weight, bytes from the zeros of one group
 // to the next: 0 where all are the same} (int64).
 // Expects kBits, kGroup and kPerStep: 64 no masks, 0 any number of codes in a step, else exactly so many.
+
+// Sums stay in registers only where GCC unrolls before it looks at arrays.
+#define UNROLL _Pragma("GCC unroll 16")
 
 constexpr int kQuad = 4;  // steps that are decoded together; packs are padded to it
 constexpr int64_t kStepsOfGroup = kGroupColumns / 4;
@@ -66,7 +69,7 @@ struct Decoded {
 };
 
 // Of one tile and up to kMost rows of x: sums that are finished, and those of the group that is being read.
-struct Sums {
+struct Results {
   F16 done[kMost];
   I16 open[kMost];
 };
@@ -85,24 +88,24 @@ __attribute__((noinline)) void steps_times_x(const SparsecCall *call, R from, in
     if (stop > last) stop = last;
     int64_t pause = stop < end ? stop : end;
     I16 acc[kSums][MB];
-    for (int u = 0; u < kSums; ++u)
-      for (int m = 0; m < MB; ++m) acc[u][m] = u || s % kStepsOfGroup == 0 ? zero_i16() : open[m];
+    UNROLL for (int u = 0; u < kSums; ++u)
+      UNROLL for (int m = 0; m < MB; ++m) acc[u][m] = u || s % kStepsOfGroup == 0 ? zero_i16() : open[m];
     from.enter(group);
     for (; s < pause; s += kQuad) {
       Bytes w[kQuad];
       from.next(w);
-      for (int i = 0; i < kQuad; ++i, x += 4 * MB)
-        for (int m = 0; m < MB; ++m) acc[i % kSums][m] = dot<kBits>(acc[i % kSums][m], w[i], x + 4 * m);
+      UNROLL for (int i = 0; i < kQuad; ++i, x += 4 * MB)
+        UNROLL for (int m = 0; m < MB; ++m) acc[i % kSums][m] = dot<kBits>(acc[i % kSums][m], w[i], x + 4 * m);
     }
-    for (int u = 1; u < kSums; ++u)
-      for (int m = 0; m < MB; ++m) acc[0][m] = add_i(acc[0][m], acc[u][m]);
+    UNROLL for (int u = 1; u < kSums; ++u)
+      UNROLL for (int m = 0; m < MB; ++m) acc[0][m] = add_i(acc[0][m], acc[u][m]);
     if (s < stop) {
-      for (int m = 0; m < MB; ++m) open[m] = acc[0][m];
+      UNROLL for (int m = 0; m < MB; ++m) open[m] = acc[0][m];
       continue;
     }
     I16 zero = zeros.of(group);
     F16 factor = load16(scale + (kGroup ? group * kRows : 0));
-    for (int m = 0; m < MB; ++m) {
+    UNROLL for (int m = 0; m < MB; ++m) {
       I16 whole = kByteZero || kBits < 8 ? sub_i(acc[0][m], mul_i(zero, splat_i(sums[m * groups + group]))) : acc[0][m];
       done[m] = fma(to_floats(whole), factor, done[m]);
     }
@@ -110,8 +113,8 @@ __attribute__((noinline)) void steps_times_x(const SparsecCall *call, R from, in
 }
 
 template <class R>
-INLINE void block_times_x(const SparsecCall *call, R from, int64_t tile, const Activations &to, int64_t row, int64_t wide,
-                          int64_t begin, int64_t end, F16 *done, I16 *open) {
+INLINE void block_times_x(const SparsecCall *call, R from, int64_t tile, const Activations &to, int64_t row,
+                          int64_t wide, int64_t begin, int64_t end, F16 *done, I16 *open) {
   const int8_t *x = to.x + row * to.columns;
   const int32_t *sums = to.sum + row * to.groups;
   switch (wide) {
@@ -133,7 +136,7 @@ INLINE void decode(Reader &from, int64_t begin, int64_t end, uint8_t *out) {
 }
 
 INLINE void tile_times_x(const SparsecCall *call, int64_t tile, const Activations &to, int64_t row, int64_t rows) {
-  Sums sums;
+  Results sums;
   Reader from(call, tile);
   int64_t steps = to.columns / 4;
   for (int64_t i = 0; i < rows; ++i) sums.done[i] = zero16();

@@ -67,7 +67,7 @@ def factors(codes: Codes, middle: int, tiles: int) -> tuple[torch.Tensor, torch.
     """
     scale = _by_tile(codes.scale, tiles, 0.0)
     if codes.symmetric:
-        return scale, torch.full((packer.TILE,), middle, dtype=torch.uint8), 0
+        return scale, codes.zero.flatten()[:1].repeat(packer.TILE), 0
     return scale, _by_tile(codes.zero, tiles, middle), packer.TILE
 
 
