@@ -60,6 +60,8 @@ def isa_flags(spec: KernelSpec) -> tuple[str, ...]:
     flags = [*_COMMON, *_ISA_FLAGS[spec.isa].split()]
     if spec.bf16_dot:
         flags.append("-mavx512bf16")
+    if spec.x and spec.isa == "avx512":
+        flags += ["-mavx512vnni", "-mavx512vbmi"]
     return tuple(flags)
 
 
@@ -145,7 +147,7 @@ def build(spec: KernelSpec, cache: Path) -> Kernel:
 
 
 def _load(spec: KernelSpec, cache: Path) -> Kernel:
-    text = family(spec.format.pattern.kind).text(spec)
+    text = family(spec.format.pattern.kind, spec.x).text(spec)
     path = compile_shared(text, spec.name, isa_flags(spec), cache)
     try:
         library = ctypes.CDLL(str(path))

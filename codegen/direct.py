@@ -27,6 +27,7 @@ class Call(ctypes.Structure):
         ("n", ctypes.c_int64),
         ("k", ctypes.c_int64),
         ("act", ctypes.c_int32),
+        ("x_scale", ctypes.c_float),
     )
 
 
@@ -42,12 +43,19 @@ def bounds(packed: Packed, shares: int) -> list[int]:
 
 
 def prepared(
-    kernel: Kernel, packed: Packed, x: torch.Tensor, bias: torch.Tensor | None, act: str, y: torch.Tensor
+    kernel: Kernel,
+    packed: Packed,
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    act: str,
+    y: torch.Tensor,
+    x_scale: float = 0.0,
 ) -> Callable[..., None]:
     """A function that runs the kernel once on these tensors. ``run(pool, cuts)`` hands the parts of the tiles between
     neighbouring cuts to a pool; without a pool they run one after the other.
 
-    x: [M, K] with unit inner stride, y: [M, N] likewise, bias [N] or None, all of the kernel's dtype.
+    x: [M, K] with unit inner stride, y: [M, N] likewise, bias [N] or None, all of the kernel's dtype. ``x_scale``: see
+    ``linear``.
     """
     m, k = x.shape
     n = packed.shape[0]
@@ -65,6 +73,7 @@ def prepared(
         n=n,
         k=k,
         act=ACTS.index(act),
+        x_scale=x_scale,
     )
     prepare, tiles = _work(kernel.prepare), _work(kernel.run)
     units = _sizes(kernel.prepare_units)(m, k)
@@ -85,9 +94,17 @@ def prepared(
 
 
 def linear(
-    kernel: Kernel, packed: Packed, x: torch.Tensor, bias: torch.Tensor | None = None, act: str = ""
+    kernel: Kernel,
+    packed: Packed,
+    x: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    act: str = "",
+    x_scale: float = 0.0,
 ) -> torch.Tensor:
-    """act(x @ W.T + bias) by ``kernel`` on one thread: [M, K] -> [M, N], in x's dtype."""
+    """act(x @ W.T + bias) by ``kernel`` on one thread: [M, K] -> [M, N], in x's dtype.
+
+    ``x_scale``: the static scale of a kernel that rounds x to int8; 0 lets every row of x have its own.
+    """
     y = torch.empty(x.shape[0], packed.shape[0], dtype=x.dtype)
-    prepared(kernel, packed, x, bias, act, y)()
+    prepared(kernel, packed, x, bias, act, y, x_scale)()
     return y

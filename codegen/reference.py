@@ -29,6 +29,29 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return ACT[act](y).to(x.dtype)
 
 
+def rounded(x: torch.Tensor, scale: float = 0.0) -> torch.Tensor:
+    """x as int8 says it, back in fp32: q s with q = round(x / s), to nearest even, between -127 and 127.
+
+    s is ``scale``, or where that is 0 the largest magnitude of each row (the last dimension) over 127, and 1 where that
+    is 0. A row that holds a NaN, or without ``scale`` an infinity, becomes NaN at every place.
+    """
+    wide = x.float()
+    if not wide.shape[-1]:
+        return wide
+    s = torch.full_like(wide[..., :1], scale) if scale else wide.abs().amax(-1, keepdim=True) / 127
+    s = torch.where(s == 0, 1, s)
+    whole = (wide / s).round().clamp(-127, 127) * s
+    return torch.where(whole.isnan().any(-1, keepdim=True), torch.nan, whole)
+
+
+def int8_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, act: str = "", scale: float = 0.0
+) -> torch.Tensor:
+    """``linear`` of ``rounded`` activations, rounded once to ``x.dtype``: what integer kernels compute."""
+    wide = linear(rounded(x, scale), weight, None if bias is None else bias.float(), act)
+    return wide.to(x.dtype)
+
+
 def gated_linear(
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -3,7 +3,7 @@
 The C interface (``codegen/cpp/abi.h`` holds the same struct) has no torch header in it::
 
     struct Call { const void *x; int64_t x_stride; void *y; int64_t y_stride; const void *bias;
-                  const void *const *pack; void *scratch; int64_t m, n, k; int32_t act; };
+                  const void *const *pack; void *scratch; int64_t m, n, k; int32_t act; float x_scale; };
     int64_t sparsec_scratch(int64_t m, int64_t k);                           // bytes of scratch for a call, may be 0
     int64_t sparsec_prepare_units(int64_t m, int64_t k);                     // units of work of prepare, may be 0
     void    sparsec_prepare(const Call *, int64_t begin, int64_t end);       // e.g. transpose x into scratch
@@ -11,8 +11,10 @@ The C interface (``codegen/cpp/abi.h`` holds the same struct) has no torch heade
 
 ``x`` is [m, k] with unit inner stride and ``x_stride`` elements between rows, ``y`` is [m, n] likewise, both of the
 spec's dtype; ``bias`` has n elements of the same dtype or is null; ``pack`` points to the data of ``Packed.tensors``
-in order. Kernels hold no state and start no thread: the caller splits tiles over torch's own pool, by the prefix sums
-in ``Packed.work``. Accumulation is fp32.
+in order. ``x_scale`` is read by kernels that round x to int8 (``KernelSpec.x``): their scale, or 0 for one that each
+row of x gives itself. Kernels hold no state and start no thread: the caller splits tiles over torch's own pool, by the
+prefix sums in ``Packed.work``. Accumulation is fp32; products of int8 are summed in int32, exactly, and the sums of
+groups that have a scale of their own in fp32.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ class KernelSpec:
 
     ``loop``: ``dot`` (rows of x against rows of W; small M) or ``outer`` (x transposed, M in the vector; larger M).
     ``dtype``: of x, y and bias, ``fp32`` or ``bf16``. ``bf16_dot``: the machine has bf16 dot products.
+    ``x``: ``""`` computes with x as it is; ``int8`` rounds it to int8 first, see ``reference.rounded``.
     """
 
     format: Format
@@ -46,15 +49,16 @@ class KernelSpec:
     dtype: str
     isa: str
     bf16_dot: bool = False
+    x: str = ""
 
     @classmethod
-    def on(cls, target: Target, format: Format, loop: str, dtype: str) -> KernelSpec:
+    def on(cls, target: Target, format: Format, loop: str, dtype: str, x: str = "") -> KernelSpec:
         """The spec of a kernel on a machine, with what the machine has."""
-        return cls(format, loop, dtype, target.isa, target.bf16_dot and dtype == "bf16")
+        return cls(format, loop, dtype, target.isa, target.bf16_dot and dtype == "bf16" and not x, x)
 
     @property
     def name(self) -> str:
-        suffix = "_bf16dot" if self.bf16_dot else ""
+        suffix = ("_bf16dot" if self.bf16_dot else "") + ("_x8" if self.x else "")
         text = f"linear_{self.format}_{self.loop}_{self.dtype}_{self.isa}{suffix}"
         return text.replace(":", "_").replace("+", "_")
 
@@ -73,6 +77,7 @@ class Packed:
     work: torch.Tensor
     shape: tuple[int, int]
     source_key: str
+    x: str = ""  # of the kernels that read it, as in KernelSpec
 
     @property
     def bytes(self) -> int:

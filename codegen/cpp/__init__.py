@@ -17,25 +17,31 @@ if TYPE_CHECKING:
 
 FAMILIES = {kind: f"sparsec.codegen.cpp.{kind}:FAMILY" for kind in ("panel", "bitmap", "index", "nm", "block")}
 
+# Those of kernels that round x to int8 (``KernelSpec.x``): other layouts, and so other packs, of the same formats.
+INTEGER_FAMILIES = dict.fromkeys(FAMILIES, "sparsec.codegen.cpp.integer:FAMILY")
+
 
 @functools.cache
-def family(kind: str) -> Family:
-    """The family of a pattern kind, a key of ``FAMILIES``. Raises KeyError for any other."""
-    module, _, name = FAMILIES[kind].partition(":")
+def family(kind: str, x: str = "") -> Family:
+    """The family of a pattern kind, a key of ``FAMILIES``, for activations ``x``. Raises KeyError for any other."""
+    module, _, name = {"": FAMILIES, "int8": INTEGER_FAMILIES}[x][kind].partition(":")
     return cast(Family, getattr(importlib.import_module(module), name))
 
 
-def loops_of(format: Format) -> tuple[str, ...]:
+def loops_of(format: Format, x: str = "") -> tuple[str, ...]:
     """The loops that a format's kernels have. Dense codes have ``outer`` too: decoding costs more than reading."""
-    if format.pattern.kind == "panel" and is_coded(format.values):
+    if not x and format.pattern.kind == "panel" and is_coded(format.values):
         return ("dot", "outer")
-    return family(format.pattern.kind).loops
+    return family(format.pattern.kind, x).loops
 
 
-def pack_verified(weight: torch.Tensor, format: Format, source_key: str, cache: Path | None = None) -> Packed:
+def pack_verified(
+    weight: torch.Tensor, format: Format, source_key: str, cache: Path | None = None, x: str = ""
+) -> Packed:
     """Pack a [N, K] CPU weight and prove it: unpacking must give every bit back, except that -0.0 may become 0.0.
 
-    ``cache``: where the packer is compiled when it is first used; the user's cache directory unless given.
+    ``cache``: where the packer is compiled when it is first used; the user's cache directory unless given. ``x``: what
+    the kernels that read it do to activations, as in ``KernelSpec``.
     Raises PatternMismatch, RoundTripMismatch, NoCompiler, CompileFailed; ValueError for a dtype that is not the
     format's.
     """
@@ -44,7 +50,7 @@ def pack_verified(weight: torch.Tensor, format: Format, source_key: str, cache: 
     from sparsec.codegen.cpp import packer
 
     packer.load(cache)
-    chosen = family(format.pattern.kind)
+    chosen = family(format.pattern.kind, x)
     packed = chosen.pack(weight, format.pattern, format.values, source_key)
     back = chosen.unpack(packed)
     bits = torch.int32 if weight.element_size() == 4 else torch.int16

@@ -42,6 +42,12 @@ class Codes:
             return self.levels.gather(1, self.q.long()).to(dtype)
         return OnGrid(self.q, self.scale, self.group).weight(dtype)
 
+    def unsigned(self) -> torch.Tensor:
+        """q + zero, uint8 [N, K]."""
+        k = self.q.shape[1]
+        zero = self.zero.to(torch.int16).repeat_interleave(self.group or max(k, 1), 1)[:, :k]
+        return (self.q + zero).to(torch.uint8)
+
     @property
     def symmetric(self) -> bool:
         """All groups have the same zero, the middle of the range."""

@@ -38,7 +38,12 @@ def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def can_run() -> Callable[[KernelSpec], bool]:
     flags = _cpu_flags()
-    return lambda spec: flags >= NEEDS[spec.isa] and (not spec.bf16_dot or "avx512_bf16" in flags)
+    integer = {"avx512_vnni", "avx512vbmi"}
+    return lambda spec: (
+        flags >= NEEDS[spec.isa]
+        and (not spec.bf16_dot or "avx512_bf16" in flags)
+        and (not spec.x or spec.isa != "avx512" or flags >= integer)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +56,8 @@ def compile_all(kernel_cache: Path) -> Callable[[list[KernelSpec]], None]:
     """Compile many specs two at a time, ahead of the tests that use them."""
 
     def compile_one(spec: KernelSpec) -> None:
-        compile_shared(family(spec.format.pattern.kind).text(spec), spec.name, isa_flags(spec), kernel_cache)
+        text = family(spec.format.pattern.kind, spec.x).text(spec)
+        compile_shared(text, spec.name, isa_flags(spec), kernel_cache)
 
     def run(specs: list[KernelSpec]) -> None:
         with ThreadPoolExecutor(2) as pool:

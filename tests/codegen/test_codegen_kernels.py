@@ -269,5 +269,5 @@ def test_every_family_gives_a_text_for_every_loop_and_isa() -> None:
 
 def test_the_call_struct_is_the_one_in_the_header() -> None:
     names = [name for name, _ in direct.Call._fields_]
-    assert names == ["x", "x_stride", "y", "y_stride", "bias", "pack", "scratch", "m", "n", "k", "act"]
+    assert names == ["x", "x_stride", "y", "y_stride", "bias", "pack", "scratch", "m", "n", "k", "act", "x_scale"]
     assert ctypes.sizeof(direct.Call) == 11 * 8

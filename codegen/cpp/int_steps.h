@@ -1,0 +1,165 @@
+// Loop over steps: 16 rows of W by 4 columns, decoded to 64 bytes that lie as the dot product takes them, times the
+// same 4 columns of some rows of x. Zeros that a pattern left out become the code of zero; codes are unsigned, so that
+//   the sum over k of (code - zero) x = the sum of code x - zero * the sum of x,
+// whose last factor prepare has worked out for each row of x.
+// pack: codes (uint8); masks, 64 bits a step (bitmaps only); first code of each tile and one more (int64); scales
+// [tile][group][16] (float); zeros alike (uint8; kBits < 8); {the type of the weight, bytes from the zeros of one group
+// to the next: 0 where all are the same} (int64).
+// Expects kBits, kGroup and kPerStep: 64 no masks, 0 any number of codes in a step, else exactly so many.
+
+// Sums stay in registers only where GCC unrolls before it looks at arrays.
+#define UNROLL _Pragma("GCC unroll 16")
+
+constexpr int kQuad = 4;  // steps that are decoded together; packs are padded to it
+constexpr int64_t kStepsOfGroup = kGroupColumns / 4;
+constexpr int64_t kAtOnce = 128;  // steps that are decoded into the first-level cache while kMost rows of x pass by
+constexpr int kMost = 64;
+constexpr int kUnit = 8 / kBits;  // codes in a byte
+
+struct Zeros {
+  const uint8_t *at;
+  int64_t apart;
+  MEMBER Zeros(const SparsecCall *call, int64_t tile) {
+    const int64_t *info = pack_of<int64_t>(call, 5);
+    at = pack_of<uint8_t>(call, 4) + tile * groups_of(call->k) * info[1];
+    apart = info[1];
+  }
+  MEMBER I16 of(int64_t group) const { return kBits == 8 ? splat_i(kByteZero) : load_u8(at + group * apart); }
+};
+
+// Reads a tile from its pack.
+struct Reader {
+  const uint8_t *code;
+  const uint64_t *mask;
+  Zeros zeros;
+  Bytes rest;
+
+  MEMBER Reader(const SparsecCall *call, int64_t tile) : zeros(call, tile) {
+    code = pack_of<uint8_t>(call, 0) + pack_of<int64_t>(call, 2)[tile];
+    mask = pack_of<uint64_t>(call, 1) + tile * (columns_of(call->k) / 4);
+    rest = splat_bytes(kByteZero);
+  }
+  MEMBER void enter(int64_t group) {
+    if (kBits < 8 && kPerStep < 64) rest = four_times(zeros.of(group));
+  }
+  MEMBER void next(Bytes *out) {
+    const char *ahead = reinterpret_cast<const char *>(code) + kAhead;
+    if constexpr (kPerStep == 64) {
+      for (int i = 0; i < kQuad / kUnit; ++i) __builtin_prefetch(ahead + 64 * i);
+      codes4<kBits>(code, out);
+      code += 64 * kQuad / kUnit;
+      return;
+    }
+    for (int i = 0; i < kQuad; ++i) {
+      uint64_t bits = *mask++;
+      __builtin_prefetch(reinterpret_cast<const char *>(code) + kAhead);
+      out[i] = expand64(rest, bits, codes64<kBits>(code));
+      code += (kPerStep ? kPerStep : __builtin_popcountll(bits) + kUnit - 1) / kUnit;
+    }
+  }
+};
+
+// Reads what a Reader has decoded.
+struct Decoded {
+  const uint8_t *at;
+  MEMBER void enter(int64_t) {}
+  MEMBER void next(Bytes *out) {
+    for (int i = 0; i < kQuad; ++i, at += 64) out[i] = load_bytes(at);
+  }
+};
+
+// Of one tile and up to kMost rows of x: sums that are finished, and those of the group that is being read.
+struct Results {
+  F16 done[kMost];
+  I16 open[kMost];
+};
+
+// Steps [begin, end) of a tile times MB of `wide` rows of x.
+template <int MB, class R>
+__attribute__((noinline)) void steps_times_x(const SparsecCall *call, R from, int64_t tile, const int8_t *x,
+                                             const int32_t *sums, int64_t begin, int64_t end, F16 *done, I16 *open) {
+  constexpr int kSums = MB >= 4 ? 1 : 4 / MB;  // enough sums in flight that none waits for itself
+  int64_t groups = groups_of(call->k), last = columns_of(call->k) / 4;
+  Zeros zeros(call, tile);
+  const float *scale = pack_of<float>(call, 3) + tile * kRows * (kGroup ? groups : 1);
+  x += begin * 4 * MB;
+  for (int64_t s = begin; s < end;) {
+    int64_t group = s / kStepsOfGroup, stop = (group + 1) * kStepsOfGroup;
+    if (stop > last) stop = last;
+    int64_t pause = stop < end ? stop : end;
+    I16 acc[kSums][MB];
+    UNROLL for (int u = 0; u < kSums; ++u)
+      UNROLL for (int m = 0; m < MB; ++m) acc[u][m] = u || s % kStepsOfGroup == 0 ? zero_i16() : open[m];
+    from.enter(group);
+    for (; s < pause; s += kQuad) {
+      Bytes w[kQuad];
+      from.next(w);
+      UNROLL for (int i = 0; i < kQuad; ++i, x += 4 * MB)
+        UNROLL for (int m = 0; m < MB; ++m) acc[i % kSums][m] = dot<kBits>(acc[i % kSums][m], w[i], x + 4 * m);
+    }
+    UNROLL for (int u = 1; u < kSums; ++u)
+      UNROLL for (int m = 0; m < MB; ++m) acc[0][m] = add_i(acc[0][m], acc[u][m]);
+    if (s < stop) {
+      UNROLL for (int m = 0; m < MB; ++m) open[m] = acc[0][m];
+      continue;
+    }
+    I16 zero = zeros.of(group);
+    F16 factor = load16(scale + (kGroup ? group * kRows : 0));
+    UNROLL for (int m = 0; m < MB; ++m) {
+      I16 whole = kByteZero || kBits < 8 ? sub_i(acc[0][m], mul_i(zero, splat_i(sums[m * groups + group]))) : acc[0][m];
+      done[m] = fma(to_floats(whole), factor, done[m]);
+    }
+  }
+}
+
+template <class R>
+INLINE void block_times_x(const SparsecCall *call, R from, int64_t tile, const Activations &to, int64_t row,
+                          int64_t wide, int64_t begin, int64_t end, F16 *done, I16 *open) {
+  const int8_t *x = to.x + row * to.columns;
+  const int32_t *sums = to.sum + row * to.groups;
+  switch (wide) {
+    case 1: return steps_times_x<1>(call, from, tile, x, sums, begin, end, done, open);
+    case 2: return steps_times_x<2>(call, from, tile, x, sums, begin, end, done, open);
+    case 4: return steps_times_x<4>(call, from, tile, x, sums, begin, end, done, open);
+    case 8: return steps_times_x<8>(call, from, tile, x, sums, begin, end, done, open);
+    default: return steps_times_x<16>(call, from, tile, x, sums, begin, end, done, open);
+  }
+}
+
+INLINE void decode(Reader &from, int64_t begin, int64_t end, uint8_t *out) {
+  for (int64_t s = begin; s < end; s += kQuad, out += 64 * kQuad) {
+    if (s == begin || s % kStepsOfGroup == 0) from.enter(s / kStepsOfGroup);
+    Bytes w[kQuad];
+    from.next(w);
+    for (int i = 0; i < kQuad; ++i) store_bytes(out + 64 * i, w[i]);
+  }
+}
+
+INLINE void tile_times_x(const SparsecCall *call, int64_t tile, const Activations &to, int64_t row, int64_t rows) {
+  Results sums;
+  Reader from(call, tile);
+  int64_t steps = to.columns / 4;
+  for (int64_t i = 0; i < rows; ++i) sums.done[i] = zero16();
+  if (block_rows(rows) == rows) {
+    block_times_x(call, from, tile, to, row, rows, 0, steps, sums.done, sums.open);
+  } else {
+    alignas(64) uint8_t decoded[64 * kAtOnce];
+    for (int64_t s = 0, end; s < steps; s = end) {
+      end = s + kAtOnce < steps ? s + kAtOnce : steps;
+      decode(from, s, end, decoded);
+      for (int64_t i = 0, wide; i < rows; i += wide) {
+        wide = block_rows(rows - i);
+        block_times_x(call, Decoded{decoded}, tile, to, row + i, wide, s, end, sums.done + i, sums.open + i);
+      }
+    }
+  }
+  for (int64_t i = 0; i < rows; ++i) sums.done[i] = mul(sums.done[i], splat(to.scale[row + i]));
+  finish<X>(call, row, static_cast<int>(rows), tile * kRows, sums.done);
+}
+
+EXPORT void sparsec_run(const SparsecCall *call, int64_t tile_begin, int64_t tile_end) {
+  Activations to(call);
+  for (int64_t tile = tile_begin; tile < tile_end; ++tile)
+    for (int64_t row = 0; row < call->m; row += kMost)
+      tile_times_x(call, tile, to, row, call->m - row < kMost ? call->m - row : kMost);
+}

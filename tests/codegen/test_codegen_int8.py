@@ -1,0 +1,289 @@
+"""Integer kernels against their meaning: x rounded to int8, dequantised, times the weight that the codes stand for."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sparsec.codegen import direct, reference
+from sparsec.codegen.cpp import family, pack_verified
+from sparsec.codegen.cpp.codes import codes_of
+from sparsec.codegen.spec import ACTS, Kernel, KernelSpec, Packed
+from sparsec.errors import PatternMismatch
+from sparsec.formats import Format, value_kind
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Compiled = Callable[[KernelSpec], Kernel]
+
+
+def spec_of(text: str) -> KernelSpec:
+    """``"bitmap+int8 fp32 avx512"``."""
+    format, dtype, isa = text.split()
+    return KernelSpec(Format.parse(format), "dot", dtype, isa, x="int8")
+
+
+FORMATS = [
+    *("panel+int8", "panel+int8g64", "panel+int4", "panel+int4g32", "panel+ternary"),
+    *("bitmap+int8", "bitmap+int8g32", "bitmap+int4g128", "bitmap+ternary"),
+    *("nm:2:4+int8", "nm:2:4+int4g32", "nm:3:7+int8", "nm:1:2+ternary"),
+    *("index+int8", "index+int4g32", "index+int8g256", "nm:1:8+int8", "index+ternary"),
+    *("block:16x1+int8", "block:4x1+int4g64", "block:2x3+int8", "block:16x16+int8", "block:1x16+int8g128"),
+]
+ISAS = ("avx512", "avx2", "portable")
+SPECS = [spec_of(f"{format} fp32 {isa}") for format in FORMATS for isa in ISAS]
+SPECS += [spec_of("bitmap+int8 bf16 avx512"), spec_of("panel+int4g32 bf16 avx512"), spec_of("index+int8 bf16 avx512")]
+every = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name.removeprefix("linear_"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_ahead(compile_all: Callable[[list[KernelSpec]], None]) -> None:
+    compile_all(SPECS)
+
+
+@pytest.fixture
+def runnable(can_run: Callable[[KernelSpec], bool], compiled: Compiled) -> Compiled:
+    def get(spec: KernelSpec) -> Kernel:
+        kernel = compiled(spec)
+        if not can_run(spec):
+            pytest.skip(f"compiled; this machine cannot run {spec.isa} with integer dot products")
+        return kernel
+
+    return get
+
+
+def kept_by(format: Format, n: int, k: int, density: float, generator: torch.Generator) -> torch.Tensor:
+    """bool [n, k] that holds the pattern."""
+    pattern = format.pattern
+    if pattern.kind == "nm":
+        keep, of = pattern.params
+        order = torch.rand(n, -(-k // of), of, generator=generator).argsort(2)
+        return (order < keep).flatten(1)[:, :k] & (torch.rand(n, k, generator=generator) < max(density, 0.5))
+    rows, cols = pattern.params if pattern.kind == "block" else (1, 1)
+    blocks = torch.rand(-(-n // rows), -(-k // cols), generator=generator) < density
+    return blocks.repeat_interleave(rows, 0).repeat_interleave(cols, 1)[:n, :k]
+
+
+def weight_of(
+    format: Format,
+    n: int,
+    k: int,
+    density: float,
+    generator: torch.Generator,
+    shifted: bool = False,
+    whole: bool = False,
+) -> torch.Tensor:
+    """[n, k] on the format's grid, with random scales; ``shifted``: with zero points (int4)."""
+    kind, group = value_kind(format.values)
+    top = {"int8": 127, "int4": 7, "ternary": 1}[kind]
+    size = group or k
+    groups = -(-k // size)
+    zero = torch.randint(0, 9, (n, groups), generator=generator) if shifted else torch.full((n, groups), top)
+    low, high = -zero, 2 * top - zero
+    q = torch.randint(0, 2 * top + 1, (n, groups * size), generator=generator).view(n, groups, size) - zero[..., None]
+    q[:, :, 0], q[:, :, -1] = low, high  # the ends of the grid are used, so that its scale can be told
+    scale = 2.0 ** torch.randint(-4, 4, (n, groups), generator=generator)
+    scale = scale * (1 + torch.rand(n, groups, generator=generator))
+    weight = (q * scale[..., None]).reshape(n, -1)[:, :k]
+    return weight * kept_by(format, n, k, density, generator)
+
+
+def assert_close(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, expected: torch.Tensor) -> None:
+    """fp32 sums may differ by 2e-6 of the sum of magnitudes; bf16 results by one rounding of the last bit."""
+    allowed = 2e-6 * (reference.rounded(x).abs().double() @ weight.abs().double().T) + 2e-6 * expected.abs() + 1e-6
+    if y.dtype == torch.bfloat16:
+        allowed = allowed + expected.abs() * 2**-7
+    worst = ((y.double() - expected.double()).abs() / allowed).nan_to_num(nan=1e9)
+    assert y.shape == expected.shape
+    assert worst.numel() == 0 or float(worst.max()) <= 1
+
+
+cases = st.fixed_dictionaries(
+    {
+        "m": st.sampled_from([0, 1, 2, 3, 5, 8, 9, 16, 17, 33, 64, 70]),
+        "n": st.one_of(st.integers(1, 70), st.sampled_from([16, 64, 65])),
+        "k": st.one_of(st.integers(1, 70), st.sampled_from([127, 128, 129, 255, 300, 512, 530])),
+        "density": st.sampled_from([0.0, 0.03, 0.1, 0.5, 1.0]),
+        "act": st.sampled_from(ACTS),
+        "bias": st.booleans(),
+        "shifted": st.booleans(),
+        "static": st.booleans(),
+        "gap": st.sampled_from([0, 0, 3]),
+        "seed": st.integers(0, 2**20),
+    }
+)
+
+
+@every
+def test_a_kernel_computes_the_reference(spec: KernelSpec, runnable: Compiled) -> None:
+    kernel = runnable(spec)
+
+    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @given(cases)
+    def check(case: dict[str, object]) -> None:
+        generator = torch.Generator().manual_seed(int(str(case["seed"])))
+        m, n, k = (int(str(case[name])) for name in "mnk")
+        shifted = bool(case["shifted"]) and "int4" in spec.format.values
+        weight = weight_of(spec.format, n, k, float(str(case["density"])), generator, shifted)
+        wide = torch.randn(m, k + int(str(case["gap"])), generator=generator).to(DTYPES[spec.dtype])
+        x, act, scale = wide[:, :k], str(case["act"]), 0.03 if case["static"] else 0.0
+        bias = torch.randn(n, generator=generator).to(x.dtype) if case["bias"] else None
+        packed = pack_verified(weight, spec.format, "test", x="int8")
+        y = direct.linear(kernel, packed, x, bias, act, scale)
+        wide_bias = None if bias is None else bias.float()
+        assert_close(y, x, weight, reference.int8_linear(x.float(), weight, wide_bias, act, scale))
+
+    check()
+
+
+@every
+def test_sums_are_those_of_int64(spec: KernelSpec, runnable: Compiled) -> None:
+    """Sums of a group stay below 2^20, so a wrong unit in one would be more than fp32 may round."""
+    kernel = runnable(spec)
+    generator = torch.Generator().manual_seed(7)
+    weight = weight_of(spec.format, 75, 285, 0.3, generator, "int4" in spec.format.values)
+    packed = pack_verified(weight, spec.format, "test", x="int8")
+    codes = codes_of(weight, spec.format)
+    size = codes.group or 285
+    q = torch.nn.functional.pad(codes.q, (0, -285 % size)).view(75, -1, size)
+    for m in (1, 2, 3, 4, 7, 16, 31, 80):
+        x = torch.randint(-127, 128, (m, 285), generator=generator)
+        x[:, 0] = 127  # the scale of each row is 1
+        parts = torch.nn.functional.pad(x, (0, -285 % size)).view(m, 1, -1, size) * q.long()
+        sums = parts.sum(3)
+        assert int(sums.abs().max()) < 2**20
+        products = sums * codes.scale.double()
+        y = direct.linear(kernel, packed, x.to(DTYPES[spec.dtype])).double()
+        rounding = 2**-8 if spec.dtype == "bf16" else 2**-23
+        allowed = 2**-23 * 2 * products.abs().sum(2) + rounding * products.sum(2).abs()
+        assert bool(((y - products.sum(2)).abs() <= allowed).all())
+
+
+def few(*formats: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("spec", [s for s in SPECS if str(s.format) in formats], ids=lambda s: s.name)
+
+
+some = few("bitmap+int8", "panel+int4g32", "nm:2:4+int8", "index+int8", "block:16x16+int8")
+
+
+def packed_of(spec: KernelSpec, n: int, k: int, density: float = 0.5) -> tuple[torch.Tensor, Packed]:
+    weight = weight_of(spec.format, n, k, density, torch.Generator().manual_seed(n + k))
+    return weight, pack_verified(weight, spec.format, "test", x="int8")
+
+
+@some
+def test_any_split_of_the_tiles_gives_the_same_bits(spec: KernelSpec, runnable: Compiled) -> None:
+    kernel = runnable(spec)
+    _, packed = packed_of(spec, 200, 300)
+    x = torch.randn(21, 300, generator=torch.Generator().manual_seed(3)).to(DTYPES[spec.dtype])
+    whole = direct.linear(kernel, packed, x)
+    tiles = packed.work.numel() - 1
+    for cuts in ([0, 1, 2, tiles], [0, 5, 5, tiles], list(range(tiles + 1)), direct.bounds(packed, 3)):
+        y = torch.full_like(whole, 77.0)
+        direct.prepared(kernel, packed, x, None, "", y)(None, cuts)
+        assert torch.equal(y, whole)
+
+
+@some
+def test_a_row_of_x_that_is_zero_gives_the_bias(spec: KernelSpec, runnable: Compiled) -> None:
+    kernel = runnable(spec)
+    _, packed = packed_of(spec, 33, 130)
+    x = torch.randn(5, 130, generator=torch.Generator().manual_seed(4)).to(DTYPES[spec.dtype])
+    x[1], x[4] = 0, -0.0
+    bias = torch.arange(33).to(x.dtype)
+    y = direct.linear(kernel, packed, x, bias)
+    assert torch.equal(y[1], bias)
+    assert torch.equal(y[4], bias)
+
+
+@some
+def test_what_is_not_finite_reaches_what_the_reference_says(spec: KernelSpec, runnable: Compiled) -> None:
+    """A NaN makes its row NaN; an infinity too where the row gives the scale, else it is the largest number."""
+    kernel = runnable(spec)
+    weight, packed = packed_of(spec, 33, 130)
+    for value, scale in itertools.product((torch.nan, torch.inf, -torch.inf), (0.0, 0.02)):
+        for m in (1, 5, 20):
+            x = torch.randn(m, 130, generator=torch.Generator().manual_seed(5)).to(DTYPES[spec.dtype])
+            x[m // 2, 77] = value
+            y = direct.linear(kernel, packed, x, x_scale=scale)
+            expected = reference.int8_linear(x.float(), weight, scale=scale)
+            assert torch.equal(y.isnan(), expected.isnan())
+            fine = ~expected.isnan()
+            assert torch.allclose(
+                y.float()[fine], expected[fine], rtol=2**-7 if y.dtype != torch.float32 else 1e-5, atol=1e-3
+            )
+
+
+@some
+def test_magnitudes_at_the_ends_of_fp32_are_rounded_as_torch_rounds_them(spec: KernelSpec, runnable: Compiled) -> None:
+    kernel = runnable(spec)
+    weight, packed = packed_of(spec, 17, 64)
+    for size in (1e-44, 1e-38, 1e37):
+        x = (torch.randn(3, 64, generator=torch.Generator().manual_seed(6)) * size).to(DTYPES[spec.dtype])
+        expected = reference.int8_linear(x.float(), weight).to(x.dtype)
+        error = (direct.linear(kernel, packed, x) - expected).abs()
+        assert float((error / (expected.abs().max() + 1e-43)).max()) < 0.01
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_x_is_rounded_to_the_very_numbers_of_torch(dtype: str, runnable: Compiled) -> None:
+    spec = spec_of(f"panel+int8 {dtype} avx512")
+    kernel = runnable(spec)
+    weight = torch.eye(64) * 127
+    packed = pack_verified(weight, spec.format, "test", x="int8")
+    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(9)).to(DTYPES[dtype])
+    x[3] = torch.arange(64) / 2 - 16  # halves, which go to the even neighbour
+    x[3, 0] = 127
+    assert torch.equal(direct.linear(kernel, packed, x), (reference.rounded(x) * 127).to(x.dtype))
+
+
+@pytest.mark.parametrize("text", ["bitmap+int8 fp32 avx512"])
+def test_a_row_longer_than_one_int32_sum_is_whole(text: str, runnable: Compiled) -> None:
+    spec = spec_of(text)
+    weight = torch.full((16, 140_000), 127.0) * torch.linspace(1, 2, 16)[:, None]
+    packed = pack_verified(weight, spec.format, "test", x="int8")
+    y = direct.linear(runnable(spec), packed, torch.full((2, 140_000), -3.0))
+    assert torch.allclose(y, torch.full((2, 140_000), -3.0) @ weight.T, rtol=1e-5)
+
+
+@every
+def test_every_code_comes_back(spec: KernelSpec, runnable: Compiled) -> None:
+    @settings(max_examples=15, deadline=None, derandomize=True)
+    @given(
+        st.integers(1, 40), st.integers(1, 200), st.sampled_from([0.0, 0.3, 1.0]), st.booleans(), st.integers(0, 999)
+    )
+    def check(n: int, k: int, density: float, shifted: bool, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        weight = weight_of(spec.format, n, k, density, generator, shifted and "int4" in spec.format.values)
+        packed = pack_verified(weight, spec.format, "key", x="int8")
+        assert torch.equal(family(spec.format.pattern.kind, "int8").unpack(packed), weight)
+        assert all(tensor.is_contiguous() for tensor in packed.tensors)
+        codes = codes_of(weight.bfloat16(), spec.format) if spec.format.values == "ternary" else None
+        assert codes is None or torch.equal(codes.weight(torch.bfloat16), weight.bfloat16())
+
+    check()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("bitmap+fp32", "no whole numbers of equal distance"),
+        ("bitmap+codebook", "no whole numbers of equal distance"),
+        ("panel+int8g24", "groups of 24 columns are not a multiple of 16"),
+        ("bitmap+int4", "on no grid of 4 bits"),
+        ("nm:2:4+int8", "groups keep more than 2"),
+    ],
+)
+def test_what_has_no_integer_kernel_is_refused_with_the_reason(text: str, reason: str) -> None:
+    weight = torch.randint(-127, 128, (8, 64), generator=torch.Generator().manual_seed(1)).float()
+    with pytest.raises(PatternMismatch, match=reason):
+        pack_verified(weight, Format.parse(text), "", x="int8")
+
+
+def test_a_weight_of_another_dtype_is_refused() -> None:
+    with pytest.raises(ValueError, match="fp32 or bf16"):
+        pack_verified(torch.zeros(4, 4, dtype=torch.float64), Format.parse("panel+int8"), "", x="int8")
