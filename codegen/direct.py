@@ -27,6 +27,7 @@ class Call(ctypes.Structure):
         ("n", ctypes.c_int64),
         ("k", ctypes.c_int64),
         ("act", ctypes.c_int32),
+        ("x_scale", ctypes.c_float),
     )
 
 

@@ -16,14 +16,37 @@ ACT: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, act: str = "") -> torch.Tensor:
+def quantised(x: torch.Tensor, x_scale: float = 0.0) -> torch.Tensor:
+    """x [..., K] rounded to int8 and back, in fp32: q * s with q = clamp(round(x / s), -127, 127).
+
+    ``x_scale`` as in ``SparsecCall``: 0: s = max|x| / 127 of each row, 1 where that is zero; positive: s itself;
+    negative: as 0, but no s is less than ``-x_scale``.
+    """
+    wide = x.float()
+    if x_scale > 0:
+        s = torch.tensor(x_scale, dtype=torch.float32, device=x.device)
+    else:
+        s = wide.abs().amax(-1, keepdim=True) / 127
+        s = s.clamp(min=-x_scale) if x_scale else torch.where(s == 0, 1.0, s)
+    return (wide / s).round().clamp(-127, 127) * s
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    act: str = "",
+    x_scale: float | None = None,
+) -> torch.Tensor:
     """act(x @ weight.T + bias), computed in fp32 and rounded once to ``x.dtype``.
 
     x: [..., K]; weight: [N, K]; bias: [N] or None; act: a name in ``sparsec.codegen.spec.ACTS``. Returns [..., N].
+    ``x_scale``: x is ``quantised`` with it first; None: x is taken as it is.
     Kernels skip positions where the weight is zero, so they agree for finite x; a NaN or infinity in x reaches every
     output that keeps a weight at its position.
     """
-    y = x.float() @ weight.float().T
+    wide = x.float() if x_scale is None else quantised(x, x_scale)
+    y = wide @ weight.float().T
     if bias is not None:
         y = y + bias.float()
     return ACT[act](y).to(x.dtype)

@@ -3,7 +3,7 @@
 The C interface (``codegen/cpp/abi.h`` holds the same struct) has no torch header in it::
 
     struct Call { const void *x; int64_t x_stride; void *y; int64_t y_stride; const void *bias;
-                  const void *const *pack; void *scratch; int64_t m, n, k; int32_t act; };
+                  const void *const *pack; void *scratch; int64_t m, n, k; int32_t act; float x_scale; };
     int64_t sparsec_scratch(int64_t m, int64_t k);                           // bytes of scratch for a call, may be 0
     int64_t sparsec_prepare_units(int64_t m, int64_t k);                     // units of work of prepare, may be 0
     void    sparsec_prepare(const Call *, int64_t begin, int64_t end);       // e.g. transpose x into scratch
@@ -12,7 +12,8 @@ The C interface (``codegen/cpp/abi.h`` holds the same struct) has no torch heade
 ``x`` is [m, k] with unit inner stride and ``x_stride`` elements between rows, ``y`` is [m, n] likewise, both of the
 spec's dtype; ``bias`` has n elements of the same dtype or is null; ``pack`` points to the data of ``Packed.tensors``
 in order. Kernels hold no state and start no thread: the caller splits tiles over torch's own pool, by the prefix sums
-in ``Packed.work``. Accumulation is fp32.
+in ``Packed.work``. Accumulation is fp32. ``x_scale`` is for kernels that quantise x (``KernelSpec.x``): 0 means a
+scale for each row of x, a positive number is the one scale of all, a negative one the least that a row's may be.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class KernelSpec:
 
     ``loop``: ``dot`` (rows of x against rows of W; small M) or ``outer`` (x transposed, M in the vector; larger M).
     ``dtype``: of x, y and bias, ``fp32`` or ``bf16``. ``bf16_dot``: the machine has bf16 dot products.
+    ``x``: "" takes x as it is, ``int8`` quantises it first (``reference.quantised``).
     """
 
     format: Format
@@ -46,6 +48,7 @@ class KernelSpec:
     dtype: str
     isa: str
     bf16_dot: bool = False
+    x: str = ""
 
     @classmethod
     def on(cls, target: Target, format: Format, loop: str, dtype: str) -> KernelSpec:
@@ -54,7 +57,7 @@ class KernelSpec:
 
     @property
     def name(self) -> str:
-        suffix = "_bf16dot" if self.bf16_dot else ""
+        suffix = ("_bf16dot" if self.bf16_dot else "") + ("_x8" if self.x else "")
         text = f"linear_{self.format}_{self.loop}_{self.dtype}_{self.isa}{suffix}"
         return text.replace(":", "_").replace("+", "_")
 

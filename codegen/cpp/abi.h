@@ -12,4 +12,5 @@ struct SparsecCall {
   void *scratch;
   int64_t m, n, k;
   int32_t act;
+  float x_scale;
 };
