@@ -16,40 +16,44 @@ ACT: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, act: str = "") -> torch.Tensor:
-    """act(x @ weight.T + bias), computed in fp32 and rounded once to ``x.dtype``.
+def quantised(x: torch.Tensor, x_scale: float = 0.0) -> torch.Tensor:
+    """x [..., K] rounded to int8 and back, in fp32: q * s with q = clamp(round(x / s), -127, 127).
 
-    x: [..., K]; weight: [N, K]; bias: [N] or None; act: a name in ``sparsec.codegen.spec.ACTS``. Returns [..., N].
-    Kernels skip positions where the weight is zero, so they agree for finite x; a NaN or infinity in x reaches every
-    output that keeps a weight at its position.
-    """
-    y = x.float() @ weight.float().T
-    if bias is not None:
-        y = y + bias.float()
-    return ACT[act](y).to(x.dtype)
-
-
-def rounded(x: torch.Tensor, scale: float = 0.0) -> torch.Tensor:
-    """x as int8 says it, back in fp32: q s with q = round(x / s), to nearest even, between -127 and 127.
-
-    s is ``scale``, or where that is 0 the largest magnitude of each row (the last dimension) over 127, and 1 where that
-    is 0. A row that holds a NaN, or without ``scale`` an infinity, becomes NaN at every place.
+    ``x_scale`` as in ``SparsecCall``: 0: s = max|x| / 127 of each row, 1 where that is zero; positive: s itself;
+    negative: as 0, but no s is less than ``-x_scale``. A row that holds a NaN, or an infinity where s comes from it, is
+    NaN at every place.
     """
     wide = x.float()
     if not wide.shape[-1]:
         return wide
-    s = torch.full_like(wide[..., :1], scale) if scale else wide.abs().amax(-1, keepdim=True) / 127
-    s = torch.where(s == 0, 1, s)
+    if x_scale > 0:
+        s = torch.tensor(x_scale, dtype=torch.float32, device=x.device)
+    else:
+        s = wide.abs().amax(-1, keepdim=True) / 127
+        s = s.clamp(min=-x_scale) if x_scale else torch.where(s == 0, 1.0, s)
     whole = (wide / s).round().clamp(-127, 127) * s
     return torch.where(whole.isnan().any(-1, keepdim=True), torch.nan, whole)
 
 
-def int8_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, act: str = "", scale: float = 0.0
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    act: str = "",
+    x_scale: float | None = None,
 ) -> torch.Tensor:
-    """``linear`` of ``rounded`` activations, rounded once to ``x.dtype``: what integer kernels compute."""
-    wide = linear(rounded(x, scale), weight, None if bias is None else bias.float(), act)
-    return wide.to(x.dtype)
+    """act(x @ weight.T + bias), computed in fp32 and rounded once to ``x.dtype``.
+
+    x: [..., K]; weight: [N, K]; bias: [N] or None; act: a name in ``sparsec.codegen.spec.ACTS``. Returns [..., N].
+    ``x_scale``: x is ``quantised`` with it first; None: x is taken as it is.
+    Kernels skip positions where the weight is zero, so they agree for finite x; a NaN or infinity in x reaches every
+    output that keeps a weight at its position.
+    """
+    wide = x.float() if x_scale is None else quantised(x, x_scale)
+    y = wide @ weight.float().T
+    if bias is not None:
+        y = y + bias.float()
+    return ACT[act](y).to(x.dtype)
 
 
 def gated_linear(

@@ -11,10 +11,10 @@ The C interface (``codegen/cpp/abi.h`` holds the same struct) has no torch heade
 
 ``x`` is [m, k] with unit inner stride and ``x_stride`` elements between rows, ``y`` is [m, n] likewise, both of the
 spec's dtype; ``bias`` has n elements of the same dtype or is null; ``pack`` points to the data of ``Packed.tensors``
-in order. ``x_scale`` is read by kernels that round x to int8 (``KernelSpec.x``): their scale, or 0 for one that each
-row of x gives itself. Kernels hold no state and start no thread: the caller splits tiles over torch's own pool, by the
-prefix sums in ``Packed.work``. Accumulation is fp32; products of int8 are summed in int32, exactly, and the sums of
-groups that have a scale of their own in fp32.
+in order. Kernels hold no state and start no thread: the caller splits tiles over torch's own pool, by the prefix sums
+in ``Packed.work``. Accumulation is fp32; products of int8 are summed in int32, exactly, and the sums of groups that
+have a scale of their own in fp32. ``x_scale`` is for kernels that round x (``KernelSpec.x``): 0 means a scale for each
+row of x, a positive number is the one scale of all, a negative one the least that a row's may be.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class KernelSpec:
 
     ``loop``: ``dot`` (rows of x against rows of W; small M) or ``outer`` (x transposed, M in the vector; larger M).
     ``dtype``: of x, y and bias, ``fp32`` or ``bf16``. ``bf16_dot``: the machine has bf16 dot products.
-    ``x``: ``""`` computes with x as it is; ``int8`` rounds it to int8 first, see ``reference.rounded``.
+    ``x``: "" takes x as it is, ``int8`` quantises it first (``reference.quantised``).
     """
 
     format: Format

@@ -118,6 +118,26 @@ def fqn(node: Node, weight: Node | None = None) -> str:
     return owner or inner or node.name
 
 
+def erase_unused(graph: torch.fx.Graph, node: Node) -> None:
+    """Erase a call that nothing reads, and what only it read; what writes in place stays."""
+    todo, gone = [node], set[Node]()
+    while todo:
+        here = todo.pop()
+        if here in gone or here.op not in ("call_function", "call_method") or here.users or writes(here):
+            continue
+        todo += here.all_input_nodes
+        gone.add(here)
+        graph.erase_node(here)
+
+
+def writes(node: Node) -> bool:
+    """Whether a call changes one of its arguments, by its name: ``add_``, ``setitem``, ``iadd``, ``out=``."""
+    word = describe(node)
+    if word.endswith("_") and not word.endswith("__"):
+        return True
+    return word in ("setitem", "iadd", "isub", "imul", "itruediv", "iand", "ior") or "out" in node.kwargs
+
+
 def describe(node: Node) -> str:
     """A node's operation in a word: ``mul``, ``getitem``, ``relu``."""
     if node.op == "call_method":

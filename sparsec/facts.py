@@ -29,6 +29,10 @@ class Site:
     ``kind``: linear, matmul, addmm, conv1x1, hf_conv1d. ``weight`` and ``bias`` name placeholders. ``x_shape`` has
     integers, or the text of a symbolic size. ``dtype`` is that of x and of the result (``fp32`` or ``bf16``).
     ``group`` is shared by sites that read the same x and are called together (q/k/v, gate/up).
+    ``x``: how x is quantised before the product: "" not at all, ``int8`` (a scale for each token), ``int8:min=1e-07``
+    (no scale less than that), ``int8:0.05`` (one scale), ``int8:given`` (one scale, which is a graph input).
+    ``w``: how the weight is computed from stored tensors, as text; "" where it is one. ``weight`` is the first of them
+    then, and ``parts`` are all. ``reads``: the node of x, before it is quantised.
     """
 
     node: str
@@ -43,6 +47,10 @@ class Site:
     transposed: bool = False
     act: str = ""
     group: str = ""
+    x: str = ""
+    w: str = ""
+    parts: tuple[str, ...] = ()
+    reads: str = ""
 
 
 @dataclass(frozen=True)

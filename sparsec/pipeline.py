@@ -17,12 +17,14 @@ import torch
 
 from sparsec import compat, dump, targets
 from sparsec.facts import Decision, Declined, Site, WeightFact
-from sparsec.options import Options
-from sparsec.passes.graph import View
+from sparsec.options import Options, Policy
+from sparsec.passes.graph import View, erase_unused
 from sparsec.passes.rewrite import RULES
 from sparsec.passes.rewrite.activation import activation_of
 from sparsec.passes.rewrite.contract import Rule
+from sparsec.passes.rewrite.expression import evaluate
 from sparsec.passes.rewrite.group import group_calls
+from sparsec.passes.rewrite.inputs import Inputs, quantised_inputs, unrounded
 from sparsec.plan import Plan
 from sparsec.records import CompileRecord, LayerRecord, StageRecord
 from sparsec.runtime import gpu, library
@@ -41,6 +43,7 @@ class Compilation:
     sites: list[tuple[Site, Rule]] = field(default_factory=list)
     nodes: dict[str, torch.fx.Node] = field(default_factory=dict)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    computed: dict[str, torch.Tensor] = field(default_factory=dict)
     plans: list[Plan] = field(default_factory=list)
     facts: list[WeightFact] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
@@ -53,7 +56,14 @@ class Compilation:
         return targets.for_weights(self.options.policy.target, on_gpu)
 
     def weight(self, site: Site) -> torch.Tensor:
-        return self.weights[site.weight]
+        """The weight of a site: stored, or computed once from what is."""
+        if site.w and site.node not in self.computed:
+            self.computed[site.node] = evaluate(site.w, self.parts(site))
+        return self.computed[site.node] if site.w else self.weights[site.weight]
+
+    def parts(self, site: Site) -> list[torch.Tensor]:
+        """The stored tensors that the op of a site is given as its weight."""
+        return [self.weights[name] for name in site.parts or (site.weight,)]
 
 
 def capture(c: Compilation) -> int:
@@ -62,18 +72,20 @@ def capture(c: Compilation) -> int:
     refusal = _refusal(c)
     for node in c.gm.graph.nodes:
         found, rule = _match(node, view)
-        if isinstance(found, Site) and refusal:
-            found = Declined(refusal, node.name, found.fqn, found.kind)
+        if isinstance(found, Site) and (refusal or (found.w and c.target.gpu)):
+            no = refusal or "the weight is computed from integers, which is not taken on GPUs so far"
+            found = Declined(no, node.name, found.fqn, found.kind)
+        if isinstance(found, Site):
+            found = _with_inputs(c, found, node, view)
         if isinstance(found, Declined):
             c.record.declined.append(found)
         elif found is not None and rule is not None:
             c.sites.append((found, rule))
     c.nodes = {n.name: n for n in c.gm.graph.nodes}
-    c.weights = {s.weight: view.examples[c.nodes[s.weight]] for s, _ in c.sites}
+    names = {name for s, _ in c.sites for name in (s.weight, *s.parts)}
+    c.weights = {name: view.examples[c.nodes[name]] for name in names}
     c.sites = _with_groups(c)
-    c.plans = [
-        Plan(s.fqn, s.kind, c.options.policy, transposed=s.transposed, m=_rows(s.x_shape, s.kind)) for s, _ in c.sites
-    ]
+    c.plans = [_plan(s, c.options.policy) for s, _ in c.sites]
     return len(c.sites)
 
 
@@ -105,12 +117,16 @@ def rewrite(c: Compilation) -> int:
     """Put the op in the place of every site.
 
     Dense weights too: the graph may serve other modules whose weights are sparse, and the op runs dense weights with
-    the kernel that Inductor would call. An activation is folded only where the weight at hand is sparse.
+    the kernel that Inductor would call. An activation is folded only where the weight at hand is sparse. A weight that
+    the graph computes, and that runs dense, stays in the graph: Inductor fuses its arithmetic.
     """
     graph = c.gm.graph
+    view = View.of(c.gm, c.example_inputs, c.target.device)
     ops = torch.ops.sparsec if not c.target.gpu else torch.ops.sparsec_gpu
     for i, (site, rule) in enumerate(c.sites):
         node = c.nodes[site.node]
+        if _left_alone(c, i):
+            continue
         folded = activation_of(node) if needed(c.decisions[i], c.plans[i]) else None
         if folded:
             c.plans[i] = replace(c.plans[i], act=folded[1])
@@ -122,6 +138,13 @@ def rewrite(c: Compilation) -> int:
         if folded:
             graph.erase_node(last)
         graph.erase_node(node)
+        if site.w:
+            new.target, weight = ops.linear_codes.default, new.args[1]
+            new.args = (new.args[0], [c.nodes[name] for name in site.parts], *new.args[2:])
+            assert isinstance(weight, torch.fx.Node)
+            erase_unused(graph, weight)
+        if site.x:
+            unrounded(graph, new, view)
     if not c.target.gpu:
         group_calls(graph)
     graph.lint()
@@ -141,9 +164,12 @@ def generate(c: Compilation) -> int:
 def pack(c: Compilation) -> int:
     """Pack the weights at hand, prove the packs, and put them where the op finds them."""
     for (site, _), plan, fact, decision in zip(c.sites, c.plans, c.facts, c.decisions, strict=True):
+        if site.w and not needed(decision, plan):
+            continue  # it was left in the graph
         text = plan.encode()
         STORE.place(text, c.record, site)
-        STORE.install(c.weight(site), text, fact, decision)
+        STORE.install(c.weight(site), text, fact, decision, c.parts(site))
+    c.computed.clear()
     return sum(d.ours for d in c.decisions)
 
 
@@ -239,6 +265,27 @@ def _match(node: torch.fx.Node, view: View) -> tuple[Site | Declined | None, Rul
     return None, None
 
 
+def _with_inputs(c: Compilation, site: Site, node: torch.fx.Node, view: View) -> Site:
+    """The site with its rounding of x in it, where that is taken; else the reason is recorded."""
+    operand = next((n for n in node.all_input_nodes if n.name == site.reads), None)
+    found = quantised_inputs(operand, node, view) if operand is not None else None
+    if isinstance(found, Inputs) and c.target.gpu:
+        found = Declined(
+            "the rounding of its inputs is not taken on GPUs so far; it stays in the graph", op="activations"
+        )
+    if isinstance(found, Declined):
+        c.record.declined.append(replace(found, fqn=site.fqn))
+    return replace(site, x=found.x, reads=found.raw.name) if isinstance(found, Inputs) else site
+
+
+def _plan(s: Site, policy: Policy) -> Plan:
+    return Plan(s.fqn, s.kind, policy, transposed=s.transposed, m=_rows(s.x_shape, s.kind), x=s.x, w=s.w)
+
+
+def _left_alone(c: Compilation, i: int) -> bool:
+    return bool(c.sites[i][0].w) and not needed(c.decisions[i], c.plans[i])
+
+
 def _note_layers(c: Compilation) -> None:
     found = zip(c.sites, c.facts, c.decisions, strict=True)
     c.record.layers[:] = [LayerRecord(site.fqn, site, fact, decision) for (site, _), fact, decision in found]
@@ -246,12 +293,10 @@ def _note_layers(c: Compilation) -> None:
 
 def _with_groups(c: Compilation) -> list[tuple[Site, Rule]]:
     """Name the sites that read one x after the first of them: they are called together."""
-    inputs = {site.node: c.nodes[site.node].all_input_nodes for site, _ in c.sites}
-    readers: dict[torch.fx.Node, list[Site]] = {}
+    readers: dict[str, list[Site]] = {}
     for site, _ in c.sites:
-        x = next(n for n in inputs[site.node] if n.name not in (site.weight, site.bias))
-        if site.kind != "conv1x1":
-            readers.setdefault(x, []).append(site)
+        if site.reads:
+            readers.setdefault(site.reads, []).append(site)
     names = {s.node: group[0].node for group in readers.values() if len(group) > 1 for s in group}
     return [(replace(site, group=names.get(site.node, "")), rule) for site, rule in c.sites]
 

@@ -11,12 +11,15 @@ from dataclasses import dataclass
 
 from sparsec.options import Policy
 
+RAW, PER_TOKEN, FIXED, GIVEN = range(4)  # the kinds of ``InputRule`` in ``runtime/inputs.h``
+
 
 @dataclass(frozen=True)
 class Plan:
     """``name``: the layer. ``act``: folded activation. ``kind``: linear, matmul, addmm, hf_conv1d, conv1x1.
 
-    ``transposed``: the weight is stored [K, N]. ``m``: rows of x when the graph was made (0: dynamic).
+    ``transposed``: the weight is stored [K, N]. ``m``: rows of x when the graph was made (0: dynamic). ``x``: how x is
+    quantised, as ``Site.x`` says it. ``w``: how the weight is computed (``expression.encode``); "": it is a tensor.
     """
 
     name: str
@@ -25,9 +28,25 @@ class Plan:
     act: str = ""
     transposed: bool = False
     m: int = 0
+    x: str = ""
+    w: str = ""
+
+    @property
+    def x_rule(self) -> tuple[int, float]:
+        """(kind, number) of the input rule: the number is the scale of FIXED, the least scale of PER_TOKEN."""
+        kind, _, rest = self.x.partition(":")
+        if not kind:
+            return RAW, 0.0
+        if rest == "given":
+            return GIVEN, 0.0
+        least, found, number = rest.partition("=")
+        if found and least == "min":
+            return PER_TOKEN, float(number)
+        return (FIXED, float(rest)) if rest else (PER_TOKEN, 0.0)
 
     def encode(self) -> str:
         body = {"n": self.name, "k": self.kind, "a": self.act, "t": int(self.transposed), "m": self.m}
+        body |= {"x": self.x, "w": self.w}
         return json.dumps({**{k: v for k, v in body.items() if v}, "p": json.loads(self.policy.encode())})
 
     @classmethod
@@ -35,4 +54,5 @@ class Plan:
     def decode(cls, text: str) -> Plan:
         body = json.loads(text)
         policy = Policy.decode(json.dumps(body.get("p", {})))
-        return cls(body.get("n", ""), body["k"], policy, body.get("a", ""), bool(body.get("t")), body.get("m", 0))
+        act, transposed, m = body.get("a", ""), bool(body.get("t")), body.get("m", 0)
+        return cls(body.get("n", ""), body["k"], policy, act, transposed, m, body.get("x", ""), body.get("w", ""))

@@ -1,5 +1,5 @@
 // Activations as whole numbers. prepare turns each row of x into q = round(x / s) of -127 .. 127 with s = max|x| / 127
-// (or the scale of the call), to nearest even and by a true division, as plain PyTorch does. A row that holds a NaN, or
+// (or the scale of the call, or at least its negative), to nearest even and by a true division, as plain PyTorch does. A row that holds a NaN, or
 // an infinity where s comes from it, gets the scale NaN, so that all its outputs are NaN.
 // Scratch: rows of x in blocks of up to kSide rows, of each block first 4 columns of every row, then the next 4; rows
 // as they were, quantised (only where kSide > 1); a scale for each row; and for each row the sums of q over the columns
@@ -63,7 +63,8 @@ INLINE Scales scales_of(const X *x, int64_t k, float given) {
   store16(lane, most);
   for (int i = 0; i < 16; ++i) top = lane[i] > top ? lane[i] : top;
   float s = top / 127.f;
-  if (s == 0) s = 1;
+  if (given < 0) s = s < -given ? -given : s;
+  else if (s == 0) s = 1;
   return {s, s + total(bad)};
 }
 

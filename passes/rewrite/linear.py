@@ -2,6 +2,9 @@
 
 Before: y = linear(x, w, b)                      w: [N, K], a parameter
 After:  y = sparsec.linear(x, w, b, plan)        the op finds what was packed for w by its identity
+
+Before: y = linear(x, (q.to(x.dtype) - zero) * scale, b)          q: stored integers
+After:  y = sparsec.linear_codes(x, [q, zero, scale], b, plan)    the plan says how they make the weight
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from torch.fx import Graph, Node
 
 from sparsec.facts import Declined, Site
 from sparsec.passes.graph import View, argument, checked_dtype, fqn, is_call, sizes, value_of
+from sparsec.passes.rewrite.expression import expression_of
 
 
 class LinearRule:
@@ -41,9 +45,14 @@ def site(node: Node, view: View, x: Any, w: Any, b: Any, *, kind: str, transpose
     def no(declined: Declined) -> Declined:
         return Declined(declined.reason, node.name, name, kind)
 
-    weight = view.weight(w)
-    if isinstance(weight, Declined):
-        return no(weight)
+    weight: torch.Tensor | Declined | None = view.weight(w)
+    made = expression_of(w, view) if isinstance(weight, Declined) else None
+    if isinstance(made, Declined):
+        return no(made)
+    if made is not None:
+        weight = value_of(w)
+    if weight is None or isinstance(weight, Declined):
+        return no(weight or Declined("the weight has no known shape"))
     value = value_of(x)
     if value is None or value.dim() < 1:
         return no(Declined("the input is not a tensor of at least one dimension"))
@@ -58,7 +67,7 @@ def site(node: Node, view: View, x: Any, w: Any, b: Any, *, kind: str, transpose
     return Site(
         node=node.name,
         kind=kind,
-        weight=w.name,
+        weight=made.parts[0].name if made else w.name,
         bias=b.name if isinstance(b, Node) else None,
         x_shape=sizes(value),
         n=n,
@@ -66,6 +75,9 @@ def site(node: Node, view: View, x: Any, w: Any, b: Any, *, kind: str, transpose
         dtype=dtype,
         fqn=name,
         transposed=transposed,
+        reads=x.name,
+        w=made.text if made else "",
+        parts=tuple(part.name for part in made.parts) if made else (),
     )
 
 

@@ -17,6 +17,7 @@ from torch.fx import Graph, Node
 
 from sparsec.facts import Declined, Site
 from sparsec.passes.graph import View, argument, is_call, value_of
+from sparsec.passes.rewrite.expression import expression_of
 from sparsec.passes.rewrite.linear import site
 
 
@@ -32,7 +33,8 @@ class MatmulRule:
         if kind == "addmm" and _in_conv1d(node):
             kind = "hf_conv1d"
         weight = value_of(w)
-        if not view.stored(w) or (weight is not None and weight.dim() != 2):
+        stored = view.stored(w) or expression_of(w, view) is not None
+        if not stored or (weight is not None and weight.dim() != 2):
             return None  # a product of activations or a batched one; the last rule names it
         return site(node, view, x, w, b, kind=kind, transposed=transposed)
 

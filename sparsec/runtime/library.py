@@ -24,8 +24,10 @@ def load(chosen_cache: str = "") -> None:
     """Make the ops exist in this process. Raises NoCompiler or CompileFailed."""
     if _python_half:
         return
-    abi = Path(build.__file__).parent / "cpp" / "abi.h"
-    text = (_HERE / "op.cpp").read_text().replace('#include "abi.h"', abi.read_text().replace("#pragma once", ""))
+    text = (_HERE / "op.cpp").read_text()
+    for header in (_HERE / "table.h", _HERE / "inputs.h", Path(build.__file__).parent / "cpp" / "abi.h"):
+        inside = header.read_text().replace("#pragma once", "")
+        text = text.replace(f'#include "{header.name}"', inside)  # one text, so that one hash names the library
     flags = ["-O2", "-std=c++20", "-fopenmp", *compat.shared_libraries(), f"-DSPARSEC_TORCH_{_torch_tag()}=1"]
     path = build.compile_shared(text, "sparsec_op", flags, cache_dir(chosen_cache))
     torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
@@ -40,23 +42,43 @@ def _register_python_half() -> None:
     from sparsec.runtime import store
 
     library: Any = torch.library.Library("sparsec", "FRAGMENT")  # type: ignore[no-untyped-call]
-    library.impl("resolve", store.STORE.resolve, "CPU")
+    library.impl("resolve", store.STORE.resolve_parts, "CPU")
+    library.impl("computed", store.computed, "CPU")
     library.impl("verify", store.STORE.verify, "CPU")
     _python_half.append(library)
     torch.library.register_fake("sparsec::linear", _linear_shape, lib=library)
+    torch.library.register_fake("sparsec::linear_codes", _codes_shape, lib=library)
     torch.library.register_fake("sparsec::linear_group", _group_shapes, lib=library)
     torch.library.register_fake("sparsec::conv1x1", _conv_shape, lib=library)
 
 
-def _linear_shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, plan: str) -> torch.Tensor:
+def _linear_shape(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, plan: str, x_scale: torch.Tensor | None = None
+) -> torch.Tensor:
     from sparsec.plan import Plan
 
     n = weight.shape[1] if Plan.decode(plan).transposed else weight.shape[0]
     return x.new_empty((*x.shape[:-1], n))
 
 
+def _codes_shape(
+    x: torch.Tensor,
+    codes: list[torch.Tensor],
+    bias: torch.Tensor | None,
+    plan: str,
+    x_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    from sparsec.runtime import store
+
+    return _linear_shape(x, store.computed(codes, plan), bias, plan)
+
+
 def _group_shapes(
-    x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor | None], plans: list[str]
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor | None],
+    plans: list[str],
+    x_scales: list[torch.Tensor | None],
 ) -> list[torch.Tensor]:
     return [_linear_shape(x, w, b, p) for w, b, p in zip(weights, biases, plans, strict=True)]
 

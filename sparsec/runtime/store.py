@@ -11,7 +11,7 @@ import contextlib
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +28,7 @@ from sparsec.options import Policy
 from sparsec.passes.decide import decide, dense_decision
 from sparsec.passes.graph import DTYPES
 from sparsec.passes.profile.weights import profile
+from sparsec.passes.rewrite.expression import evaluate
 from sparsec.plan import Plan
 from sparsec.records import CompileRecord, LayerRecord
 from sparsec.runtime import gpu
@@ -68,31 +69,51 @@ class Store:
     # ------------------------------------------------------------------------------------------ called by the op
 
     def resolve(self, weight: torch.Tensor, plan_text: str) -> None:
-        """Decide, pack and install one weight. Any failure installs dense, with the reason recorded."""
+        """Decide, pack and install one stored weight; see ``resolve_parts``."""
+        self.resolve_parts([weight], plan_text)
+
+    def resolve_parts(self, parts: Sequence[torch.Tensor], plan_text: str) -> None:
+        """Decide, pack and install one weight: a stored tensor, or what the plan computes from several.
+
+        Any failure installs dense, with the reason recorded.
+        """
         with self._lock, torch.no_grad():
             plan = Plan.decode(plan_text)
-            if self._changes_too_fast(weight, plan_text):
+            if self._changes_too_fast(parts, plan_text):
                 return
             try:
+                weight = computed(parts, plan_text)
                 fact, decision = self.decided(weight, plan)
-                self.install(weight, plan_text, fact, decision)
+                self.install(weight, plan_text, fact, decision, parts)
             except Exception as error:  # the answer must come out whatever happens here
                 reason = f"{type(error).__name__}: {error}"
                 warnings.warn(f"sparsec runs {plan.name or 'a layer'} dense: {reason}", SparsecWarning, stacklevel=2)
                 fact, decision = None, dense_decision(reason, "fallback")
-                self._install_dense(weight, plan_text)
+                self._install_dense(parts, plan_text)
             self._note(plan_text, fact, decision)
 
     def verify(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor, plan_text: str
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        y: torch.Tensor,
+        plan_text: str,
+        x_scale: float = 0.0,
     ) -> None:
-        """Compare one result with the reference. Raises VerifyError; counts comparisons in ``verified``."""
+        """Compare one result with the reference. Raises VerifyError; counts comparisons in ``verified``.
+
+        ``x_scale``: as in ``reference.linear``, where the plan quantises x.
+        """
         plan = Plan.decode(plan_text)
         w = matrix(weight, plan)
-        expected = reference.linear(x, w, bias, plan.act).float()
-        scale = reference.linear(x.abs().float(), w.abs().float(), bias.abs().float() if bias is not None else None, "")
+        wide = reference.quantised(x, x_scale) if plan.x else x.float()
+        expected = reference.linear(wide, w, bias, plan.act).to(x.dtype).float()
+        scale = reference.linear(wide.abs(), w.abs().float(), bias.abs().float() if bias is not None else None, "")
         rounding = 2.0**-7 if x.dtype == torch.bfloat16 else 0.0
-        allowed = (2e-5 if x.dtype == torch.float32 else 1e-3) * scale + rounding * expected.abs() + 1e-30
+        # dense products of bf16 round the quantised x to it, which the reference does not
+        share = 2e-5 if x.dtype == torch.float32 else 2.0**-8 if plan.x else 1e-3
+        allowed = share * scale + rounding * expected.abs() + 1e-30
         off = ((y.float() - expected).abs() / allowed).masked_fill(y.float() == expected, 0.0)
         off = torch.nan_to_num(off, nan=float("inf"))
         finite = bool(x.isfinite().all())  # zero weights skip x, so 0 * inf is 0 here and NaN in dense
@@ -127,10 +148,21 @@ class Store:
         measured = measured_for(matrix(weight, plan), fact, dtype, target, policy, (plan.m,) if plan.m else ())
         return decide(fact, dtype, target, _rates(fact, dtype, target, policy), policy, measured)
 
-    def install(self, weight: torch.Tensor, plan_text: str, fact: WeightFact, decision: Decision) -> None:
-        """Pack what the decision names, build its kernels and put both into the op's table."""
+    def install(
+        self,
+        weight: torch.Tensor,
+        plan_text: str,
+        fact: WeightFact,
+        decision: Decision,
+        made_of: Sequence[torch.Tensor] = (),
+    ) -> None:
+        """Pack what the decision names, build its kernels and put both into the op's table.
+
+        ``made_of``: what the op is given as its weight, where that is not ``weight`` itself.
+        """
         plan = Plan.decode(plan_text)
-        if is_fake(weight):
+        owners = made_of or [weight]
+        if any(is_fake(tensor) for tensor in owners):
             return
         target = target_of(weight, plan.policy)
         parts = needed(decision, plan)
@@ -138,7 +170,7 @@ class Store:
         for part in parts:
             key = pack_key(part, target)
             packs[key] = packs.get(key) or self.packed(matrix(weight, plan), fact, part, target)
-        held = self._held.setdefault((weight._cdata, plan_text), Held())
+        held = self._held.setdefault((owners[0]._cdata, plan_text), Held())
         held.packs = list(packs.values())
         if isinstance(target, GpuTarget):
             routes = tuple(_route_on_gpu(p, packs[pack_key(p, target)], weight, fact, plan, target) for p in parts)
@@ -152,7 +184,8 @@ class Store:
             hi = FOREVER if part.m_hi is None else part.m_hi
             table += route(part.m_lo, hi, kernel, packed, len(tensors))
             tensors += [*packed.tensors, packed.work]
-        self._put(weight, plan_text, tensors, table)
+        dense = weight if plan.w and (plan.policy.verify or _runs_dense(decision, plan)) else None
+        self._put(owners, plan_text, weight, tensors, table, dense=dense)
 
     def packed(self, weight: torch.Tensor, fact: WeightFact, part: Range, target: Target) -> Packed:
         """The proven pack of a [N, K] weight, on its device; made once per content, format and device."""
@@ -188,13 +221,22 @@ class Store:
     # ------------------------------------------------------------------------------------------------- inside
 
     def _put(
-        self, weight: torch.Tensor, plan_text: str, tensors: list[torch.Tensor], table: list[int], wait: int = 0
+        self,
+        parts: Sequence[torch.Tensor],
+        plan_text: str,
+        weight: torch.Tensor,
+        tensors: list[torch.Tensor],
+        table: list[int],
+        wait: int = 0,
+        dense: torch.Tensor | None = None,
     ) -> None:
         plan = Plan.decode(plan_text)
         n, k = matrix(weight, plan).shape
+        x_kind, x_number = plan.x_rule
         facts = [ACTS.index(plan.act), int(plan.transposed), int(plan.policy.verify), n, k, wait]
-        torch.ops.sparsec.install(weight, plan_text, facts, tensors, table)
-        self._watch(weight, plan_text)
+        facts += [int(bool(plan.w)), int(weight.dtype == torch.bfloat16), x_kind]
+        torch.ops.sparsec.install(list(parts), plan_text, facts, x_number, tensors, table, dense)
+        self._watch(parts[0], plan_text)
 
     def _put_on_gpu(
         self, weight: torch.Tensor, plan_text: str, routes: tuple[gpu.Route, ...], target: GpuTarget, wait: int = 0
@@ -212,27 +254,30 @@ class Store:
             self._watched.add(weight._cdata)
             weakref.finalize(weight, _died, weight._cdata, plan_text).atexit = False
 
-    def _install_dense(self, weight: torch.Tensor, plan_text: str, wait: int = 0) -> None:
-        self._held.setdefault((weight._cdata, plan_text), Held()).packs = []
-        target = target_of(weight, Plan.decode(plan_text).policy)
+    def _install_dense(self, parts: Sequence[torch.Tensor], plan_text: str, wait: int = 0) -> None:
+        """No kernel; a weight that is computed is computed at every call, as the graph did."""
+        lead, plan = parts[0], Plan.decode(plan_text)
+        self._held.setdefault((lead._cdata, plan_text), Held()).packs = []
+        target = target_of(lead, plan.policy)
         if isinstance(target, GpuTarget):
-            self._put_on_gpu(weight, plan_text, (), target, wait)
+            self._put_on_gpu(lead, plan_text, (), target, wait)
         else:
-            self._put(weight, plan_text, [], [], wait)
+            self._put(parts, plan_text, computed(parts, plan_text), [], [], wait)
 
-    def _changes_too_fast(self, weight: torch.Tensor, plan_text: str) -> bool:
+    def _changes_too_fast(self, parts: Sequence[torch.Tensor], plan_text: str) -> bool:
         """Serve dense, without looking at the values, a weight whose packs never live long enough to pay."""
         if self._short_lived.get(plan_text, 0) >= MAX_SHORT_LIVED:
-            self._install_dense(weight, plan_text)
+            self._install_dense(parts, plan_text)
             return True
-        held = self._held.get((weight._cdata, plan_text))
+        lead = parts[0]._cdata
+        held = self._held.get((lead, plan_text))
         if held is None or not held.packs:
             return False
-        if uses(weight._cdata, plan_text) >= MIN_USES:
+        if uses(lead, plan_text) >= MIN_USES:
             held.wait = MIN_USES
             return False
         held.wait = min(2 * held.wait, MAX_WAIT)
-        self._install_dense(weight, plan_text, held.wait)
+        self._install_dense(parts, plan_text, held.wait)
         return True
 
     def _note(self, plan_text: str, fact: WeightFact | None, decision: Decision) -> None:
@@ -261,6 +306,17 @@ def needed(decision: Decision, plan: Plan) -> list[Range]:
     """The ranges that run on our kernels; of a graph made for one M only that one, so that nothing else is packed."""
     ranges = [decision.at(plan.m)] if plan.m else decision.ranges
     return [r for r in ranges if r.format != "dense"]
+
+
+def _runs_dense(decision: Decision, plan: Plan) -> bool:
+    ranges = [decision.at(plan.m)] if plan.m else decision.ranges
+    return any(r.format == "dense" for r in ranges)
+
+
+def computed(parts: Sequence[torch.Tensor], plan_text: str) -> torch.Tensor:
+    """The weight that a plan makes of the tensors its op is given: the one of them, or what they compute."""
+    text = Plan.decode(plan_text).w
+    return evaluate(text, parts) if text else parts[0]
 
 
 def target_of(weight: torch.Tensor, policy: Policy) -> Target:
@@ -309,10 +365,10 @@ def matrix(weight: torch.Tensor, plan: Plan) -> torch.Tensor:
 
 
 def route(m_lo: int, m_hi: int, kernel: Kernel, packed: Packed, first: int) -> list[int]:
-    """The nine integers of a route in ``op.cpp``."""
+    """The ten integers of a route in ``table.h``."""
     tiles = packed.work.numel() - 1
     addresses = [kernel.run, kernel.prepare, kernel.prepare_units, kernel.scratch]
-    return [m_lo, m_hi, *addresses, first, len(packed.tensors), tiles]
+    return [m_lo, m_hi, *addresses, first, len(packed.tensors), tiles, int(kernel.spec.x == "int8")]
 
 
 def invalidate(model: torch.nn.Module | torch.Tensor) -> int:

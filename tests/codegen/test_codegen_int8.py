@@ -94,7 +94,7 @@ def weight_of(
 
 def assert_close(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, expected: torch.Tensor) -> None:
     """fp32 sums may differ by 2e-6 of the sum of magnitudes; bf16 results by one rounding of the last bit."""
-    allowed = 2e-6 * (reference.rounded(x).abs().double() @ weight.abs().double().T) + 2e-6 * expected.abs() + 1e-6
+    allowed = 2e-6 * (reference.quantised(x).abs().double() @ weight.abs().double().T) + 2e-6 * expected.abs() + 1e-6
     if y.dtype == torch.bfloat16:
         allowed = allowed + expected.abs() * 2**-7
     worst = ((y.double() - expected.double()).abs() / allowed).nan_to_num(nan=1e9)
@@ -135,7 +135,7 @@ def test_a_kernel_computes_the_reference(spec: KernelSpec, runnable: Compiled) -
         packed = pack_verified(weight, spec.format, "test", x="int8")
         y = direct.linear(kernel, packed, x, bias, act, scale)
         wide_bias = None if bias is None else bias.float()
-        assert_close(y, x, weight, reference.int8_linear(x.float(), weight, wide_bias, act, scale))
+        assert_close(y, x, weight, reference.linear(x.float(), weight, wide_bias, act, scale))
 
     check()
 
@@ -210,7 +210,7 @@ def test_what_is_not_finite_reaches_what_the_reference_says(spec: KernelSpec, ru
             x = torch.randn(m, 130, generator=torch.Generator().manual_seed(5)).to(DTYPES[spec.dtype])
             x[m // 2, 77] = value
             y = direct.linear(kernel, packed, x, x_scale=scale)
-            expected = reference.int8_linear(x.float(), weight, scale=scale)
+            expected = reference.linear(x.float(), weight, x_scale=scale)
             assert torch.equal(y.isnan(), expected.isnan())
             fine = ~expected.isnan()
             assert torch.allclose(
@@ -224,7 +224,7 @@ def test_magnitudes_at_the_ends_of_fp32_are_rounded_as_torch_rounds_them(spec: K
     weight, packed = packed_of(spec, 17, 64)
     for size in (1e-44, 1e-38, 1e37):
         x = (torch.randn(3, 64, generator=torch.Generator().manual_seed(6)) * size).to(DTYPES[spec.dtype])
-        expected = reference.int8_linear(x.float(), weight).to(x.dtype)
+        expected = reference.linear(x.float(), weight, x_scale=0.0).to(x.dtype)
         error = (direct.linear(kernel, packed, x) - expected).abs()
         assert float((error / (expected.abs().max() + 1e-43)).max()) < 0.01
 
@@ -238,7 +238,7 @@ def test_x_is_rounded_to_the_very_numbers_of_torch(dtype: str, runnable: Compile
     x = torch.randn(40, 64, generator=torch.Generator().manual_seed(9)).to(DTYPES[dtype])
     x[3] = torch.arange(64) / 2 - 16  # halves, which go to the even neighbour
     x[3, 0] = 127
-    assert torch.equal(direct.linear(kernel, packed, x), (reference.rounded(x) * 127).to(x.dtype))
+    assert torch.equal(direct.linear(kernel, packed, x), (reference.quantised(x) * 127).to(x.dtype))
 
 
 @pytest.mark.parametrize("text", ["bitmap+int8 fp32 avx512"])
