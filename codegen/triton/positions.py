@@ -99,6 +99,20 @@ def joined(parts, LEFT: tl.constexpr):
 
 
 @triton.jit
+def parted(whole, LEFT: tl.constexpr):
+    """The inverse of ``joined``, of one [SIZE, 2, 2, ..] in a tuple: ``LEFT`` tensors [SIZE]."""
+    if LEFT == 1:
+        return whole
+    else:
+        first, second = (), ()
+        for i in tl.static_range(len(whole)):
+            low, high = tl.split(whole[i])
+            first = first + (low,)  # type: ignore[assignment]
+            second = second + (high,)  # type: ignore[assignment]
+        return parted(first + second, LEFT // 2)
+
+
+@triton.jit
 def load_x(X, column, row, m, k, stride_x, EVEN: tl.constexpr):
     """x transposed, [columns, rows]: zeros beyond ``k`` (``EVEN``: there is no beyond); rows beyond ``m`` repeat."""
     place = X + tl.minimum(row, m - 1).to(tl.int64)[None, :] * stride_x + column[:, None]
