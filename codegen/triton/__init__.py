@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from sparsec.codegen.triton.contract import Family
 
 FAMILIES = {
-    kind: f"sparsec.codegen.triton.{kind}:FAMILY" for kind in ("bitmap", "block", "dense", "index", "nm", "nm24", "vnm")
+    kind: f"sparsec.codegen.triton.{kind}:FAMILY"
+    for kind in ("bitmap", "block", "dense", "fragment", "index", "nm", "nm24", "vnm")
 }
 GATES = {"gated": "sparsec.codegen.triton.gated:FAMILY"}  # of x, for any weight: its launches take a ``gate``
 # family -> its loops and the most rows of x each takes (0: any), so that a plan can be made without triton
@@ -27,6 +28,7 @@ LOOPS: dict[str, dict[str, int]] = {
     "bitmap": {"tile": 0},
     "block": {"mma": 0, "gemv": 8},
     "dense": {"gemv": 8, "mma": 0},
+    "fragment": {"skinny": 32},
     "index": {"gather": 8},
     "nm": {"gather": 8, "tile": 0},
     "nm24": {"skinny": 64},
@@ -38,7 +40,12 @@ OTHERS = {  # families that are not Triton's: CUDA C++ text, and a library
     "prefill24": "sparsec.codegen.cuda.families:PREFILL",
     "cslt": "sparsec.codegen.cuda.families:CSLT",
 }
-_TENSOR_CORES = {"nm:2:4": ("nm24", "prefill24", "cslt")}  # besides the family of the pattern's own kind
+_TENSOR_CORES = {  # families of a pattern besides that of its own kind
+    "nm:2:4": ("nm24", "prefill24", "cslt"),
+    "nm:4:8": ("fragment",),
+    "nm:8:16": ("fragment",),
+    "dense": ("fragment",),
+}
 KNOWN = ("3.6", "3.9")  # versions of Triton that the kernels were compiled with, first and last
 
 
@@ -52,7 +59,7 @@ def family(kind: str) -> Family:
 
 
 def kinds_of(format: Format) -> tuple[str, ...]:
-    """The families that pack a format, by kind; 2:4 has one on tensor cores besides that of N:M."""
+    """The families that pack a format, by kind; some are for tensor cores, besides that of the pattern."""
     kind = format.pattern.kind
     return tuple(k for k in (*_TENSOR_CORES.get(str(format.pattern), ()), kind) if k in LOOPS)
 

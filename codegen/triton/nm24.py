@@ -212,7 +212,8 @@ class NM24:
             for direct in ((1, 0) if m <= 4 else (0,))
             if rows * parts <= 8 and (splits * parts <= _blocks(packed)[1] or splits * parts == 1)
         ]
-        return sorted(made, key=lambda config: _cost(packed, m, config))[:24]
+        stored = BITS[value_kind(packed.format.values)[0]] / 2 + 1
+        return sorted(made, key=lambda config: cost(*_blocks(packed), stored, m, config))[:24]
 
     def launches(self, packed: Packed, loop: str, call: Call, config: Config) -> list[Launch]:
         m, n = call.m, packed.shape[0]
@@ -249,22 +250,23 @@ class NM24:
         return [*before, main, *after]
 
 
-def _cost(packed: Packed, m: int, config: Config) -> float:
+def cost(blocks: int, steps: int, stored: float, m: int, config: Config) -> float:
     """In powers of two of time: what flows from L2, idle warps, few or many warps, a launch and its sums.
+
+    ``stored``: bits a weight.
 
     Each program reads all of its x through L2, which gives an SM some 1.3 times what memory does. 2000 warps that each
     wait for 4.5 KiB keep an H200's memory busy; blocks of integers are smaller, so it takes more of them.
     """
-    (blocks, steps), splits = _blocks(packed), config["splits"]
+    splits = config["splits"]
     parallel, tall = config["parts"] * splits, config["rows"] * config["each"]
     columns = triton.next_power_of_2(m)
-    stored = BITS[value_kind(packed.format.values)[0]] / 2 + 1
     flow = 1 + columns * 2 / (tall * stored * 2)
     warps = -(-blocks // tall) * config["rows"] * parallel
     idle = -(-steps // parallel) * parallel / steps
     few = log2(min(2000 * 9 / stored, 4000) / (warps * config["each"]))
     more = 0.7 + log2(1 + splits * m * 8 / (steps * COLUMNS * stored / 8)) if splits > 1 else 0.0  # written, then read
-    return 2 * max(0.0, log2(flow / 1.3)) + 2 * log2(idle) + max(few, -few / 4) + more - 0.1 * config["direct"]
+    return 2 * max(0.0, log2(flow / 1.3)) + 2 * log2(idle) + max(few, -few / 4) + more - 0.1 * config.get("direct", 1)
 
 
 def _blocks(packed: Packed) -> tuple[int, int]:
