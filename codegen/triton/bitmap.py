@@ -81,7 +81,10 @@ def kept_pair(left, right, bits, T: tl.constexpr, H: tl.constexpr, ASM: tl.const
 
 @triton.jit
 def expanded(values, bits, rank, BN: tl.constexpr, ASM: tl.constexpr):
-    """A dense tile [BN, 128] int16. values: pairs of those kept, [BN, 64]; bits, and rank of the first: of each word, [BN * 4]."""
+    """A dense tile [BN, 128] int16.
+
+    values: pairs of those kept, [BN, 64]. bits, and the rank of the first position: of each word, [BN * 4].
+    """
     ranks = ()
     for t in tl.static_range(8):
         four = (bits >> t) & 0x01010101
@@ -128,7 +131,8 @@ def tile(
         weight = expanded(values, bits, before.to(tl.int32) + i // 4 * 128, BN, ASM)
         sums = dot(weight.to(X.dtype.element_ty, bitcast=True), x, sums)
         values, bits, before = values_next, bits_next, before_next
-    write_tile(sums, OUT, BIAS, block * BN, rows * BM, m, n, stride_out, split, BM, BN, SPLITS, ACT, HAS_BIAS)
+    column, row = block * BN + tl.arange(0, BN), rows * BM + tl.arange(0, BM)
+    write_tile(sums, OUT, BIAS, column, row, m, n, stride_out, split, SPLITS == 1, ACT, HAS_BIAS)
 
 
 NATIVE = isinstance(tile, triton.JITFunction)  # the interpreter runs no assembly

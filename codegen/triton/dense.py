@@ -30,6 +30,7 @@ from sparsec.codegen.triton.contract import Call, Config
 from sparsec.codegen.triton.dot import dot
 from sparsec.codegen.triton.epilogue import finish, reduction
 from sparsec.codegen.triton.launch import Launch, Loop
+from sparsec.codegen.triton.positions import load_x, write_tile
 from sparsec.codegen.triton.sidecar import partial_sums, row_sums, unpacked
 from sparsec.codegen.triton.values import BITS, Codes, code, excess, level, neighbours
 from sparsec.errors import PatternMismatch
@@ -168,8 +169,6 @@ def mma(
     row = tl.program_id(1) * TM + tl.arange(0, TM)
     inner = tl.arange(0, TW)
     within = tl.cast(tl.minimum(column, n - 1), tl.int64)[:, None]
-    # Rows beyond m repeat the last one and are not stored: cheaper than a mask on every read of x.
-    x_row = X + tl.cast(tl.minimum(row, m - 1), tl.int64)[:, None] * stride_x
     acc = tl.zeros((TN, TM), tl.float32)
     for start in tl.range(split * TW, chunks * 4, SPLITS * TW):
         inside = (inner < chunks * 4 - start)[None, :]
@@ -184,23 +183,13 @@ def mma(
             ).to(tl.float32)
         for j in tl.static_range(0, 32 // BITS, 2):
             place = neighbour + j * 4
-            if EVEN:
-                x = tl.load(x_row + place[None, :])
-            else:
-                x = tl.load(x_row + place[None, :], mask=(place < k)[None, :], other=0.0)
             even = decoded(words, SCALE, within, scale, full, j, BITS, TABLE, GROUP, EXACT).to(X.dtype.element_ty)
             odd = decoded(words, SCALE, within, scale, full, j + 1, BITS, TABLE, GROUP, EXACT).to(X.dtype.element_ty)
             w = tl.reshape(tl.join(even, odd), (TN, 2 * TW))
-            acc = dot(w, tl.trans(x), acc)
+            acc = dot(w, load_x(X, place, row, m, k, stride_x, EVEN), acc)
     if GROUP == 0 and not TABLE:
         acc *= tl.load(SCALE + within).to(tl.float32)
-    y, output = tl.trans(acc), column[None, :]
-    mask = (output < n) & (row < m)[:, None]
-    if WHOLE:
-        y = finish(y, BIAS, output, ACT, HAS_BIAS, output < n)
-        tl.store(OUT + tl.cast(row, tl.int64)[:, None] * stride_out + output, y.to(OUT.dtype.element_ty), mask=mask)
-    else:
-        tl.store(OUT + tl.cast(split * m + row, tl.int64)[:, None] * n + output, y, mask=mask)
+    write_tile(acc, OUT, BIAS, column, row, m, n, stride_out, split, WHOLE, ACT, HAS_BIAS)
 
 
 class Dense:

@@ -156,7 +156,8 @@ def tile(
             column = tl.where(column < columns, column // WIDTH * SPAN + byte, k)
         x = load_x(X, column, rows * BM + tl.arange(0, BM), m, k, stride_x, EVEN)
         sums = dot(weight.to(X.dtype.element_ty, bitcast=True), x, sums)
-    write_tile(sums, OUT, BIAS, block * BN, rows * BM, m, n, stride_out, split, BM, BN, SPLITS, ACT, HAS_BIAS)
+    column, row = block * BN + tl.arange(0, BN), rows * BM + tl.arange(0, BM)
+    write_tile(sums, OUT, BIAS, column, row, m, n, stride_out, split, SPLITS == 1, ACT, HAS_BIAS)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Quantised dense weights (int8, int4, ternary, 16 levels), and 4:8 and 8:16 in 16-bit values.
 
-  blocks of 16 rows x 256 columns along K, then along N, as ``fragment_pack`` lays them out for the products of ``mma16``:
+  blocks of 16 rows x 256 columns along K, then along N, as ``fragment_pack`` lays them out for ``mma16``:
     words     int4, codebook: 4 loads of 16 bytes a lane; int8: 8; ternary: 2; 4:8, 8:16: 8 of values
     bits      4:8, 8:16: one load more, a bit for each position
     scale     of rows [N], of groups [block, part, g, (group of two, h)], of a codebook the bytes of its levels
@@ -255,7 +255,7 @@ class Fragment:
         return sorted(made, key=lambda config: cost(blocks, steps, stored, m, config))[:24]
 
     def launches(self, packed: Packed, loop: str, call: Call, config: Config) -> list[Launch]:
-        m, (n, k) = call.m, packed.shape
+        m, n = call.m, packed.shape[0]
         if m > self.loops[loop]:
             raise ValueError(f"{loop} takes at most {self.loops[loop]} rows, not {m}")
         words, second, like = packed.tensors
@@ -278,7 +278,7 @@ class Fragment:
             "WHOLE": steps % (parts * splits) == 0, "ACT": ACTS.index(call.act), "HAS_BIAS": call.bias is not None,
             "ASM": NATIVE,
         }  # fmt: skip
-        stored = LOADS[kind] * 512 + 512 * (":" in kind) + scaled // 32 * 0
+        stored = (LOADS[kind] + (":" in kind)) * 512
         if scaled > 1:
             stored += ROWS * COLUMNS // scaled * second.element_size()
         counted = Loop("weight", rows * each * parts * ROWS * COLUMNS, BYTE * stored / (ROWS * COLUMNS))
@@ -297,7 +297,7 @@ def _kind(format: Format) -> str:
 
 
 def _in_place(x: torch.Tensor, wide: int) -> tuple[list[Launch], torch.Tensor]:
-    """x as pairs of columns, int32 [M, wide / 2]; where it is narrower or not aligned, and the launch that widens it."""
+    """x as pairs of columns, int32 [M, wide / 2]; and the launch that widens what is narrow or not aligned."""
     if x.shape[1] == wide and x.stride(0) % 2 == 0 and x.storage_offset() % 2 == 0:
         return [], x.view(torch.int32)
     out = x.new_empty((x.shape[0], wide))

@@ -124,14 +124,13 @@ def load_x(X, column, row, m, k, stride_x, EVEN: tl.constexpr):
 
 @triton.jit
 def write_tile(
-    sums, OUT, BIAS, first_column, first_row, m, n, stride_out, split,
-    BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    sums, OUT, BIAS, column, row, m, n, stride_out, split,
+    WHOLE: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Write ``sums`` [BN, BM] as outputs [rows, columns], finished or as partial sums."""
-    column = (first_column + tl.arange(0, BN))[:, None]
-    row = (first_row + tl.arange(0, BM)).to(tl.int64)[None, :]
+    """Write ``sums`` [columns, rows] as outputs ``column`` of ``row``, finished (WHOLE) or as partial sums."""
+    column, row = column[:, None], row.to(tl.int64)[None, :]
     mask = (column < n) & (row < m)
-    if SPLITS == 1:
+    if WHOLE:
         y = finish(sums, BIAS, column, ACT, HAS_BIAS, column < n)
         tl.store(OUT + row * stride_out + column, y.to(OUT.dtype.element_ty), mask=mask)
     else:

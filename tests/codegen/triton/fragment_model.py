@@ -1,4 +1,4 @@
-"""``mma.sp``, ``mma`` and the instructions around them, executed from registers by NumPy: what the assembly of a kernel means.
+"""``mma.sp``, ``mma`` and the instructions around them, from registers by NumPy: what assembly of a kernel means.
 
 The maps are written down once more from the PTX ISA ("Matrix fragments for sparse mma.m16n8k32 with .f16 and .bf16
 types", and "Sparse matrix storage" for the metadata), in its own terms and by lane and element, so that they share

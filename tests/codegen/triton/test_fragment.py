@@ -79,9 +79,7 @@ def test_warps_with_two_row_tiles_share_x(name: str) -> None:
 
 @pytest.mark.parametrize("name", Fragment.formats)
 @pytest.mark.parametrize("half", [False, True])
-def test_the_assembly_computes_what_the_reference_does(
-    name: str, half: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_assembly_computes_what_the_reference_does(name: str, half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     run_by_model(monkeypatch)
     weight, x = sample(name, 9, 40, 512)
     if half and name.startswith("dense"):
