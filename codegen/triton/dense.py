@@ -32,7 +32,7 @@ from sparsec.codegen.triton.epilogue import finish, reduction
 from sparsec.codegen.triton.launch import Launch, Loop
 from sparsec.codegen.triton.positions import load_x, write_tile
 from sparsec.codegen.triton.sidecar import partial_sums, row_sums, unpacked
-from sparsec.codegen.triton.values import BITS, Codes, code, excess, level, neighbours
+from sparsec.codegen.triton.values import BITS, Codes, code, excess, level, neighbours, scaled
 from sparsec.errors import PatternMismatch
 from sparsec.formats import Format, value_kind
 
@@ -149,11 +149,8 @@ def decoded(
         return level(words, SCALE + row * 16, J)
     elif GROUP == 0:
         return code(words, full, J, BITS) - excess(J, BITS)
-    elif EXACT:
-        return (code(words, full, J, BITS) - excess(J, BITS)) * scale
     else:
-        # One fma; a scale of 16 bits leaves nothing to round.
-        return code(words, full, J, BITS) * scale - scale * excess(J, BITS)
+        return scaled(code(words, full, J, BITS), scale, excess(J, BITS), EXACT)
 
 
 @triton.jit
@@ -279,11 +276,15 @@ def _shared(packed: Packed, call: Call, out: torch.Tensor) -> tuple[dict[str, An
     return args, constants
 
 
-def _counted(packed: Packed, count: int, repeats: int = 1) -> Loop:
+FEW = "for x in fp32 and for outliers: each row of x costs two or three instructions, and `skinny` takes 2 in all"
+MANY = "for more than 32 rows of x, whose products take as long as the weight; `skinny` takes fewer rows"
+
+
+def _counted(packed: Packed, count: int, reason: str, repeats: int = 1) -> Loop:
     """A trip that handles ``count`` weights; an H200 has time for 7.8 lane instructions a byte."""
     n, k = packed.shape
     main = sum(t.numel() * t.element_size() for t in packed.tensors[:2])
-    return Loop("weight", count, 7.8 * main / max(n * k, 1), repeats)
+    return Loop("weight", count, 7.8 * main / max(n * k, 1), repeats, reason)
 
 
 def _gemv(packed: Packed, call: Call, config: Config, out: torch.Tensor) -> Launch:
@@ -298,7 +299,7 @@ def _gemv(packed: Packed, call: Call, config: Config, out: torch.Tensor) -> Laun
         "EVEN": packed.shape[1] % (lanes * wide) == 0, "HALVES": x is not call.x,
         "BF16": call.x.dtype == torch.bfloat16, "OUTLIERS": len(packed.tensors) > 3,
     }  # fmt: skip
-    counted = _counted(packed, rows * lanes * wide)
+    counted = _counted(packed, rows * lanes * wide, FEW)
     grid = (triton.cdiv(packed.shape[0], rows), config["splits"])
     return Launch(gemv, grid, args, constants, warps=config["warps"], loop=counted)
 
@@ -316,7 +317,7 @@ def _mma(packed: Packed, call: Call, config: Config, out: torch.Tensor) -> Launc
         "EVEN": k % (tw // 4 * wide) == 0,
     }
     grid = (triton.cdiv(n, tn), triton.cdiv(call.m, tm), splits)
-    counted = _counted(packed, tn * tw // 4 * wide, repeats=grid[1])
+    counted = _counted(packed, tn * tw // 4 * wide, MANY, grid[1])
     return Launch(mma, grid, args, constants, warps=config["warps"], loop=counted)
 
 

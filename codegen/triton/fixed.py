@@ -50,6 +50,9 @@ from sparsec.codegen.triton.positions import (
 )
 
 ROWS = 16  # of a program of ``gather``
+GATHERED = "each further row of x costs a load, a conversion and a product; `skinny` takes them on tensor cores"
+TILED = "for more rows of x than `skinny` takes, whose products take as long as the weight"
+SPARSE = "every position of a tile takes a rank, a load and a select, kept or not; `gather` is for few rows of x"
 TILE = 128  # columns of a tile, or one run where that is wider
 
 
@@ -276,7 +279,7 @@ class Fixed:
             "CLAMP": k % self.span != 0 or elements * 4 != groups * self.keep,
             "LANES": config["lanes"], "VALUES": KINDS.index(packed.format.values),
         }  # fmt: skip
-        counted = Loop("nonzero", ROWS * config["lanes"] * 8, LANE_INSTRUCTIONS * (2 + self.bits / 8))
+        counted = Loop("nonzero", ROWS * config["lanes"] * 8, LANE_INSTRUCTIONS * (2 + self.bits / 8), reason=GATHERED)
         return Launch(
             gather, (triton.cdiv(n, ROWS), config["splits"]), args, constants, warps=config["warps"], loop=counted
         )
@@ -299,6 +302,7 @@ class Fixed:
             "EVEN": not self.v and k % (runs * width) == 0,
         }  # fmt: skip
         stored = self.keep / self.width * (2 + self.bits / 8)  # bytes a (compressed) position
-        counted = Loop("weight", bn * runs * width, LANE_INSTRUCTIONS * stored, repeats=triton.cdiv(m, bm))
+        reason = TILED if self.keep * 2 == self.width else SPARSE
+        counted = Loop("weight", bn * runs * width, LANE_INSTRUCTIONS * stored, triton.cdiv(m, bm), reason)
         grid = (triton.cdiv(n, bn), triton.cdiv(m, bm), config["splits"])
         return Launch(tile, grid, args, constants, warps=config["warps"], loop=counted)

@@ -31,11 +31,13 @@ from sparsec.codegen.triton.dot import dot
 from sparsec.codegen.triton.epilogue import finish, reduction
 from sparsec.codegen.triton.launch import Launch, Loop
 from sparsec.codegen.triton.positions import load_x, write_tile
-from sparsec.codegen.triton.values import code, excess, neighbours
+from sparsec.codegen.triton.values import code, excess, neighbours, scaled
 from sparsec.errors import PatternMismatch
 from sparsec.formats import Format
 from sparsec.grid import OnGrid
 
+OWN = "rows of the weight share no x, so each row of x costs a load, a widening and a product for every weight"
+EXPANDED = "every position of a tile costs a look-up, decoding and half a pack, kept or not: for many rows of x"
 ROWS = 16  # of a bundle
 SIZE = 16  # columns of a group
 
@@ -98,7 +100,7 @@ def gemv(
 def mma(
     X, WORDS, SCALE, SLOT, PLACE, OUT, BIAS, m, n, k, groups, full, stride_x, stride_out,
     TN: tl.constexpr, TM: tl.constexpr, TG: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr,
-    ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    EXACT: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(2)
     column = tl.program_id(0) * TN + tl.arange(0, TN)
@@ -117,11 +119,12 @@ def mma(
         pair = tl.cast(first + (slot >> 1), tl.int64)
         words = tl.load(WORDS + pair * 4 + i[None, :], mask=kept, other=0)
         scale = tl.load(SCALE + pair * 2 + (slot & 1), mask=kept, other=0.0).to(tl.float32)
+        # Codes of B stand where those of A do once the halves of a word change places.
+        words = tl.where(second, (words << 16) | ((words >> 16) & 0xFFFF), words)
         for jj in tl.static_range(0, 4, 2):
             place = start * 16 + neighbour + jj * 4
-            even = tl.where(second, code(words, full, jj + 4, 4), code(words, full, jj, 4)) - excess(jj, 4)
-            odd = tl.where(second, code(words, full, jj + 5, 4), code(words, full, jj + 1, 4)) - excess(jj + 1, 4)
-            even, odd = (even * scale).to(X.dtype.element_ty), (odd * scale).to(X.dtype.element_ty)
+            even = scaled(code(words, full, jj, 4), scale, excess(jj, 4), EXACT).to(X.dtype.element_ty)
+            odd = scaled(code(words, full, jj + 1, 4), scale, excess(jj + 1, 4), EXACT).to(X.dtype.element_ty)
             x = load_x(X, place, row, m, k, stride_x, EVEN)
             acc = dot(tl.reshape(tl.join(even, odd), (TN, TG * 8)), x, acc)
     write_tile(acc, OUT, BIAS, column, row, m, n, stride_out, split, SPLITS == 1, ACT, HAS_BIAS)
@@ -181,7 +184,7 @@ class Groups:
                 for tn in (64, 32)
                 for tm in (16, 32, 64, 128)
                 if tm == max(16, min(tm, 2 * m)) and tm >= min(m // 4, 64)
-                for tg in (4, 8)
+                for tg in (8, 4)
                 for splits in (1, 2, 4)
                 if splits == 1 or tg * splits <= groups
             ]
@@ -208,23 +211,23 @@ class Groups:
             "m": m, "n": n, "k": k, "full": 15, "stride_x": call.x.stride(0), "stride_out": out.stride(-2),
         }  # fmt: skip
         constants = {
-            "SPLITS": splits, "EVEN": k % SIZE == 0, "ACT": ACTS.index(call.act), "HAS_BIAS": call.bias is not None,
+            "SPLITS": splits, "EVEN": k % SIZE == 0, "EXACT": call.x.dtype == torch.float32,
+            "ACT": ACTS.index(call.act), "HAS_BIAS": call.bias is not None,
         }  # fmt: skip
         if loop == "gemv":
             x = values.halves(call.x)
             args |= {"X": x, "stride_x": x.stride(0), "COLUMN": column, "START": start, "ORDER": order}
             constants |= {"HALVES": x is not call.x, "BF16": call.x.dtype == torch.bfloat16}
-            constants |= {"M": m, "ROWS": ROWS, "LANES": config["lanes"], "EXACT": call.x.dtype == torch.float32}
-            counted = Loop("nonzero", ROWS * config["lanes"] * 2 * SIZE, 7.8 * 6 / 8)
+            constants |= {"M": m, "ROWS": ROWS, "LANES": config["lanes"]}
+            counted = Loop("nonzero", ROWS * config["lanes"] * 2 * SIZE, 7.8 * 6 / 8, reason=OWN)
             main = Launch(gemv, (len(start) - 1, splits), args, constants, warps=config["warps"], loop=counted)
         else:
             args |= {"SLOT": slot, "PLACE": first, "groups": slot.shape[1]}
             constants |= {"TN": config["tn"], "TM": config["tm"], "TG": config["tg"]}
             constants |= {"EVEN": k % (SIZE * config["tg"]) == 0}
             grid = (triton.cdiv(n, config["tn"]), triton.cdiv(m, config["tm"]), splits)
-            counted = Loop(
-                "weight", config["tn"] * config["tg"] * SIZE, 7.8 * packed.bytes / max(n * k, 1), repeats=grid[1]
-            )
+            count, stored = config["tn"] * config["tg"] * SIZE, packed.bytes / max(n * k, 1)
+            counted = Loop("weight", count, 7.8 * stored, grid[1], EXPANDED)
             main = Launch(mma, grid, args, constants, warps=config["warps"], loop=counted)
         return [main] if splits == 1 else [main, reduction(out, call.y, call.bias, call.act)]
 
