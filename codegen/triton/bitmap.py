@@ -1,24 +1,26 @@
 """``bitmap``: unstructured weights as one bit a position and the kept values in a row.
 
   chunk c of row r: columns 128 c .. 128 c + 127, at i = r * chunks + c
-    bits[i, 4] int32   bit j of word w set where column 128 c + 32 w + j is kept
+    bits[i, 4] int32   bit 8 b + t of word w set where column 128 c + 32 w + 4 t + b is kept
     before[i, 4] u8    values of the chunk before word w
     start[i] int32     first value of the chunk, in units of 8; start[i + 1] ends it
     value[..]          in the order of columns, each chunk padded with zeros to a multiple of 8 (a 16-byte load)
 
 At half density 9.9 bits a position: 8.4 of values, 1 of bits, 0.5 of starts.
 
-Loop ``tile`` (any M): a lane owns a word, so the rank of each of its positions is a running sum in a register and
-nothing is counted across lanes. The values of a tile go to shared memory as they are stored, one chunk in 128 places,
+Loop ``tile`` (any M): a lane owns a word, so nothing is counted across lanes. Four positions stand in the four bytes
+of a shifted word: one multiplication counts what is kept before each, and a dot product of bytes adds one of the four
+counts to the rank of the first. The values of a tile go to shared memory as they are stored, one chunk in 128 places,
 are read from there by rank, and form a dense tile for the tensor cores. Loading them one by one from global memory
-takes as many instructions (13.1), but each such load touches some eight cache lines; and a gather along rows becomes
-shuffles in Triton (28), which is why the tile is flat.
+takes as many instructions, but each such load touches some eight cache lines; and a gather along rows becomes shuffles
+in Triton (28), which is why the tile is flat. Triton's pipeline would copy the values twice through shared memory (10.0
+in all), so the loop carries what the next trip needs in registers instead.
 
-Lane instructions a position on sm_90: 11.6 for M <= 16, 12.6 for tiles of 128 rows. An H200 waits for memory below 9.7
-at half density, so this is issue-bound: 16.8 million positions take 5.9 us where dense bf16 takes 7.8, at best 1.3
-times as fast, and below a third of density not worth it. Six are the decoding (bit, rank, address, load, select, half a
-pack), the rest is staging values, the tile's way into the layout of the product (the one conversion), and the product.
-CUDA by hand reaches six in all, by predicated loads without select.
+Lane instructions a position on sm_90: 8.4 for M <= 16, 9.1 for tiles of 64 rows. An H200 waits for memory below 9.7 at
+half density and 6.6 at three tenths. Of the 8.4, the load, its address and the rank are 3.3, since each position loads
+for itself; bits and counts 0.75, packing, masks and "and" of two positions 1.5, staging values 0.8, the tile's way into
+the layout of the product and the product 0.5, x and the loop the rest. None of them depends on density, so at less of
+it the budget cannot be met; CUDA by hand reaches six in all, by predicated loads without masks.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ from sparsec.formats import Format
 
 WORD = 32
 CHUNK = 128  # columns
-EXPANDED = "every position of a tile takes 8.4, kept or not; half density allows 9.7, less density allows less"
+EXPANDED = "every position of a tile takes 8 to 9, kept or not; half density allows 9.7, less density less"
 UNIT = 8  # values
 
 

@@ -6,11 +6,12 @@
 
 Loop ``gemv`` (M <= 8): memory-bound. A thread takes one chunk of each of ROWS rows, so that x is read, widened and
 summed once for all of them; nothing moves between threads until the end. At M = 1 on sm_90 a weight of int4g128 takes
-3.5 lane instructions, of int8 3.8, both below what an H200 has time for (4.0 and 7.8). Ternary takes 3.0 where there
-is time for 2.0: a multiplication and an "and or" for each weight are two already. A codebook takes 7.2 of 4.0: its
-level is loaded, and needs an address. Each further row of x adds two to three: from M = 2 on int4 waits for those.
+3.5 lane instructions, of int8 3.8, both below what an H200 has time for (4.0 and 7.8); ternary takes 3.0 of 2.0 (a
+multiplication and an "and or" are two already), a codebook 7.2 of 4.0 (its level is loaded, and needs an address), and
+each further row of x two to three. ``fragment`` has the same weights in register order and takes 1.5 to 3.3 for any of
+up to 32 rows, so this loop is for x in fp32 and for outliers, and where tuning finds it faster.
 Loop ``mma``: codes become q * scale in the dtype of x, the weight itself, and go through tensor cores, 5.1 to 8.5
-instructions a weight for any M that a tile holds: decoded tiles pass through shared memory.
+instructions a weight for any M that a tile holds: decoded tiles pass through shared memory. For more than 32 rows.
 
 The product uses q * scale before it is rounded to the weight's dtype ("gemv"), or after ("mma").
 """

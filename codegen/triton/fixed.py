@@ -11,11 +11,13 @@ Loop ``gather`` reads x at the kept columns. Lane instructions a kept value on s
 19.5, 19.5, 17.6, 23.4 and 17.6. Every further row adds three, so some three rows still wait for memory, and eight are
 issue-bound (32).
 
-Loop ``tile`` turns positions into a bit each, and then decodes as ``bitmap`` does: 12.3 (4:8), 14.5 (8:16), 15.2 (2:4)
-and 10.4 (3:32) a position, where memory allows 9.8, 9.8, 8.8 and 2.2. So it is for M above 8, where tensor cores are
-worth it; selecting among values in registers instead of shared memory takes N (M - N + 1) / M compares and
-selects, 9 a position at 8:16, and Triton moves its conversions in between (42). A thread must not share a run with
-another, or the tile is converted piece by piece (52).
+Loop ``tile`` turns positions into a bit each, ranks them and loads by rank: 12.3 (4:8), 14.5 (8:16), 15.2 (2:4) and
+10.4 (3:32) a position, where memory allows 9.8, 9.8, 8.8 and 2.2. So it is for rows of x that ``fragment`` (4:8, 8:16:
+32 rows, in 3.3 and 4.6) and ``nm24`` (2:4, 64) do not take, whose products take as long as the weight from memory.
+At 3:32 nothing that expands can keep to 2.2: a position's rank, load and select are three. Selecting among values in
+registers instead of shared memory takes N (M - N + 1) / M compares and selects, 9 a position at 8:16, and Triton moves
+its conversions in between (42). A thread must not share a run with another, or the tile is converted piece by piece
+(52).
 """
 
 from __future__ import annotations

@@ -11,14 +11,17 @@ Nothing passes through shared memory or between lanes before the products: a war
 ahead, makes registers of the A operand of them and multiplies. x is read in place, 16 bytes a lane for eight of its
 rows and 32 columns.
 
-Lane instructions a weight on sm_90 at M = 8 (what an H200 can issue while it arrives): see ``sass.json``. Decoding of
-two weights takes, at least:
-  int4       shift, "and or", subtraction: 1.5 a weight
-  ternary    the same, but three codes share a shift: 1.1
-  codebook   6 permutations for the bytes of four, 2 to join them, 2 or 3 to select: 2.6
-  4:8        2 (bits of four), 1 (their ranks), 1 to 2, and of each two the permutation, two for the mask, "and": 2.9
-  8:16       quads 1 and 2 of four also count another quad and choose between two pairs of registers: 4.1
-and each eight rows of x 1/8 for the product and 1/16 for its load.
+Lane instructions a weight on sm_90 for up to 8 rows of x, and what an H200 can issue while it arrives:
+
+  int4       1.7 to 2.2 of 3.9 to 4.4: of two, a shift, an "and or" and a subtraction
+  int8       2.1 of 7.8: two "and or" more for the sign
+  ternary    1.5 of 2.0: as int4, but three codes share a shift
+  codebook   3.0 of 3.9: of four, 6 permutations for their bytes, 2 that join those, 2 or 3 that select
+  4:8        3.3 of 8.8: of four, 2 for bits, 1 or 2 for ranks, and of each two a permutation, 2 for a mask, an "and"
+  8:16       4.6 of 8.8: quads 1 and 2 of four also count another quad, and choose between two pairs of registers
+
+Each further eight rows cost 1/8 for the product, 1/16 for the load of x and four for each lane and group of columns
+with a scale. Above 32 rows x flows through L1 more often than an SM can take it, and registers spill.
 
 Integers are multiplied as such, exact in bf16 and fp16; scales multiply fp32 sums of a group's columns, or of a row.
 """

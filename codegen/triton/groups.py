@@ -9,9 +9,11 @@ neighbours at a time. All rows of a bundle have as many pairs as its fullest one
 alone reads slot and place, one more bit for each position of the matrix.
 
 Loop ``gemv`` (M <= 8): a thread takes a pair; rows do not share x, so widening x and its excess cost two instructions
-a weight beside the three of decoding and multiplying: 5.7 in all on sm_90, where an H200 has time for 5.85.
-Loop ``mma``: groups are looked up by position and decoded to a dense tile for tensor cores, 10 to 11 instructions a
-position whatever the sparsity, so it pays for many rows of x.
+a weight beside the three of decoding and multiplying: 5.7 in all on sm_90, where an H200 has time for 5.85. For the
+same reason each further row of x takes three and a half more.
+Loop ``mma``: groups are looked up by position and decoded to a dense tile for tensor cores, 9 instructions a position
+whatever the sparsity (decoding and scaling 3.7, the look-up 1.5, the tile's way through shared memory and its product
+1.5, x and the loop), of 2.9 at three tenths of density; so it pays for many rows of x.
 
 Zeng et al., GQSA, 2024 (arXiv 2412.17560), section 3.2: 1 x 16 groups in a block-sparse row layout.
 """

@@ -4,7 +4,8 @@ The layout is that of ``fixed.py``: a table of four column numbers (bytes) for e
 positions of 2 bits beside the values. 64:2:8 in bf16 takes 4.6 bits of weight.
 
 Loop ``gather`` (M of x <= 8): two bits choose a byte of the table, which is the column. Loop ``tile`` (any): columns
-of x are gathered once for all rows of a block, then the weight is a tile of 4 / M as many columns.
+of x are gathered once for all rows of a block, then the weight is a tile of 4 / M as many columns. V:2:M for up to 8
+rows of x goes to sparse tensor cores (``vnm24``).
 """
 
 from __future__ import annotations

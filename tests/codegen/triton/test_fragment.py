@@ -50,12 +50,12 @@ def assert_close(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None
     assert bool((off <= 0).all())
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     name=st.sampled_from(Fragment.formats),
-    m=st.sampled_from([1, 2, 7, 8, 9, 17, 32]),
-    n=st.integers(1, 40),
-    k=st.one_of(st.integers(1, 600), st.sampled_from([256, 512])),
+    m=st.sampled_from([1, 2, 7, 8, 9, 32]),
+    n=st.integers(1, 20),
+    k=st.one_of(st.integers(1, 300), st.just(256)),
     act=st.sampled_from(ACTS),
     bias=st.booleans(),
     seed=st.integers(0, 99),
@@ -67,7 +67,7 @@ def test_the_product_is_the_references(name: str, m: int, n: int, k: int, act: s
 @pytest.mark.parametrize("name", ["dense+codebook", "nm:4:8+bf16"])
 @pytest.mark.parametrize(("parts", "splits"), [(2, 1), (1, 2), (4, 2)])
 def test_warps_without_a_block_add_nothing(name: str, parts: int, splits: int) -> None:
-    weight, x = sample(name, 2, 50, 700)
+    weight, x = sample(name, 2, 20, 700)
     assert_close(product(weight, name, x, rows=2, parts=parts, splits=splits), x, weight)
 
 
@@ -77,14 +77,16 @@ def test_warps_with_two_row_tiles_share_x(name: str) -> None:
     assert_close(product(weight, name, x, rows=2, each=2), x, weight)
 
 
-@pytest.mark.parametrize("name", Fragment.formats)
-@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(
+    ("name", "half"),
+    [*((name, False) for name in Fragment.formats), *((f"dense+{kind}", True) for kind in ("int8", "ternary"))],
+)
 def test_the_assembly_computes_what_the_reference_does(name: str, half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     run_by_model(monkeypatch)
-    weight, x = sample(name, 9, 40, 512)
-    if half and name.startswith("dense"):
+    weight, x = sample(name, 3, 16, 512)
+    if half:
         weight, x = weight.half(), x.half()
-    assert_close(product(weight, name, x, asm=True, rows=2, parts=2), x, weight)
+    assert_close(product(weight, name, x, asm=True, parts=2), x, weight)
 
 
 def run_by_model(monkeypatch: pytest.MonkeyPatch) -> None:
