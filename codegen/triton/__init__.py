@@ -19,18 +19,22 @@ if TYPE_CHECKING:
     from sparsec.codegen.triton.contract import Family
 
 FAMILIES = {
-    kind: f"sparsec.codegen.triton.{kind}:FAMILY" for kind in ("bitmap", "block", "dense", "index", "nm", "nm24", "vnm")
+    kind: f"sparsec.codegen.triton.{kind}:FAMILY"
+    for kind in ("bitmap", "block", "dense", "fragment", "groups", "index", "nm", "nm24", "vnm", "vnm24")
 }
 GATES = {"gated": "sparsec.codegen.triton.gated:FAMILY"}  # of x, for any weight: its launches take a ``gate``
 # family -> its loops and the most rows of x each takes (0: any), so that a plan can be made without triton
 LOOPS: dict[str, dict[str, int]] = {
     "bitmap": {"tile": 0},
-    "block": {"mma": 0, "gemv": 8},
+    "block": {"mma": 0},
     "dense": {"gemv": 8, "mma": 0},
+    "fragment": {"skinny": 32},
+    "groups": {"mma": 0, "gemv": 8},
     "index": {"gather": 8},
     "nm": {"gather": 8, "tile": 0},
     "nm24": {"skinny": 64},
     "vnm": {"gather": 8, "tile": 0},
+    "vnm24": {"skinny": 8},
     "prefill24": {"prefill": 0},
     "cslt": {"cusparselt": 0},
 }
@@ -38,7 +42,13 @@ OTHERS = {  # families that are not Triton's: CUDA C++ text, and a library
     "prefill24": "sparsec.codegen.cuda.families:PREFILL",
     "cslt": "sparsec.codegen.cuda.families:CSLT",
 }
-_TENSOR_CORES = {"nm:2:4": ("nm24", "prefill24", "cslt")}  # besides the family of the pattern's own kind
+_TENSOR_CORES = {  # families of a pattern, or of all of a kind, besides that of its own kind
+    "nm:2:4": ("nm24", "prefill24", "cslt"),
+    "nm:4:8": ("fragment",),
+    "nm:8:16": ("fragment",),
+    "dense": ("fragment",),
+    "vnm": ("vnm24",),
+}
 KNOWN = ("3.6", "3.9")  # versions of Triton that the kernels were compiled with, first and last
 
 
@@ -52,9 +62,14 @@ def family(kind: str) -> Family:
 
 
 def kinds_of(format: Format) -> tuple[str, ...]:
-    """The families that pack a format, by kind; 2:4 has one on tensor cores besides that of N:M."""
-    kind = format.pattern.kind
-    return tuple(k for k in (*_TENSOR_CORES.get(str(format.pattern), ()), kind) if k in LOOPS)
+    """The families that pack a format, by kind; some are for tensor cores, besides that of the pattern."""
+    kind = _own_kind(format.pattern)
+    return tuple(k for k in (*_TENSOR_CORES.get(str(format.pattern), _TENSOR_CORES.get(kind, ())), kind) if k in LOOPS)
+
+
+def _own_kind(pattern: Pattern) -> str:
+    """The family that is for a pattern; blocks of one row are groups."""
+    return "groups" if pattern.kind == "block" and pattern.params[0] == 1 else pattern.kind
 
 
 def kind_of(format: Format, loop: str) -> str:
@@ -105,7 +120,7 @@ def pack_verified(weight: torch.Tensor, format: Format, source_key: str, loop: s
     """
     import torch
 
-    chosen = family_of(format, loop) if loop else family(format.pattern.kind)
+    chosen = family_of(format, loop) if loop else family(_own_kind(format.pattern))
     packed = chosen.pack(weight.detach(), format, source_key)
     back = chosen.unpack(packed)
     same = (back == weight) | (back.isnan() & weight.isnan())

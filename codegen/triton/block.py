@@ -9,9 +9,8 @@ zeros. Long block rows start first, so that the last programs to run are short o
 
 Loop ``mma``: weight [TN, TK] times x^T [TK, TM], the blocks of a row one after the other; where C is narrower than TK
 a trip takes several blocks. fp32 is three TF32 products ("tf32x3"), which leaves some 2^-21 of each product.
-Loop ``gemv`` (M <= 8): fp32 multiplications in registers. It never takes fewer instructions (16 to 22 for a bf16 weight
-at M = 1, over the 15.6 of an H200, as each row of the weight reads x again; ``mma`` takes 2 to 3): for tuning to try.
-A block of one row is a group, with a file of its own (``groups.py``).
+At M = 1 too: 2 to 3 instructions a bf16 weight, where fp32 multiplications in registers take 16 to 22, over the 15.6 of
+an H200, as each row of the weight reads x again. A block of one row is a group, with a file of its own (``groups.py``).
 
 Layout as of block-sparse matrices in STK (Gale et al., MegaBlocks, 2022), without its transposed copy.
 """
@@ -25,11 +24,12 @@ import triton
 import triton.language as tl
 
 from sparsec.codegen.spec import ACTS, Packed
-from sparsec.codegen.triton import LOOPS, groups
+from sparsec.codegen.triton import LOOPS
 from sparsec.codegen.triton.contract import Call, Config
 from sparsec.codegen.triton.dot import dot
-from sparsec.codegen.triton.epilogue import finish, reduction
+from sparsec.codegen.triton.epilogue import reduction
 from sparsec.codegen.triton.launch import Launch, Loop
+from sparsec.codegen.triton.positions import load_x, write_tile
 from sparsec.errors import PatternMismatch
 from sparsec.formats import Format
 
@@ -50,8 +50,6 @@ def mma(
     last = tl.minimum(last, first + each)
     inner = tl.program_id(0) % PARTS * TN + tl.arange(0, TN)
     row = tl.program_id(1) * TM + tl.arange(0, TM)
-    # Rows beyond m repeat the last one and are not stored: cheaper than a mask on every read of x.
-    x_row = X + tl.cast(tl.minimum(row, m - 1), tl.int64)[:, None] * stride_x
     at = tl.arange(0, TK)
     acc = tl.zeros((TN, TM), tl.float32)
     if TK <= C:
@@ -61,11 +59,7 @@ def mma(
             begin = step % STEPS * TK
             column = tl.load(COLUMN + block) * C + begin + at
             w = tl.load(VALUE + tl.cast(block, tl.int64) * (R * C) + inner[:, None] * C + (begin + at)[None, :])
-            if EVEN:
-                x = tl.load(x_row + column[None, :])
-            else:
-                x = tl.load(x_row + column[None, :], mask=(column < k)[None, :], other=0.0)
-            acc = dot(w, tl.trans(x), acc)
+            acc = dot(w, load_x(X, column, row, m, k, stride_x, EVEN), acc)
     else:
         for block in tl.range(first, last, TK // C):
             one = block + at // C
@@ -74,58 +68,9 @@ def mma(
             offset = tl.cast(one, tl.int64) * (R * C) + at % C
             inside = (one < last)[None, :]
             w = tl.load(VALUE + offset[None, :] + inner[:, None] * C, mask=inside, other=0.0)
-            if EVEN:
-                x = tl.load(x_row + column[None, :])
-            else:
-                x = tl.load(x_row + column[None, :], mask=(column < k)[None, :], other=0.0)
-            acc = dot(w, tl.trans(x), acc)
+            acc = dot(w, load_x(X, column, row, m, k, stride_x, EVEN), acc)
     output = tl.load(ORDER + place) * R + inner
-    output, y = output[None, :], tl.trans(acc)
-    mask = (output < n) & (row < m)[:, None]
-    if SPLITS == 1:
-        y = finish(y, BIAS, output, ACT, HAS_BIAS, output < n)
-        tl.store(OUT + tl.cast(row, tl.int64)[:, None] * stride_out + output, y.to(OUT.dtype.element_ty), mask=mask)
-    else:
-        tl.store(OUT + tl.cast(split * m + row, tl.int64)[:, None] * n + output, y, mask=mask)
-
-
-@triton.jit
-def gemv(
-    X, VALUE, COLUMN, START, ORDER, OUT, BIAS, m, n, k, stride_x, stride_out,
-    R: tl.constexpr, C: tl.constexpr, TN: tl.constexpr, M: tl.constexpr, SPLITS: tl.constexpr,
-    EVEN: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
-):  # fmt: skip
-    PARTS: tl.constexpr = R // TN
-    place, split = tl.program_id(0) // PARTS, tl.program_id(1)
-    first, last = tl.load(START + place), tl.load(START + place + 1)
-    each = tl.cdiv(last - first, SPLITS)
-    first = first + split * each
-    last = tl.minimum(last, first + each)
-    inner = tl.program_id(0) % PARTS * TN + tl.arange(0, TN)
-    # x is read once for each row of the weight, from the cache, so that it lies in the weight's layout.
-    at = tl.zeros((TN, 1), tl.int32) + tl.arange(0, C)[None, :]
-    acc = (tl.zeros((TN, C), tl.float32),) * M
-    for block in tl.range(first, last):
-        column = tl.load(COLUMN + block) * C + at
-        w = tl.load(VALUE + tl.cast(block, tl.int64) * (R * C) + inner[:, None] * C + at).to(tl.float32)
-        sums = acc[:0]
-        for i in tl.static_range(M):
-            x_row = X + tl.minimum(i, m - 1) * stride_x
-            if EVEN:
-                x = tl.load(x_row + column).to(tl.float32)
-            else:
-                x = tl.load(x_row + column, mask=column < k, other=0.0).to(tl.float32)
-            sums = sums + (acc[i] + w * x,)
-        acc = sums
-    output = tl.load(ORDER + place) * R + inner
-    for i in tl.static_range(M):
-        y = tl.sum(acc[i], 1)
-        mask = (output < n) & (output * 0 + i < m)
-        if SPLITS == 1:
-            y = finish(y, BIAS, output, ACT, HAS_BIAS, output < n)
-            tl.store(OUT + tl.cast(i, tl.int64) * stride_out + output, y.to(OUT.dtype.element_ty), mask=mask)
-        else:
-            tl.store(OUT + tl.cast(split * m + i, tl.int64) * n + output, y, mask=mask)
+    write_tile(acc, OUT, BIAS, output, row, m, n, stride_out, split, SPLITS == 1, ACT, HAS_BIAS)
 
 
 class Block:
@@ -133,14 +78,11 @@ class Block:
     formats: Sequence[str] = (
         *(f"block:{size}+{values}" for size in ("16x16", "64x64") for values in ("bf16", "fp16", "fp32")),
         *(f"block:{size}+bf16" for size in ("32x32", "128x128", "16x64")),
-        "block:1x16+int4g16",
     )
     loops = LOOPS["block"]
 
     def pack(self, weight: torch.Tensor, format: Format, source_key: str) -> Packed:
         rows, cols = format.pattern.params
-        if rows == 1:
-            return groups.pack(weight, format, source_key)
         if any(size not in (16, 32, 64, 128) for size in (rows, cols)):
             detail = "blocks have 16, 32, 64 or 128 rows and columns"
             raise PatternMismatch(format=str(format), detail=detail)
@@ -157,8 +99,6 @@ class Block:
         return Packed(format, 1, tensors, torch.zeros(0, dtype=torch.int64), (n, k), source_key)
 
     def unpack(self, packed: Packed) -> torch.Tensor:
-        if packed.format.pattern.params[0] == 1:
-            return groups.unpack(packed)
         value, column, start, order = packed.tensors
         rows, cols = packed.format.pattern.params
         n, k = packed.shape
@@ -169,39 +109,24 @@ class Block:
 
     def configs(self, packed: Packed, loop: str, m: int, capability: int) -> Sequence[Config]:
         rows, cols = packed.format.pattern.params
-        if rows == 1:
-            return groups.configs(packed, loop, m)
         value, _, start, _ = packed.tensors
         mean = len(value) / max(len(start) - 1, 1)
         wide = value.element_size() == 4
         splits = [s for s in (1, 2, 4, 8) if s == 1 or mean >= 4 * s]
-        if loop == "gemv":
-            made = [
-                {"tn": tn, "splits": s, "warps": max(1, tn * cols * value.element_size() // 512 // each)}
-                for tn in (rows, 16, 32)
-                if tn <= rows and tn * cols <= 4096
-                for s in splits
-                for each in (2, 4, 1)
-            ]
-        else:
-            most = 32 if wide else 128
-            made = [
-                {"tn": tn, "tm": tm, "tk": tk, "splits": s, "warps": _warps(tn * tm)}
-                for tn in dict.fromkeys((min(rows, 64), rows, 16))
-                for tm in (16, 32, 64, 128)
-                if tm == 16 or (tm <= 2 * m and tm <= most)
-                for tk in (64, 128, 32)
-                if tk // cols <= AHEAD and tn * tk <= 8192 and (tk == 32 or not wide)
-                for s in splits
-            ]
+        most = 32 if wide else 128
+        made = [
+            {"tn": tn, "tm": tm, "tk": tk, "splits": s, "warps": _warps(tn * tm)}
+            for tn in dict.fromkeys((min(rows, 64), rows, 16))
+            for tm in (16, 32, 64, 128)
+            if tm == 16 or (tm <= 2 * m and tm <= most)
+            for tk in (64, 128, 32)
+            if tk // cols <= AHEAD and tn * tk <= 8192 and (tk == 32 or not wide)
+            for s in splits
+        ]
         return sorted(made, key=lambda c: _cost(c, len(start) - 1, rows, m))
 
     def launches(self, packed: Packed, loop: str, call: Call, config: Config) -> list[Launch]:
         (rows, cols), (n, k), m = packed.format.pattern.params, packed.shape, call.m
-        if self.loops[loop] and m > self.loops[loop]:
-            raise ValueError(f"{loop} takes at most {self.loops[loop]} rows, not {m}")
-        if rows == 1:
-            return groups.launches(packed, loop, call, config)
         value, column, start, order = packed.tensors
         splits, tn = config["splits"], config["tn"]
         out = call.y if splits == 1 else call.x.new_empty((splits, m, n), dtype=torch.float32)
@@ -211,21 +136,14 @@ class Block:
             "m": m, "n": n, "k": k, "stride_x": call.x.stride(0), "stride_out": out.stride(-2),
         }  # fmt: skip
         constants = {
-            "R": rows, "C": cols, "TN": tn, "SPLITS": splits, "EVEN": k % cols == 0,
-            "ACT": ACTS.index(call.act), "HAS_BIAS": call.bias is not None,
+            "R": rows, "C": cols, "TN": tn, "TM": config["tm"], "TK": config["tk"], "SPLITS": splits,
+            "EVEN": k % cols == 0, "ACT": ACTS.index(call.act), "HAS_BIAS": call.bias is not None,
         }  # fmt: skip
         places = (len(start) - 1) * (rows // tn)
         budget = 7.8 * value.element_size()
-        if loop == "gemv":
-            grid: tuple[int, ...] = (places, splits)
-            constants |= {"M": triton.next_power_of_2(m)}
-            counted = Loop("nonzero", tn * cols, budget)  # of the blocks that are kept
-        else:
-            grid = (places, triton.cdiv(m, config["tm"]), splits)
-            constants |= {"TM": config["tm"], "TK": config["tk"]}
-            counted = Loop("nonzero", tn * config["tk"], budget, repeats=grid[1])
-        kernel = gemv if loop == "gemv" else mma
-        main = Launch(kernel, grid, args, constants, warps=config["warps"], loop=counted)
+        grid = (places, triton.cdiv(m, config["tm"]), splits)
+        counted = Loop("nonzero", tn * config["tk"], budget, repeats=grid[1])
+        main = Launch(mma, grid, args, constants, warps=config["warps"], loop=counted)
         return [main] if splits == 1 else [main, reduction(out, call.y, call.bias, call.act)]
 
 

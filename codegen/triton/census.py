@@ -26,6 +26,7 @@ class Count:
     ``repeats``: how often the weight is read for these rows. ``launches``: kernel calls of a product.
     ``bytes_position``, ``bytes_value``: what the pack takes for each position and each non-zero weight. ``local``:
     bytes of spills a thread. ``missing``: instructions that the launch expects and the code does not have.
+    ``reason``: why ``per_unit`` is above ``budget``, where it is.
     """
 
     format: str
@@ -44,6 +45,7 @@ class Count:
     bytes_position: float
     bytes_value: float
     missing: tuple[str, ...] = ()
+    reason: str = ""
 
 
 def count(capability: int = COUNTED, kinds: Sequence[str] = (), rows: tuple[int, ...] = ROWS) -> Iterator[Count]:
@@ -65,6 +67,7 @@ def count(capability: int = COUNTED, kinds: Sequence[str] = (), rows: tuple[int,
             sample.format, sample.loop, sample.m, main.loop.unit, round(sass.per_unit, 3), main.loop.budget,
             sass.registers, sass.local, sass.shared, sass.wide, sass.conversions, main.loop.repeats,
             len(sample.launches), round(sample.stored[0], 4), round(sample.stored[1], 4), missing,
+            main.loop.reason if round(sass.per_unit, 3) > main.loop.budget else "",
         )  # fmt: skip
 
 

@@ -6,11 +6,12 @@
 
 Loop ``gemv`` (M <= 8): memory-bound. A thread takes one chunk of each of ROWS rows, so that x is read, widened and
 summed once for all of them; nothing moves between threads until the end. At M = 1 on sm_90 a weight of int4g128 takes
-3.5 lane instructions, of int8 3.8, both below what an H200 has time for (4.0 and 7.8). Ternary takes 3.0 where there
-is time for 2.0: a multiplication and an "and or" for each weight are two already. A codebook takes 7.2 of 4.0: its
-level is loaded, and needs an address. Each further row of x adds two to three: from M = 2 on int4 waits for those.
+3.5 lane instructions, of int8 3.8, both below what an H200 has time for (4.0 and 7.8); ternary takes 3.0 of 2.0 (a
+multiplication and an "and or" are two already), a codebook 7.2 of 4.0 (its level is loaded, and needs an address), and
+each further row of x two to three. ``fragment`` has the same weights in register order and takes 1.5 to 3.3 for any of
+up to 32 rows, so this loop is for x in fp32 and for outliers, and where tuning finds it faster.
 Loop ``mma``: codes become q * scale in the dtype of x, the weight itself, and go through tensor cores, 5.1 to 8.5
-instructions a weight for any M that a tile holds: decoded tiles pass through shared memory.
+instructions a weight for any M that a tile holds: decoded tiles pass through shared memory. For more than 32 rows.
 
 The product uses q * scale before it is rounded to the weight's dtype ("gemv"), or after ("mma").
 """
@@ -30,8 +31,9 @@ from sparsec.codegen.triton.contract import Call, Config
 from sparsec.codegen.triton.dot import dot
 from sparsec.codegen.triton.epilogue import finish, reduction
 from sparsec.codegen.triton.launch import Launch, Loop
+from sparsec.codegen.triton.positions import load_x, write_tile
 from sparsec.codegen.triton.sidecar import partial_sums, row_sums, unpacked
-from sparsec.codegen.triton.values import BITS, Codes, code, excess, level, neighbours
+from sparsec.codegen.triton.values import BITS, Codes, code, excess, level, neighbours, scaled
 from sparsec.errors import PatternMismatch
 from sparsec.formats import Format, value_kind
 
@@ -148,11 +150,8 @@ def decoded(
         return level(words, SCALE + row * 16, J)
     elif GROUP == 0:
         return code(words, full, J, BITS) - excess(J, BITS)
-    elif EXACT:
-        return (code(words, full, J, BITS) - excess(J, BITS)) * scale
     else:
-        # One fma; a scale of 16 bits leaves nothing to round.
-        return code(words, full, J, BITS) * scale - scale * excess(J, BITS)
+        return scaled(code(words, full, J, BITS), scale, excess(J, BITS), EXACT)
 
 
 @triton.jit
@@ -168,8 +167,6 @@ def mma(
     row = tl.program_id(1) * TM + tl.arange(0, TM)
     inner = tl.arange(0, TW)
     within = tl.cast(tl.minimum(column, n - 1), tl.int64)[:, None]
-    # Rows beyond m repeat the last one and are not stored: cheaper than a mask on every read of x.
-    x_row = X + tl.cast(tl.minimum(row, m - 1), tl.int64)[:, None] * stride_x
     acc = tl.zeros((TN, TM), tl.float32)
     for start in tl.range(split * TW, chunks * 4, SPLITS * TW):
         inside = (inner < chunks * 4 - start)[None, :]
@@ -184,23 +181,13 @@ def mma(
             ).to(tl.float32)
         for j in tl.static_range(0, 32 // BITS, 2):
             place = neighbour + j * 4
-            if EVEN:
-                x = tl.load(x_row + place[None, :])
-            else:
-                x = tl.load(x_row + place[None, :], mask=(place < k)[None, :], other=0.0)
             even = decoded(words, SCALE, within, scale, full, j, BITS, TABLE, GROUP, EXACT).to(X.dtype.element_ty)
             odd = decoded(words, SCALE, within, scale, full, j + 1, BITS, TABLE, GROUP, EXACT).to(X.dtype.element_ty)
             w = tl.reshape(tl.join(even, odd), (TN, 2 * TW))
-            acc = dot(w, tl.trans(x), acc)
+            acc = dot(w, load_x(X, place, row, m, k, stride_x, EVEN), acc)
     if GROUP == 0 and not TABLE:
         acc *= tl.load(SCALE + within).to(tl.float32)
-    y, output = tl.trans(acc), column[None, :]
-    mask = (output < n) & (row < m)[:, None]
-    if WHOLE:
-        y = finish(y, BIAS, output, ACT, HAS_BIAS, output < n)
-        tl.store(OUT + tl.cast(row, tl.int64)[:, None] * stride_out + output, y.to(OUT.dtype.element_ty), mask=mask)
-    else:
-        tl.store(OUT + tl.cast(split * m + row, tl.int64)[:, None] * n + output, y, mask=mask)
+    write_tile(acc, OUT, BIAS, column, row, m, n, stride_out, split, WHOLE, ACT, HAS_BIAS)
 
 
 class Dense:
@@ -290,11 +277,15 @@ def _shared(packed: Packed, call: Call, out: torch.Tensor) -> tuple[dict[str, An
     return args, constants
 
 
-def _counted(packed: Packed, count: int, repeats: int = 1) -> Loop:
+FEW = "for x in fp32 and for outliers: each row of x costs two or three instructions, and `skinny` takes 2 in all"
+MANY = "for more than 32 rows of x, whose products take as long as the weight; `skinny` takes fewer rows"
+
+
+def _counted(packed: Packed, count: int, reason: str, repeats: int = 1) -> Loop:
     """A trip that handles ``count`` weights; an H200 has time for 7.8 lane instructions a byte."""
     n, k = packed.shape
     main = sum(t.numel() * t.element_size() for t in packed.tensors[:2])
-    return Loop("weight", count, 7.8 * main / max(n * k, 1), repeats)
+    return Loop("weight", count, 7.8 * main / max(n * k, 1), repeats, reason)
 
 
 def _gemv(packed: Packed, call: Call, config: Config, out: torch.Tensor) -> Launch:
@@ -309,7 +300,7 @@ def _gemv(packed: Packed, call: Call, config: Config, out: torch.Tensor) -> Laun
         "EVEN": packed.shape[1] % (lanes * wide) == 0, "HALVES": x is not call.x,
         "BF16": call.x.dtype == torch.bfloat16, "OUTLIERS": len(packed.tensors) > 3,
     }  # fmt: skip
-    counted = _counted(packed, rows * lanes * wide)
+    counted = _counted(packed, rows * lanes * wide, FEW)
     grid = (triton.cdiv(packed.shape[0], rows), config["splits"])
     return Launch(gemv, grid, args, constants, warps=config["warps"], loop=counted)
 
@@ -327,7 +318,7 @@ def _mma(packed: Packed, call: Call, config: Config, out: torch.Tensor) -> Launc
         "EVEN": k % (tw // 4 * wide) == 0,
     }
     grid = (triton.cdiv(n, tn), triton.cdiv(call.m, tm), splits)
-    counted = _counted(packed, tn * tw // 4 * wide, repeats=grid[1])
+    counted = _counted(packed, tn * tw // 4 * wide, MANY, grid[1])
     return Launch(mma, grid, args, constants, warps=config["warps"], loop=counted)
 
 

@@ -11,11 +11,13 @@ Loop ``gather`` reads x at the kept columns. Lane instructions a kept value on s
 19.5, 19.5, 17.6, 23.4 and 17.6. Every further row adds three, so some three rows still wait for memory, and eight are
 issue-bound (32).
 
-Loop ``tile`` turns positions into a bit each, and then decodes as ``bitmap`` does: 12.3 (4:8), 14.5 (8:16), 15.2 (2:4)
-and 10.4 (3:32) a position, where memory allows 9.8, 9.8, 8.8 and 2.2. So it is for M above 8, where tensor cores are
-worth it; selecting among values in registers instead of shared memory takes N (M - N + 1) / M compares and
-selects, 9 a position at 8:16, and Triton moves its conversions in between (42). A thread must not share a run with
-another, or the tile is converted piece by piece (52).
+Loop ``tile`` turns positions into a bit each, ranks them and loads by rank: 12.3 (4:8), 14.5 (8:16), 15.2 (2:4) and
+10.4 (3:32) a position, where memory allows 9.8, 9.8, 8.8 and 2.2. So it is for rows of x that ``fragment`` (4:8, 8:16:
+32 rows, in 3.3 and 4.6) and ``nm24`` (2:4, 64) do not take, whose products take as long as the weight from memory.
+At 3:32 nothing that expands can keep to 2.2: a position's rank, load and select are three. Selecting among values in
+registers instead of shared memory takes N (M - N + 1) / M compares and selects, 9 a position at 8:16, and Triton moves
+its conversions in between (42). A thread must not share a run with another, or the tile is converted piece by piece
+(52).
 """
 
 from __future__ import annotations
@@ -50,6 +52,9 @@ from sparsec.codegen.triton.positions import (
 )
 
 ROWS = 16  # of a program of ``gather``
+GATHERED = "each further row of x costs a load, a conversion and a product; `skinny` takes them on tensor cores"
+TILED = "for more rows of x than `skinny` takes, whose products take as long as the weight"
+SPARSE = "every position of a tile takes a rank, a load and a select, kept or not; `gather` is for few rows of x"
 TILE = 128  # columns of a tile, or one run where that is wider
 
 
@@ -156,7 +161,8 @@ def tile(
             column = tl.where(column < columns, column // WIDTH * SPAN + byte, k)
         x = load_x(X, column, rows * BM + tl.arange(0, BM), m, k, stride_x, EVEN)
         sums = dot(weight.to(X.dtype.element_ty, bitcast=True), x, sums)
-    write_tile(sums, OUT, BIAS, block * BN, rows * BM, m, n, stride_out, split, BM, BN, SPLITS, ACT, HAS_BIAS)
+    column, row = block * BN + tl.arange(0, BN), rows * BM + tl.arange(0, BM)
+    write_tile(sums, OUT, BIAS, column, row, m, n, stride_out, split, SPLITS == 1, ACT, HAS_BIAS)
 
 
 @dataclass(frozen=True)
@@ -275,7 +281,7 @@ class Fixed:
             "CLAMP": k % self.span != 0 or elements * 4 != groups * self.keep,
             "LANES": config["lanes"], "VALUES": KINDS.index(packed.format.values),
         }  # fmt: skip
-        counted = Loop("nonzero", ROWS * config["lanes"] * 8, LANE_INSTRUCTIONS * (2 + self.bits / 8))
+        counted = Loop("nonzero", ROWS * config["lanes"] * 8, LANE_INSTRUCTIONS * (2 + self.bits / 8), reason=GATHERED)
         return Launch(
             gather, (triton.cdiv(n, ROWS), config["splits"]), args, constants, warps=config["warps"], loop=counted
         )
@@ -298,6 +304,7 @@ class Fixed:
             "EVEN": not self.v and k % (runs * width) == 0,
         }  # fmt: skip
         stored = self.keep / self.width * (2 + self.bits / 8)  # bytes a (compressed) position
-        counted = Loop("weight", bn * runs * width, LANE_INSTRUCTIONS * stored, repeats=triton.cdiv(m, bm))
+        reason = TILED if self.keep * 2 == self.width else SPARSE
+        counted = Loop("weight", bn * runs * width, LANE_INSTRUCTIONS * stored, triton.cdiv(m, bm), reason)
         grid = (triton.cdiv(n, bn), triton.cdiv(m, bm), config["splits"])
         return Launch(tile, grid, args, constants, warps=config["warps"], loop=counted)

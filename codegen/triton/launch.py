@@ -19,13 +19,15 @@ class Loop:
 
     ``unit``: "weight" (a position of the dense matrix) or "nonzero". ``count``: units that one program handles a trip.
     ``budget``: lane instructions that a unit may take so that an H200 still waits for memory. ``repeats``: how many
-    programs handle each unit, where the rows of x are split over programs.
+    programs handle each unit, where the rows of x are split over programs. ``reason``: why a count above the budget
+    cannot be helped or does no harm, in a sentence; a test asks for one.
     """
 
     unit: str
     count: int
     budget: float
     repeats: int = 1
+    reason: str = ""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 Positions have 2 bits (M <= 4), 4 (<= 16) or 8 (<= 256), in the layout of ``fixed.py`` without its table. Bytes a kept
 value: 2.25, 2.5 or 3; 8:16 in bf16 takes 10 bits of weight where a bitmap would take 9.9, with its starts.
 
-Loop ``gather`` (M of x <= 8) reads x at the kept columns; loop ``tile`` (any) makes dense tiles for tensor cores.
+Loop ``gather`` (M of x <= 8) reads x at the kept columns; loop ``tile`` (any) makes dense tiles for tensor cores. 4:8
+and 8:16 have a layout in register order besides, ``fragment``, for up to 32 rows.
 """
 
 from __future__ import annotations

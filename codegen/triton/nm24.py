@@ -144,8 +144,9 @@ def skinny(
     A, E, SCALE, X, OUT, BIAS, m, n, blocks, steps, stride_x, stride_out,
     BITS: tl.constexpr, HALF: tl.constexpr, SCALED: tl.constexpr, TILES: tl.constexpr, COLS: tl.constexpr,
     ROWS: tl.constexpr, EACH: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, DIRECT: tl.constexpr,
-    ACT: tl.constexpr, HAS_BIAS: tl.constexpr, ASM: tl.constexpr,
+    V: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
+    """``V``: blocks of so many tiles of 16 rows have an x each, one after the other; 0: all have the same."""
     SIZE: tl.constexpr = ROWS * PARTS * 128
     i = tl.arange(0, SIZE)
     group, split = tl.program_id(0), tl.program_id(1)
@@ -164,7 +165,9 @@ def skinny(
         if DIRECT:
             x = X + tl.minimum(i // 16 % COLS, m - 1) * stride_x + here * 128 + i // 4 % 4 + i % 4 * 4
         else:
-            x = X + here * (TILES * 128 * COLS) + i % (16 * COLS)
+            if V > 0:
+                here += tl.minimum(top, blocks - 1) // V * steps
+            x = X + here.to(tl.int64) * (TILES * 128 * COLS) + i % (16 * COLS)
         step += SPLITS * PARTS
         ahead, meta_ahead, block_ahead, scale = (), (), (), ()
         for r in tl.static_range(EACH):
@@ -212,59 +215,76 @@ class NM24:
             for direct in ((1, 0) if m <= 4 else (0,))
             if rows * parts <= 8 and (splits * parts <= _blocks(packed)[1] or splits * parts == 1)
         ]
-        return sorted(made, key=lambda config: _cost(packed, m, config))[:24]
+        stored = BITS[value_kind(packed.format.values)[0]] / 2 + 1
+        return sorted(made, key=lambda config: cost(*_blocks(packed), stored, m, config))[:24]
 
     def launches(self, packed: Packed, loop: str, call: Call, config: Config) -> list[Launch]:
-        m, n = call.m, packed.shape[0]
-        if m > self.loops[loop]:
-            raise ValueError(f"{loop} takes at most {self.loops[loop]} rows, not {m}")
-        values, meta, scale, like = packed.tensors
-        kind, size = value_kind(packed.format.values)
-        bits = BITS[kind]
-        if (bits == 16 and call.x.dtype != like.dtype) or call.x.dtype not in (torch.bfloat16, torch.float16):
-            raise ValueError(f"x of {call.x.dtype} with a weight of {packed.format}")
-        blocks, steps = _blocks(packed)
-        rows, each, parts, splits = config["rows"], config["each"], config["parts"], config["splits"]
-        out = call.y if splits == 1 else call.x.new_empty((splits, m, n), dtype=torch.float32)
-        tiles, cols = triton.next_power_of_2(-(-m // 8)), min(triton.next_power_of_2(m), 8)
+        if call.m > self.loops[loop]:
+            raise ValueError(f"{loop} takes at most {self.loops[loop]} rows, not {call.m}")
+        tiles, cols = tiling(call.m)
         pairs = _pairs(call.x) if config["direct"] and tiles == 1 else None
-        before, x = ([], pairs) if pairs is not None else _arranged(call.x, steps, tiles, cols)
-        args = {
-            "A": values, "E": meta, "SCALE": scale, "X": x, "OUT": out,
-            "BIAS": call.y if call.bias is None else call.bias,
-            "m": m, "n": n, "blocks": blocks, "steps": steps, "stride_x": x.stride(0), "stride_out": out.stride(-2),
-        }  # fmt: skip
-        constants = {
-            "BITS": bits, "HALF": call.x.dtype == torch.float16, "SCALED": 0 if bits == 16 else 2 if size else 1,
-            "TILES": tiles, "COLS": cols, "ROWS": rows, "EACH": each, "PARTS": parts, "SPLITS": splits,
-            "DIRECT": pairs is not None, "ACT": ACTS.index(call.act), "HAS_BIAS": call.bias is not None, "ASM": NATIVE,
-        }  # fmt: skip
-        stored = bits / 2 + 1 + (0.25 if size else 0)
-        counted = Loop("weight", rows * each * parts * ROWS * COLUMNS, BYTE * stored / 8)
-        main = Launch(
-            skinny, (triton.cdiv(blocks, rows * each), splits), args, constants,
-            warps=rows * parts, loop=counted, expects={"mma.sp": "HMMA.SP"},
-        )  # fmt: skip
-        after = [] if splits == 1 else [reduction(out, call.y, call.bias, call.act)]
-        return [*before, main, *after]
+        before, x = ([], pairs) if pairs is not None else _arranged(call.x, _blocks(packed)[1], tiles, cols)
+        return product(packed, call, {**config, "direct": pairs is not None}, before, x)
 
 
-def _cost(packed: Packed, m: int, config: Config) -> float:
+def tiling(m: int) -> tuple[int, int]:
+    """Tiles of eight rows of x, and rows of a tile that are stored."""
+    return triton.next_power_of_2(-(-m // 8)), min(triton.next_power_of_2(m), 8)
+
+
+def product(
+    packed: Packed, call: Call, config: Config, before: list[Launch], x: torch.Tensor, v: int = 0
+) -> list[Launch]:
+    """``packed``: of 2:4. ``x``: pairs of columns in register order, one after the other for blocks of 16 ``v`` rows,
+    after launches ``before``; or in place (``direct``)."""
+    m, n = call.m, packed.shape[0]
+    values, meta, scale, like = packed.tensors
+    kind, size = value_kind(packed.format.values)
+    bits = BITS[kind]
+    if (bits == 16 and call.x.dtype != like.dtype) or call.x.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"x of {call.x.dtype} with a weight of {packed.format}")
+    blocks, steps = _blocks(packed)
+    rows, each, parts, splits = config["rows"], config["each"], config["parts"], config["splits"]
+    out = call.y if splits == 1 else call.x.new_empty((splits, m, n), dtype=torch.float32)
+    tiles, cols = tiling(m)
+    args = {
+        "A": values, "E": meta, "SCALE": scale, "X": x, "OUT": out,
+        "BIAS": call.y if call.bias is None else call.bias,
+        "m": m, "n": n, "blocks": blocks, "steps": steps, "stride_x": x.stride(0), "stride_out": out.stride(-2),
+    }  # fmt: skip
+    constants = {
+        "BITS": bits, "HALF": call.x.dtype == torch.float16, "SCALED": 0 if bits == 16 else 2 if size else 1,
+        "TILES": tiles, "COLS": cols, "ROWS": rows, "EACH": each, "PARTS": parts, "SPLITS": splits,
+        "DIRECT": bool(config["direct"]), "V": v, "ACT": ACTS.index(call.act), "HAS_BIAS": call.bias is not None,
+        "ASM": NATIVE,
+    }  # fmt: skip
+    stored = bits / 2 + 1 + (0.25 if size else 0)
+    counted = Loop("weight", rows * each * parts * ROWS * COLUMNS, BYTE * stored / 8)
+    main = Launch(
+        skinny, (triton.cdiv(blocks, rows * each), splits), args, constants,
+        warps=rows * parts, loop=counted, expects={"mma.sp": "HMMA.SP"},
+    )  # fmt: skip
+    after = [] if splits == 1 else [reduction(out, call.y, call.bias, call.act)]
+    return [*before, main, *after]
+
+
+def cost(blocks: int, steps: int, stored: float, m: int, config: Config) -> float:
     """In powers of two of time: what flows from L2, idle warps, few or many warps, a launch and its sums.
+
+    ``stored``: bits a weight.
 
     Each program reads all of its x through L2, which gives an SM some 1.3 times what memory does. 2000 warps that each
     wait for 4.5 KiB keep an H200's memory busy; blocks of integers are smaller, so it takes more of them.
     """
-    (blocks, steps), splits = _blocks(packed), config["splits"]
+    splits = config["splits"]
     parallel, tall = config["parts"] * splits, config["rows"] * config["each"]
     columns = triton.next_power_of_2(m)
-    stored = BITS[value_kind(packed.format.values)[0]] / 2 + 1
     flow = 1 + columns * 2 / (tall * stored * 2)
     warps = -(-blocks // tall) * config["rows"] * parallel
     idle = -(-steps // parallel) * parallel / steps
     few = log2(min(2000 * 9 / stored, 4000) / (warps * config["each"]))
     more = 0.7 + log2(1 + splits * m * 8 / (steps * COLUMNS * stored / 8)) if splits > 1 else 0.0  # written, then read
-    return 2 * max(0.0, log2(flow / 1.3)) + 2 * log2(idle) + max(few, -few / 4) + more - 0.1 * config["direct"]
+    return 2 * max(0.0, log2(flow / 1.3)) + 2 * log2(idle) + max(few, -few / 4) + more - 0.1 * config.get("direct", 1)
 
 
 def _blocks(packed: Packed) -> tuple[int, int]:

@@ -99,6 +99,20 @@ def joined(parts, LEFT: tl.constexpr):
 
 
 @triton.jit
+def parted(whole, LEFT: tl.constexpr):
+    """The inverse of ``joined``, of one [SIZE, 2, 2, ..] in a tuple: ``LEFT`` tensors [SIZE]."""
+    if LEFT == 1:
+        return whole
+    else:
+        first, second = (), ()
+        for i in tl.static_range(len(whole)):
+            low, high = tl.split(whole[i])
+            first = first + (low,)  # type: ignore[assignment]
+            second = second + (high,)  # type: ignore[assignment]
+        return parted(first + second, LEFT // 2)
+
+
+@triton.jit
 def load_x(X, column, row, m, k, stride_x, EVEN: tl.constexpr):
     """x transposed, [columns, rows]: zeros beyond ``k`` (``EVEN``: there is no beyond); rows beyond ``m`` repeat."""
     place = X + tl.minimum(row, m - 1).to(tl.int64)[None, :] * stride_x + column[:, None]
@@ -110,14 +124,13 @@ def load_x(X, column, row, m, k, stride_x, EVEN: tl.constexpr):
 
 @triton.jit
 def write_tile(
-    sums, OUT, BIAS, first_column, first_row, m, n, stride_out, split,
-    BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    sums, OUT, BIAS, column, row, m, n, stride_out, split,
+    WHOLE: tl.constexpr, ACT: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Write ``sums`` [BN, BM] as outputs [rows, columns], finished or as partial sums."""
-    column = (first_column + tl.arange(0, BN))[:, None]
-    row = (first_row + tl.arange(0, BM)).to(tl.int64)[None, :]
+    """Write ``sums`` [columns, rows] as outputs ``column`` of ``row``, finished (WHOLE) or as partial sums."""
+    column, row = column[:, None], row.to(tl.int64)[None, :]
     mask = (column < n) & (row < m)
-    if SPLITS == 1:
+    if WHOLE:
         y = finish(sums, BIAS, column, ACT, HAS_BIAS, column < n)
         tl.store(OUT + row * stride_out + column, y.to(OUT.dtype.element_ty), mask=mask)
     else:

@@ -62,6 +62,15 @@ def excess(J: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
+def scaled(number, scale, above, EXACT: tl.constexpr):
+    """(number - above) * scale; as one fma unless ``EXACT``, where a scale of 16 bits leaves nothing to round."""
+    if EXACT:
+        return (number - above) * scale
+    else:
+        return number * scale - scale * above
+
+
+@triton.jit
 def neighbours(X, word, limit, HALVES: tl.constexpr, EVEN: tl.constexpr, BF16: tl.constexpr):
     """x at columns 2 ``word`` and 2 ``word`` + 1 in fp32; 0 from column ``limit`` on, unless EVEN says all are below.
 

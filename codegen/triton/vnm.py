@@ -4,7 +4,8 @@ The layout is that of ``fixed.py``: a table of four column numbers (bytes) for e
 positions of 2 bits beside the values. 64:2:8 in bf16 takes 4.6 bits of weight.
 
 Loop ``gather`` (M of x <= 8): two bits choose a byte of the table, which is the column. Loop ``tile`` (any): columns
-of x are gathered once for all rows of a block, then the weight is a tile of 4 / M as many columns.
+of x are gathered once for all rows of a block, then the weight is a tile of 4 / M as many columns. V:2:M for up to 8
+rows of x goes to sparse tensor cores (``vnm24``).
 """
 
 from __future__ import annotations
@@ -31,25 +32,14 @@ class VNM:
     loops = LOOPS["vnm"]
 
     def pack(self, weight: torch.Tensor, format: Format, source_key: str) -> Packed:
-        v, n, m = format.pattern.params
-        if not n <= KEPT <= m <= WIDEST:
-            raise PatternMismatch(format=str(format), detail=f"taken are N <= {KEPT} <= M <= {WIDEST}")
-        columns = _columns(weight, format, v, m)
-        compressed = _compressed(weight, columns, v, m)
-        check(compressed, format, n, KEPT)
-        shift = 8 * torch.arange(KEPT, device=weight.device)
-        table = (columns << shift).sum(2).to(torch.int32)
-        tensors = (*_fixed(format).pack(compressed), table)
+        kept, table = compressed(weight, format)
+        tensors = (*_fixed(format).pack(kept), table)
         return Packed(format, 1, tensors, torch.zeros(0, dtype=torch.int64), (*weight.shape,), source_key)
 
     def unpack(self, packed: Packed) -> torch.Tensor:
         position, value, table = packed.tensors
-        (rows, k), (v, _, m) = packed.shape, packed.format.pattern.params
-        groups = table.shape[1]
-        compressed = _fixed(packed.format).unpack(position, value, packed.format.values, groups * KEPT)
-        columns = table.view(torch.uint8).view(-1, groups, KEPT).long().repeat_interleave(v, 0)[:rows]
-        dense = compressed.new_zeros(rows, groups, m)
-        return dense.scatter_(2, columns, compressed.view(rows, groups, KEPT)).flatten(1)[:, :k].contiguous()
+        kept = _fixed(packed.format).unpack(position, value, packed.format.values, table.shape[1] * KEPT)
+        return expanded(kept, table, packed.format, packed.shape)
 
     def configs(self, packed: Packed, loop: str, m: int, capability: int) -> Sequence[Config]:
         return _fixed(packed.format).configs(packed, loop, m, capability)
@@ -57,6 +47,26 @@ class VNM:
     def launches(self, packed: Packed, loop: str, call: Call, config: Config) -> list[Launch]:
         table = packed.tensors[2]
         return _fixed(packed.format).launches(packed, loop, self.loops[loop], call, config, table)
+
+
+def compressed(weight: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kept columns [N, groups * 4] and the table. Raises PatternMismatch."""
+    v, n, m = format.pattern.params
+    if not n <= KEPT <= m <= WIDEST:
+        raise PatternMismatch(format=str(format), detail=f"taken are N <= {KEPT} <= M <= {WIDEST}")
+    columns = _columns(weight, format, v, m)
+    kept = _compressed(weight, columns, v, m)
+    check(kept, format, n, KEPT)
+    shift = 8 * torch.arange(KEPT, device=weight.device)
+    return kept, (columns << shift).sum(2).to(torch.int32)
+
+
+def expanded(kept: torch.Tensor, table: torch.Tensor, format: Format, shape: tuple[int, ...]) -> torch.Tensor:
+    """The weight of ``shape`` back."""
+    (rows, k), (v, _, m), groups = shape, format.pattern.params, table.shape[1]
+    columns = table.view(torch.uint8).view(-1, groups, KEPT).long().repeat_interleave(v, 0)[:rows]
+    dense = kept.new_zeros(rows, groups, m)
+    return dense.scatter_(2, columns, kept.view(rows, groups, KEPT)).flatten(1)[:, :k].contiguous()
 
 
 def _fixed(format: Format) -> Fixed:

@@ -90,5 +90,8 @@ def _sass(target: str, as_json: bool) -> None:
         for c in counts
     ]  # fmt: skip
     print(table(header, rows, left=header[:2]))
-    over = [f"{c.format} {c.loop} at {c.m} rows" for c in counts if c.per_unit > c.budget]
-    print(f"\n{isa}, Triton {made}; lane instructions of the longest loop. {len(over)} of {len(counts)} over budget.")
+    over = [c for c in counts if c.per_unit > c.budget]
+    print(f"\n{isa}, Triton {made}; lane instructions of the longest loop. {len(over)} of {len(counts)} over budget:")
+    for reason in dict.fromkeys(c.reason for c in over):
+        names = dict.fromkeys(f"{c.format} {c.loop}" for c in over if c.reason == reason)
+        print(f"  {', '.join(names)}: {reason or 'no reason is known'}")

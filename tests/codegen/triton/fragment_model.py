@@ -1,4 +1,4 @@
-"""``mma.sp`` and the instructions around it, executed from registers by NumPy: what the assembly of a kernel means.
+"""``mma.sp``, ``mma`` and the instructions around them, from registers by NumPy: what assembly of a kernel means.
 
 The maps are written down once more from the PTX ISA ("Matrix fragments for sparse mma.m16n8k32 with .f16 and .bf16
 types", and "Sparse matrix storage" for the metadata), in its own terms and by lane and element, so that they share
@@ -42,6 +42,10 @@ def _execute(name: str, operands: list[str], registers: dict[str, Any], shape: t
         made = mma_sp(a, b, c, registers[operands[16]], int(operands[17], 16), "bf16" not in name)
         registers.update(zip(operands[:4], made, strict=True))
         return
+    if name.startswith("mma.sync.aligned.m16n8k16.row.col.f32"):
+        a, b, c = ([registers[o] for o in operands[first:last]] for first, last in ((4, 8), (8, 10), (10, 14)))
+        registers.update(zip(operands[:4], mma(a, b, c, "bf16" not in name), strict=True))
+        return
     values = [
         registers[o] if o in registers else np.full(shape, int(o, 0), dtype=np.uint32) for o in operands[1:]
     ]  # fmt: skip
@@ -51,8 +55,18 @@ def _execute(name: str, operands: list[str], registers: dict[str, Any], shape: t
 def _simple(name: str, v: list[Registers]) -> Registers:
     if name == "mov.b32":
         return v[0]
-    if name == "shr.b32":
-        return v[0] >> v[1]
+    two = {
+        "shr.b32": np.right_shift, "shl.b32": np.left_shift, "and.b32": np.bitwise_and, "xor.b32": np.bitwise_xor
+    }  # fmt: skip
+    if name in two:
+        return two[name](*v)
+    if name in ("mad.lo.u32", "mad.hi.u32", "mul.hi.u32"):
+        product = v[0].astype(np.uint64) * v[1].astype(np.uint64) >> np.uint64(32 * (".hi" in name))
+        return (product + (v[2] if len(v) > 2 else np.uint64(0))).astype(np.uint32)
+    if name == "dp4a.u32.u32":
+        return v[2] + sum((v[0] >> at & 255) * (v[1] >> at & 255) for at in map(np.uint32, (0, 8, 16, 24)))
+    if name == "prmt.b32":
+        return _permuted(*v)
     if name == "lop3.b32":
         table, out = int(v[3].flat[0]), np.zeros_like(v[0])
         for case in range(8):
@@ -71,6 +85,39 @@ def _simple(name: str, v: list[Registers]) -> Registers:
         assert (exact == made).all(), "only exact results are modelled: there is no rounding here"
         return (bits[..., 0] | (bits[..., 1].astype(np.uint32) << 16)).astype(np.uint32)
     raise NotImplementedError(name)
+
+
+def _permuted(a: Registers, b: Registers, selector: Registers) -> Registers:
+    """Four bytes of the eight of b:a, by nibbles; the highest bit of a nibble says to repeat the byte's highest bit."""
+    eight = np.stack([x >> np.uint32(at) & 255 for x in (a, b) for at in (0, 8, 16, 24)], -1)
+    made = np.zeros_like(a)
+    for i in range(4):
+        nibble = selector >> np.uint32(4 * i) & 15
+        byte = np.take_along_axis(eight, (nibble & 7)[..., None].astype(np.int64), -1)[..., 0]
+        made |= np.where(nibble & 8, (byte >> 7) * 255, byte).astype(np.uint32) << np.uint32(8 * i)
+    return made
+
+
+def mma(a: list[Registers], b: list[Registers], c: list[Registers], half: bool) -> list[Registers]:
+    """d of ``mma.m16n8k16``, by "Matrix Fragments for mma.m16n8k16 with floating point type"."""
+    warps = a[0].shape[0]
+    weight, x = np.zeros((warps, 16, 16)), np.zeros((warps, 16, 8))
+    for i in range(8):  # a0 .. a7
+        row = GROUP + 8 * (i // 2 % 2)
+        weight[:, row, THREAD * 2 + i % 2 + 8 * (i >= 4)] = _halves(a[i // 2], half)[..., i % 2]
+    for i in range(4):  # b0 .. b3
+        x[:, THREAD * 2 + i % 2 + 8 * (i >= 2), GROUP] = _halves(b[i // 2], half)[..., i % 2]
+    return _accumulated(weight @ x, c)
+
+
+def _accumulated(product: Any, c: list[Registers]) -> list[Registers]:
+    """product [warps, 16, 8] plus c, as registers."""
+    return [
+        (product[:, GROUP + 8 * (i >= 2), THREAD * 2 + i % 2] + c[i].view(np.float32))
+        .astype(np.float32)
+        .view(np.uint32)
+        for i in range(4)
+    ]
 
 
 def _halves(x: Registers, half: bool) -> Any:
@@ -92,13 +139,7 @@ def mma_sp(a: list[Registers], b: list[Registers], c: list[Registers], e: Regist
         weight[np.arange(warps)[:, None], row, first + index] = values
     for i in range(8):  # b0 .. b7
         x[:, (i // 2) * 8 + THREAD * 2 + i % 2, GROUP] = _halves(b[i // 2], half)[..., i % 2]
-    product = weight @ x
-    return [
-        (product[:, GROUP + 8 * (i >= 2), THREAD * 2 + i % 2] + c[i].view(np.float32))
-        .astype(np.float32)
-        .view(np.uint32)
-        for i in range(4)
-    ]
+    return _accumulated(weight @ x, c)
 
 
 def _index(e: Registers, row: Any, first: Any, selector: int, which: int) -> Any:

@@ -18,7 +18,6 @@ from tests.codegen.triton.checks import check
 @given(
     size=st.sampled_from(["16x16", "32x32", "64x64", "16x64", "128x16"]),
     values=st.sampled_from(["bf16", "fp16", "fp32"]),
-    loop=st.sampled_from(["mma", "gemv"]),
     m=st.integers(1, 8),
     n=st.integers(1, 150),
     k=st.integers(1, 300),
@@ -28,9 +27,9 @@ from tests.codegen.triton.checks import check
     seed=st.integers(0, 99),
 )
 def test_the_product_is_the_references(
-    size: str, values: str, loop: str, m: int, n: int, k: int, density: float, act: str, bias: bool, seed: int
+    size: str, values: str, m: int, n: int, k: int, density: float, act: str, bias: bool, seed: int
 ) -> None:
-    check(f"block:{size}+{values}", loop, m, n, k, density=density, act=act, bias=bias, seed=seed)
+    check(f"block:{size}+{values}", "mma", m, n, k, density=density, act=act, bias=bias, seed=seed)
 
 
 @pytest.mark.parametrize("size", ["16x16", "64x64", "128x128"])
@@ -40,7 +39,6 @@ def test_many_rows_of_x_go_through_tiles(size: str) -> None:
 
 def test_splits_give_the_same_sums_whatever_runs_first() -> None:
     check("block:16x16+bf16", "mma", 2, 16, 1024, density=0.7, configs=6)
-    check("block:16x16+bf16", "gemv", 2, 16, 1024, density=0.7, configs=6)
 
 
 def test_full_block_rows_come_first() -> None:

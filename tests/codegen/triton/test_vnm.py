@@ -36,6 +36,27 @@ def test_tiles_take_many_rows_of_x() -> None:
     check("vnm:64:2:8+bf16", "tile", 70, 64, 256, configs=2)
 
 
+@settings(max_examples=6, deadline=None)
+@given(
+    pattern=st.sampled_from(["64:2:8", "32:2:10", "16:2:5"]),
+    values=st.sampled_from(["bf16", "fp16"]),
+    m=st.integers(1, 8),
+    n=st.integers(1, 130),
+    k=st.integers(1, 900),
+    seed=st.integers(0, 99),
+)
+def test_two_of_four_columns_go_through_sparse_tensor_cores(
+    pattern: str, values: str, m: int, n: int, k: int, seed: int
+) -> None:
+    check(f"vnm:{pattern}+{values}", "skinny", m, n, k, seed=seed, configs=1)
+
+
+@pytest.mark.parametrize("pattern", ["64:1:8", "8:2:8"])
+def test_sparse_tensor_cores_take_two_of_four_for_tiles_of_rows(pattern: str) -> None:
+    with pytest.raises(PatternMismatch, match="V:2:M"):
+        pack_verified(torch.zeros(64, 8, dtype=torch.bfloat16), Format.parse(f"vnm:{pattern}+bf16"), "test", "skinny")
+
+
 def test_a_block_that_uses_a_fifth_column_is_named() -> None:
     weight = torch.zeros(128, 16, dtype=torch.bfloat16)
     weight[64:69, 8:13] = torch.eye(5)
