@@ -1,6 +1,8 @@
 // What both prefill kernels do around their products: which tile a block has, and how sums become y.
 // Sums lie as tensor cores leave them: tile [16 weight rows x 8 rows of x], lane 4 g + t has, of row g and row g + 8,
 // columns 2 t and 2 t + 1.
+// x and K are counted in units of two bytes: one 16-bit float, or two of 8 bits. With kScaled, a weight row and a row
+// of x have an fp32 scale each.
 
 struct Tile {
   int n, m;  // first weight row, first row of x
@@ -47,16 +49,28 @@ DEVICE float activate(float y) {
 
 constexpr int kPitch = (kBlockN + 8) * 2;  // bytes of a row of y in shared memory; 8 more, against bank conflicts
 
+// What sums become y with. n, m: weight rows and rows of x; beyond them nothing is read.
+struct Epilogue {
+  const u16 *bias;
+  const float *scale, *x_scale;
+  int n, m;
+};
+
 // One tile of sums into shared memory as y[row of x][weight row]; n, m: place of the tile in the block.
-DEVICE void put(u32 to, const float (&sums)[4], const u16 *bias, int first, int n, int m, int limit) {
+DEVICE void put(u32 to, const float (&sums)[4], const Epilogue &with, Tile tile, int n, int m) {
   const int g = thread_index() % 32 / 4, t = thread_index() % 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int column = n + g + 8 * half;
-    const float b = bias && first + column < limit ? widen(bias[first + column]) : 0.f;
+    const bool inside = tile.n + column < with.n;
+    const float b = with.bias && inside ? widen(with.bias[tile.n + column]) : 0.f;
+    const float scale = kScaled && inside ? with.scale[tile.n + column] : 1.f;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      store2(to + (m + 2 * t + i) * kPitch + column * 2, narrow(activate(sums[2 * half + i] + b)));
+      const int row = m + 2 * t + i;
+      float y = sums[2 * half + i];
+      if (kScaled) y = y * scale * (tile.m + row < with.m ? with.x_scale[tile.m + row] : 1.f);
+      store2(to + row * kPitch + column * 2, narrow(activate(y + b)));
     }
   }
 }
