@@ -177,11 +177,14 @@ def shared_libraries() -> list[str]:
 @dataclass(frozen=True)
 class CsltOps:
     """torch's operators for cuSPARSELt. ``compress``: [N, K] -> its own format; ``search``: (compressed, x^T [K, M],
-    bias [N] or None) -> the best algorithm; ``multiply``: the same and an algorithm -> y [M, N]."""
+    bias [N] or None, factors of rows fp32 [N] or None, dtype of y or None for x's) -> the best algorithm;
+    ``multiply``: the same and an algorithm -> y [M, N]."""
 
     compress: Callable[[torch.Tensor], torch.Tensor]
-    search: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], int]
-    multiply: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, int], torch.Tensor]
+    search: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.dtype | None], int]
+    multiply: Callable[
+        [torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.dtype | None, int], torch.Tensor
+    ]
 
 
 def cslt_ops() -> CsltOps:
@@ -189,8 +192,10 @@ def cslt_ops() -> CsltOps:
     aten: Any = torch.ops.aten
     return CsltOps(
         compress=aten._cslt_compress,
-        search=lambda w, x, bias: int(aten._cslt_sparse_mm_search(w, x, bias=bias, transpose_result=True)),
-        multiply=lambda w, x, bias, algorithm: aten._cslt_sparse_mm(
-            w, x, bias=bias, alg_id=algorithm, transpose_result=True
+        search=lambda w, x, bias, alpha, out: int(
+            aten._cslt_sparse_mm_search(w, x, bias=bias, alpha=alpha, out_dtype=out, transpose_result=True)
+        ),
+        multiply=lambda w, x, bias, alpha, out, algorithm: aten._cslt_sparse_mm(
+            w, x, bias=bias, alpha=alpha, out_dtype=out, alg_id=algorithm, transpose_result=True
         ),
     )
