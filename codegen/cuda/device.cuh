@@ -40,6 +40,14 @@ DEVICE u16 load2(u32 from) {
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(r) : "r"(from) : "memory");
   return r;
 }
+DEVICE float load_float(u32 from) {
+  float r;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(r) : "r"(from) : "memory");
+  return r;
+}
+DEVICE void store_float(u32 to, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(value) : "memory");
+}
 DEVICE void store2(u32 to, u16 value) { asm volatile("st.shared.u16 [%0], %1;" ::"r"(to), "h"(value) : "memory"); }
 
 // Four 8 x 8 matrices of 16-bit values; lane 8 i + r gives the address of row r of matrix i.

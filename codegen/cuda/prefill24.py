@@ -24,8 +24,8 @@ own file.
 
 Shared memory feeds a block of 128 x 128 (mma, warps of 64 x 64) for 48 clocks of each 64 that its products take on an
 A100. wgmma reads all of x for each 64 weight rows: 128 bytes a clock at the full rate, so values beside it cost a share
-that falls with block_m (a fifth at 128, a tenth at 256). All shapes compile without spills (registers on sm_90: mma
-244, wgmma 128 at block_m 128 and 212 at 256). Neither has run on a GPU. Hopper's tensor cores add products of e4m3 with
+that falls with block_m (a fifth at 128, a tenth at 256). All shapes compile without spills (registers: mma 244 on
+sm_80, wgmma 128 at block_m 128 and 212 at 256; of e4m3 244 on sm_89, 128 and 214). Neither has run on a GPU. Hopper's tensor cores add products of e4m3 with
 about 14 bits, not 24: that is below what rounding x to four bits costs, and the sums are left as they come.
 """
 
@@ -84,7 +84,8 @@ class Shape:
         stage = ROWS * (64 + 16 // self.selectors) + self.block_m * 128
         if self.kind == "wgmma":
             stage *= 2
-        return 1024 + max(self.stages * stage, self.block_m * (ROWS + 8) * 2)
+        scales = 4 * (ROWS + self.block_m) if self.values else 0
+        return 1024 + max(self.stages * stage, self.block_m * (ROWS + 8) * 2 + scales)
 
     @property
     def name(self) -> str:
@@ -107,8 +108,9 @@ def shapes(dtype: str, act: str, m: int, capability: int, values: str = "") -> l
     wide = [Shape("wgmma", dtype, act, *sizes) for sizes in ((128, 4), (192, 3), (256, 2), (64, 4))]
     wide = [replace(s, ahead=min(2, s.stages - 1), values=values) for s in wide]
     made = wide + mma if capability == 90 else mma
-    if values:  # on sm_90 only wgmma takes e4m3
+    if values:  # on sm_90 only wgmma takes e4m3; on sm_120 the smallest tile spills a register with four stages
         made = [s for s in made if capability in FP8 and (s.kind == "wgmma") == (capability == 90)]
+        made = [s for s in made if (s.block_m, s.stages) != (32, 4)]
     return sorted(made, key=lambda s: -(-m // s.block_m) * s.block_m)
 
 

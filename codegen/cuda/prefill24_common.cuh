@@ -56,6 +56,19 @@ struct Epilogue {
   int n, m;
 };
 
+// Scales of the block's rows into shared memory behind y, of weight rows and then of rows of x: read from global memory
+// tile by tile, they would have all sums wait beside them in registers, and ptxas spills.
+constexpr int kScales = kBlockM * kPitch;
+DEVICE void stage_scales(u32 to, const Epilogue &with, Tile tile) {
+  if (!kScaled) return;
+  for (int i = thread_index(); i < kBlockN + kBlockM; i += kThreads) {
+    const bool of_x = i >= kBlockN;
+    const int row = of_x ? tile.m + i - kBlockN : tile.n + i;
+    store_float(to + kScales + i * 4, row < (of_x ? with.m : with.n) ? (of_x ? with.x_scale : with.scale)[row] : 0.f);
+  }
+  sync_block();
+}
+
 // One tile of sums into shared memory as y[row of x][weight row]; n, m: place of the tile in the block.
 DEVICE void put(u32 to, const float (&sums)[4], const Epilogue &with, Tile tile, int n, int m) {
   const int g = thread_index() % 32 / 4, t = thread_index() % 4;
@@ -64,12 +77,12 @@ DEVICE void put(u32 to, const float (&sums)[4], const Epilogue &with, Tile tile,
     const int column = n + g + 8 * half;
     const bool inside = tile.n + column < with.n;
     const float b = with.bias && inside ? widen(with.bias[tile.n + column]) : 0.f;
-    const float scale = kScaled && inside ? with.scale[tile.n + column] : 1.f;
+    const float scale = kScaled ? load_float(to + kScales + column * 4) : 1.f;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = m + 2 * t + i;
       float y = sums[2 * half + i];
-      if (kScaled) y = y * scale * (tile.m + row < with.m ? with.x_scale[tile.m + row] : 1.f);
+      if (kScaled) y = y * scale * load_float(to + kScales + (kBlockN + row) * 4);
       store2(to + row * kPitch + column * 2, narrow(activate(y + b)));
     }
   }

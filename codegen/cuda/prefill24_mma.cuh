@@ -73,6 +73,7 @@ KERNEL prefill24(const u16 *x, const char *values, const char *meta, const u16 *
   }
   copy_wait<0>();
   sync_block();
+  stage_scales(memory, with, tile);
 #pragma unroll
   for (int i = 0; i < kTilesN; ++i) {
 #pragma unroll

@@ -64,6 +64,7 @@ KERNEL prefill24(const u16 *x, const char *values, const char *meta, const u16 *
   gmma_end(sums);
   copy_wait<0>();
   sync_block();
+  stage_scales(memory, with, tile);
 #pragma unroll
   for (int j = 0; j < kBlockM / 8; ++j) put(memory, sums[j], with, tile, group * 64 + warp % 4 * 16, j * 8);
   sync_block();

@@ -141,6 +141,12 @@ static u16 load2(u32 from) {
   std::memcpy(&r, at(from, 2), 2);
   return r;
 }
+static float load_float(u32 from) {
+  float r;
+  std::memcpy(&r, at(from, 4), 4);
+  return r;
+}
+static void store_float(u32 to, float value) { std::memcpy(at(to, 4), &value, 4); }
 static void store2(u32 to, u16 value) { std::memcpy(at(to, 2), &value, 2); }
 
 static float widen(u16 bits) {
