@@ -25,8 +25,10 @@ own file.
 Shared memory feeds a block of 128 x 128 (mma, warps of 64 x 64) for 48 clocks of each 64 that its products take on an
 A100. wgmma reads all of x for each 64 weight rows: 128 bytes a clock at the full rate, so values beside it cost a share
 that falls with block_m (a fifth at 128, a tenth at 256). All shapes compile without spills (registers: mma 244 on
-sm_80, wgmma 128 at block_m 128 and 212 at 256; of e4m3 244 on sm_89, 128 and 214). Neither has run on a GPU. Hopper's tensor cores add products of e4m3 with
-about 14 bits, not 24: that is below what rounding x to four bits costs, and the sums are left as they come.
+sm_80, wgmma 128 at block_m 128 and 212 at 256; of e4m3 244 on sm_89, 128 and 214). Neither has run on a GPU.
+
+Hopper's tensor cores add products of e4m3 with about 14 bits, not 24 (DeepSeek-V3, 2024, section 3.3.2). That is below
+what rounding x to four bits costs, and the sums are left as they come.
 """
 
 from __future__ import annotations
