@@ -38,6 +38,7 @@ __all__ = [
     "mode_options",
     "own_frame",
     "real_tensors",
+    "scaled_mm_fp8",
     "shared_libraries",
     "source_name",
     "static_input",
@@ -172,6 +173,17 @@ def shared_libraries() -> list[str]:
         flags += [f"-L{path}", f"-Wl,-rpath,{path}"]
     abi = int(torch.compiled_with_cxx11_abi())
     return [*flags, f"-D_GLIBCXX_USE_CXX11_ABI={abi}", "-ltorch_cpu", "-lc10"]
+
+
+def scaled_mm_fp8(
+    x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """(x * x_scale) @ (weight * scale), dense. x: e4m3 [M, K], weight: e4m3 [K, N] with unit stride along K, x_scale:
+    fp32 [M, 1], scale: fp32 [1, N]. The tensor core's own sums: no second ones in fp32 beside them."""
+    made: torch.Tensor = torch._scaled_mm(
+        x, weight, scale_a=x_scale, scale_b=scale, out_dtype=dtype, use_fast_accum=True
+    )
+    return made
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,9 @@ class Cslt:
         if why:
             raise ValueError(why)
         n, k = weight.q.shape
-        padded = _padded(weight.q.view(torch.uint8), (2 * SPARSE, 2 * SPARSE)).view(E4M3)  # its zeros have no sign
+        codes = weight.q.view(torch.uint8)
+        unsigned = torch.where(codes == 128, 0, codes)  # -0.0, as above
+        padded = _padded(unsigned, (2 * SPARSE, 2 * SPARSE)).view(E4M3)
         scale = torch.nn.functional.pad(weight.scale, (0, len(padded) - n), value=1.0)
         rows, columns = padded.shape
         return Compressed(self.ops.compress(padded), (n, k), rows, columns, scale)
