@@ -38,6 +38,7 @@ __all__ = [
     "mode_options",
     "own_frame",
     "real_tensors",
+    "scaled_mm_fp8",
     "shared_libraries",
     "source_name",
     "static_input",
@@ -174,14 +175,28 @@ def shared_libraries() -> list[str]:
     return [*flags, f"-D_GLIBCXX_USE_CXX11_ABI={abi}", "-ltorch_cpu", "-lc10"]
 
 
+def scaled_mm_fp8(
+    x: torch.Tensor, weight: torch.Tensor, x_scale: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """(x * x_scale) @ (weight * scale), dense. x: e4m3 [M, K], weight: e4m3 [K, N] with unit stride along K, x_scale:
+    fp32 [M, 1], scale: fp32 [1, N]. The tensor core's own sums: no second ones in fp32 beside them."""
+    made: torch.Tensor = torch._scaled_mm(
+        x, weight, scale_a=x_scale, scale_b=scale, out_dtype=dtype, use_fast_accum=True
+    )
+    return made
+
+
 @dataclass(frozen=True)
 class CsltOps:
     """torch's operators for cuSPARSELt. ``compress``: [N, K] -> its own format; ``search``: (compressed, x^T [K, M],
-    bias [N] or None) -> the best algorithm; ``multiply``: the same and an algorithm -> y [M, N]."""
+    bias [N] or None, factors of rows fp32 [N] or None, dtype of y or None for x's) -> the best algorithm;
+    ``multiply``: the same and an algorithm -> y [M, N]."""
 
     compress: Callable[[torch.Tensor], torch.Tensor]
-    search: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], int]
-    multiply: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, int], torch.Tensor]
+    search: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.dtype | None], int]
+    multiply: Callable[
+        [torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.dtype | None, int], torch.Tensor
+    ]
 
 
 def cslt_ops() -> CsltOps:
@@ -189,8 +204,10 @@ def cslt_ops() -> CsltOps:
     aten: Any = torch.ops.aten
     return CsltOps(
         compress=aten._cslt_compress,
-        search=lambda w, x, bias: int(aten._cslt_sparse_mm_search(w, x, bias=bias, transpose_result=True)),
-        multiply=lambda w, x, bias, algorithm: aten._cslt_sparse_mm(
-            w, x, bias=bias, alg_id=algorithm, transpose_result=True
+        search=lambda w, x, bias, alpha, out: int(
+            aten._cslt_sparse_mm_search(w, x, bias=bias, alpha=alpha, out_dtype=out, transpose_result=True)
+        ),
+        multiply=lambda w, x, bias, alpha, out, algorithm: aten._cslt_sparse_mm(
+            w, x, bias=bias, alpha=alpha, out_dtype=out, alg_id=algorithm, transpose_result=True
         ),
     )

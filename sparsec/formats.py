@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 PATTERN_KINDS = ("dense", "panel", "bitmap", "index", "nm", "vnm", "block")
 VALUE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of real values; CPU kernels take the first two
-VALUE_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "int4": 4, "ternary": 2, "codebook": 4}
+VALUE_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "int8": 8, "int4": 4, "ternary": 2, "codebook": 4}
 CODEBOOK_LEVELS = 16  # of a row, zero among them
 _DEFAULT_PARAMS = {"nm": (2, 4), "vnm": (64, 2, 8), "block": (16, 1)}
 

@@ -16,15 +16,19 @@ import torch
 from torch.nn import functional as F
 
 from sparsec.codegen import triton
+from sparsec.codegen.cuda import prefill24
 from sparsec.codegen.cuda.cslt import DENSE, Cslt, unavailable
 from sparsec.codegen.spec import Packed
 from sparsec.codegen.triton.contract import Call, Family
 from sparsec.codegen.triton.launch import run
+from sparsec.codegen.triton.quantize import quantized
+from sparsec.compat import scaled_mm_fp8
 from sparsec.errors import RoundTripMismatch, UnknownFormat
 from sparsec.formats import Format, Pattern, value_kind
 from sparsec.timing_gpu import copies_of
 
 LIBRARY = "cslt"  # a family that is none of ours: measured as a peer, without copies around it
+FP8 = "nm:2:4+fp8"
 MANY_ROWS = 33
 GATE = 0.5  # of x, for kernels that drop small channels: half of uniform values
 
@@ -79,6 +83,29 @@ def cusparselt(weights: list[torch.Tensor], x: torch.Tensor) -> Contender:
         return library.linear(padded, packs[i % len(packs)])[: len(x)]
 
     return Contender("cuSPARSELt", call, _bytes(packs[0].tensor), len(packs), seconds)
+
+
+def cusparselt_fp8(weights: list[torch.Tensor], x: torch.Tensor, capability: int) -> Contender:
+    """As our family runs it, which rounds x first. Raises PatternMismatch where it cannot be used here."""
+    family, format = triton.family(LIBRARY), Format.parse(FP8)
+    packs = [family.pack(w, format, "bench") for w in weights]
+    made = Pack(LIBRARY, family, packs[0], 0.0)
+    return Contender(
+        "cuSPARSELt fp8", kernel_call(made, packs, "cusparselt", {}, x, capability), packs[0].bytes, len(packs)
+    )
+
+
+def scaled_mm(weights: list[torch.Tensor], x: torch.Tensor) -> Contender:
+    """The dense product of e4m3 by torch, with scales of rows: x is rounded by the same kernel as for ours."""
+    found = [prefill24.fp8_of(w, Format.parse(FP8)) for w in weights]
+
+    def call(i: int) -> torch.Tensor:
+        launch, codes, scale = quantized(x)
+        launch.run()
+        weight = found[i % len(found)]
+        return scaled_mm_fp8(codes, weight.q.t(), scale[:, None], weight.scale[None], x.dtype)
+
+    return Contender("scaled_mm fp8", call, _bytes(found[0].q), len(found))
 
 
 def torch_bsr(weights: list[torch.Tensor], x: torch.Tensor, block: tuple[int, int]) -> Contender:

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import contenders
-from benchmarks.gpu.contenders import GATE, Contender, Pack, format_of
+from benchmarks.gpu.contenders import FP8, GATE, Contender, Pack, format_of
 from benchmarks.gpu.rows import REGIMES, Row, Target, verdict
+from sparsec.codegen.triton.quantize import by_torch
 from sparsec.codegen.triton.samples import sample_weight, x_dtype
 from sparsec.errors import SparsecError
+from sparsec.grid import E4M3_MAX
 from sparsec.timing import Samples, speedup
 from sparsec.timing_gpu import GraphTimer, Timer, alternate, calls_of
 
@@ -104,6 +106,12 @@ def measure(row: Row, session: Session, skip: tuple[str, ...] = ()) -> dict[str,
 def inputs(row: Row, session: Session) -> torch.Tensor:
     generator = torch.Generator(session.device).manual_seed(row.m)
     x = torch.rand(row.m, row.k, generator=generator, device=session.device) * 2 - 1
+    if (
+        REGIMES[row.regime].weight == FP8
+    ):  # what rounding to e4m3 leaves alone: bits lost there are no error of a kernel
+        codes, _ = by_torch(x)
+        codes[:, 0] = E4M3_MAX
+        x = codes.float() / 512
     return x.to(session.weight(row).dtype)
 
 
@@ -145,8 +153,12 @@ def _made(
     sources: list[tuple[str, str, Callable[[], Iterator[Contender]]]] = [
         ("dense", "Inductor", lambda: _one(_inductor(row, session, cold, plain)))
     ]
+    if regime.weight == FP8:
+        sources.append(("dense", "scaled_mm fp8", lambda: _one(contenders.scaled_mm(cold, x))))
     for peer in regime.peers:
-        if peer == "cuSPARSELt":
+        if peer == "cuSPARSELt fp8":
+            sources.append((peer, peer, lambda: _one(contenders.cusparselt_fp8(cold, x, session.capability))))
+        elif peer == "cuSPARSELt":
             sources.append((peer, peer, lambda: _one(contenders.cusparselt(cold, x))))
         elif peer == "torch BSR":
             sides = format_of(regime.weight).pattern.params

@@ -21,7 +21,8 @@ class Regime:
     """One kind of sparsity. ``weight``: the format whose sample the weight is, of ``density``.
 
     ``formats``: those whose kernels are tried on it. ``peers``: others to compare with, by name: a format of ours, or
-    ``cuSPARSELt`` and ``torch BSR``. ``most``: rows of x beyond which it is not measured (0: any).
+    ``cuSPARSELt`` and ``torch BSR``. ``most``: rows of x beyond which it is not measured (0: any); ``least``: below.
+    fp8: x is on the grid of e4m3 too, and dense products of fp8 and of bf16 are both tried.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Regime:
     formats: tuple[str, ...]
     peers: tuple[str, ...] = ()
     most: int = 0
+    least: int = 0
 
 
 def _unstructured(percent: int) -> Regime:
@@ -49,6 +51,7 @@ REGIMES = {
         Regime("block 64", "block:64x64+bf16", 0.2, ("block:64x64+bf16",), ("torch BSR",)),
         _unstructured(80),
         Regime("x 50 %", "gated+bf16", 1.0, ("gated+bf16",), (), 8),
+        Regime("fp8 2:4", "nm:2:4+fp8", 0.5, ("nm:2:4+fp8",), ("cuSPARSELt fp8",), least=PREFILL),
     )
 }
 
@@ -98,6 +101,8 @@ TARGETS = (
     Target("block 64", SOME, "dense", 0.0, 0.8 * BLOCKS),
     Target("2:4", MANY, "cuSPARSELt", 0.95, 1.05),
     Target("2:4", MANY, "dense", 1.15),
+    Target("fp8 2:4", MANY, "cuSPARSELt fp8", 0.95),
+    Target("fp8 2:4", MANY, "dense", 0.0, 1.3),
     Target("50 %", MANY, "dense", 0.9),
     Target("70 %", MANY, "dense", 0.9),
     Target("80 %", MANY, "dense", 0.9),
@@ -155,8 +160,8 @@ def _grid() -> Iterator[Row]:
 
 
 def _takes(regime: str, m: int) -> bool:
-    most = REGIMES[regime].most
-    return not most or m <= most
+    most, least = REGIMES[regime].most, REGIMES[regime].least
+    return m >= least and (not most or m <= most)
 
 
 def verdict(target: Target, ratio: float | None) -> str:

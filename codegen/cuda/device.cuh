@@ -1,6 +1,7 @@
 // The instructions that the kernels use, each as one function. No header of the toolkit is needed. Kernels name nothing
 // else of CUDA, so the same text runs on a CPU where these functions are emulated.
-// Shared memory is addressed by 32-bit offsets. 16-bit floats are bits (u16); FLOAT16 is "bf16" or "f16".
+// Shared memory is addressed by 32-bit offsets. 16-bit floats are bits (u16); FLOAT16, of y and the bias, is "bf16" or
+// "f16". MMA_SPARSE is the shape and the types of a product; kSelectors products share a word of metadata.
 
 using u16 = unsigned short;
 using u32 = unsigned int;
@@ -39,6 +40,14 @@ DEVICE u16 load2(u32 from) {
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(r) : "r"(from) : "memory");
   return r;
 }
+DEVICE float load_float(u32 from) {
+  float r;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(r) : "r"(from) : "memory");
+  return r;
+}
+DEVICE void store_float(u32 to, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(value) : "memory");
+}
 DEVICE void store2(u32 to, u16 value) { asm volatile("st.shared.u16 [%0], %1;" ::"r"(to), "h"(value) : "memory"); }
 
 // Four 8 x 8 matrices of 16-bit values; lane 8 i + r gives the address of row r of matrix i.
@@ -47,9 +56,10 @@ DEVICE void load_matrix4(u32 (&r)[4], u32 row) {
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
 }
 
-// d[16 x 8] += A[16 x 32, two of four kept] B[32 x 8]. SELECTOR: which pair of each four lanes holds the metadata.
+// d[16 x 8] += A[16 x K, two of four kept] B[K x 8], K 32 columns of 16 bits or 64 of 8. SELECTOR: which pair of each
+// four lanes holds the metadata of 16-bit products; all four hold that of 8-bit ones.
 template <int SELECTOR> DEVICE void mma_sparse(float (&d)[4], const u32 (&a)[4], const u32 (&b)[4], u32 meta) {
-  asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." FLOAT16 "." FLOAT16 ".f32 "
+  asm volatile("mma.sp::ordered_metadata.sync.aligned." MMA_SPARSE " "
                "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, {%0,%1,%2,%3}, %12, %13;"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(meta),

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 
-def instructions(columns: int) -> str:
-    """Functions of one warpgroup for products m64 n``columns`` k32, sums[columns / 8][4] fp32 in registers."""
+def instructions(columns: int, values: str) -> str:
+    """Functions of one warpgroup for products m64 n``columns``, sums[columns / 8][4] fp32 in registers.
+
+    ``values``: bf16 or f16 (products of 32 columns of K), e4m3 (64, of which K is the inner dimension by definition).
+    """
     count = columns // 2
     sums = ", ".join(f'"+f"(d[{i // 4}][{i % 4}])' for i in range(count))
     registers = ", ".join(f"%{i}" for i in range(count))
     array = f"float (&d)[{columns // 8}][4]"
     a, b, meta, selector, add = (f"%{count + i}" for i in range(5))
-    shape = f'm64n{columns}k32.f32." FLOAT16 "." FLOAT16 "'
+    shape = f"m64n{columns}k{64 if values == 'e4m3' else 32}.f32.{values}.{values}"
+    major = "" if values == "e4m3" else ", 0, 0"  # both have K inside; only 16-bit operands could be transposed
     return f"""
 DEVICE void gmma_fence() {{ asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }}
 DEVICE void gmma_commit() {{ asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }}
@@ -25,7 +29,7 @@ DEVICE void gmma_end({array}) {{ asm volatile("wgmma.wait_group.sync.aligned 0;"
 template <int SELECTOR> DEVICE void gmma_sparse({array}, u64 a, u64 b, u32 meta, int add) {{
   asm volatile("{{ .reg .pred p; setp.ne.s32 p, {add}, 0;"
                "wgmma.mma_async.sp.sync.aligned.{shape} {{{registers}}}, "
-               "{a}, {b}, {meta}, {selector}, p, 1, 1, 0, 0; }}"
+               "{a}, {b}, {meta}, {selector}, p, 1, 1{major}; }}"
                : {sums} : "l"(a), "l"(b), "r"(meta), "n"(SELECTOR), "r"(add));
 }}
 """

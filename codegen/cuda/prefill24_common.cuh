@@ -1,6 +1,8 @@
 // What both prefill kernels do around their products: which tile a block has, and how sums become y.
 // Sums lie as tensor cores leave them: tile [16 weight rows x 8 rows of x], lane 4 g + t has, of row g and row g + 8,
 // columns 2 t and 2 t + 1.
+// x and K are counted in units of two bytes: one 16-bit float, or two of 8 bits. With kScaled, a weight row and a row
+// of x have an fp32 scale each.
 
 struct Tile {
   int n, m;  // first weight row, first row of x
@@ -47,16 +49,41 @@ DEVICE float activate(float y) {
 
 constexpr int kPitch = (kBlockN + 8) * 2;  // bytes of a row of y in shared memory; 8 more, against bank conflicts
 
+// What sums become y with. n, m: weight rows and rows of x; beyond them nothing is read.
+struct Epilogue {
+  const u16 *bias;
+  const float *scale, *x_scale;
+  int n, m;
+};
+
+// Scales of the block's rows into shared memory behind y, of weight rows and then of rows of x: read from global memory
+// tile by tile, they would have all sums wait beside them in registers, and ptxas spills.
+constexpr int kScales = kBlockM * kPitch;
+DEVICE void stage_scales(u32 to, const Epilogue &with, Tile tile) {
+  if (!kScaled) return;
+  for (int i = thread_index(); i < kBlockN + kBlockM; i += kThreads) {
+    const bool of_x = i >= kBlockN;
+    const int row = of_x ? tile.m + i - kBlockN : tile.n + i;
+    store_float(to + kScales + i * 4, row < (of_x ? with.m : with.n) ? (of_x ? with.x_scale : with.scale)[row] : 0.f);
+  }
+  sync_block();
+}
+
 // One tile of sums into shared memory as y[row of x][weight row]; n, m: place of the tile in the block.
-DEVICE void put(u32 to, const float (&sums)[4], const u16 *bias, int first, int n, int m, int limit) {
+DEVICE void put(u32 to, const float (&sums)[4], const Epilogue &with, Tile tile, int n, int m) {
   const int g = thread_index() % 32 / 4, t = thread_index() % 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int column = n + g + 8 * half;
-    const float b = bias && first + column < limit ? widen(bias[first + column]) : 0.f;
+    const bool inside = tile.n + column < with.n;
+    const float b = with.bias && inside ? widen(with.bias[tile.n + column]) : 0.f;
+    const float scale = kScaled ? load_float(to + kScales + column * 4) : 1.f;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      store2(to + (m + 2 * t + i) * kPitch + column * 2, narrow(activate(sums[2 * half + i] + b)));
+      const int row = m + 2 * t + i;
+      float y = sums[2 * half + i];
+      if (kScaled) y = y * scale * load_float(to + kScales + (kBlockN + row) * 4);
+      store2(to + row * kPitch + column * 2, narrow(activate(y + b)));
     }
   }
 }

@@ -28,6 +28,8 @@ def pack(weight: torch.Tensor, format: Format, source_key: str) -> Packed:
     kind, size = value_kind(format.values)
     if (format.pattern.kind, format.pattern.params) != ("nm", (2, 4)) or size not in (0, GROUP):
         raise PatternMismatch(format=str(format), detail=f"only 2:4 with groups of {GROUP} or whole rows is laid out")
+    if kind not in ("bf16", "fp16", "int8", "int4"):
+        raise PatternMismatch(format=str(format), detail="this kernel takes real values of 16 bits, int8 and int4")
     allowed = {"bf16": (torch.bfloat16,), "fp16": (torch.float16,)}.get(kind, (torch.bfloat16, torch.float16))
     if weight.dtype not in allowed:
         raise PatternMismatch(format=str(format), detail=f"its values are {weight.dtype}")

@@ -122,6 +122,13 @@ def _values(format: Format, n: int, k: int, generator: torch.Generator) -> torch
     if kind == "codebook":
         levels = torch.randn(n, 15, generator=generator).bfloat16().float() + 0.01
         return levels.gather(1, torch.randint(0, 15, (n, k), generator=generator))
+    if kind == "fp8":
+        mantissa, exponent = (
+            torch.randint(8, 15, (n, k), generator=generator),
+            torch.randint(0, 6, (n, k), generator=generator),
+        )
+        q = mantissa * 2.0**exponent * sign  # 8 .. 448, each exact in e4m3
+        return q * 2.0 ** torch.randint(-15, -11, (n, 1), generator=generator).float()
     if kind in ("int8", "int4"):
         top = 127 if kind == "int8" else 7
         size = group or k

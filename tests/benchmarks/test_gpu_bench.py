@@ -56,8 +56,9 @@ def test_row_names_are_unique_and_the_quick_rows_come_first() -> None:
 
 
 def test_the_first_rows_are_large_layers_at_one_row_of_every_kind() -> None:
-    first = quick()[: len(REGIMES)]
-    assert {row.regime for row in first} == set(REGIMES)
+    kinds = {name for name, regime in REGIMES.items() if not regime.least}  # others need more rows of x
+    first = quick()[: len(kinds)]
+    assert {row.regime for row in first} == kinds
     assert {(row.m, row.shape) for row in first} == {(1, (11008, 4096))}
 
 

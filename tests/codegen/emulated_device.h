@@ -141,6 +141,12 @@ static u16 load2(u32 from) {
   std::memcpy(&r, at(from, 2), 2);
   return r;
 }
+static float load_float(u32 from) {
+  float r;
+  std::memcpy(&r, at(from, 4), 4);
+  return r;
+}
+static void store_float(u32 to, float value) { std::memcpy(at(to, 4), &value, 4); }
 static void store2(u32 to, u16 value) { std::memcpy(at(to, 2), &value, 2); }
 
 static float widen(u16 bits) {
@@ -185,10 +191,23 @@ static void load_matrix4(u32 (&r)[4], u32 row) {
   });
 }
 
-// Columns of the two kept of group `group` (of four) in a row whose 16-bit halves of metadata hold four groups each.
-static int kept_column(u32 half, int kept) {
-  const int group = kept / 2 % 4;
-  return half >> (4 * group + 2 * (kept % 2)) & 3;
+// What a product is made of: elements of a 32-bit register, and their values.
+static const int kFp8 = std::strstr(MMA_SPARSE, "e4m3") != nullptr;
+static const int kPer = kFp8 ? 4 : 2;
+static float e4m3(u32 bits) {
+  const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+  const float size = exponent ? std::ldexp(8.f + mantissa, exponent - 10) : std::ldexp(float(mantissa), -9);
+  return (bits & 127) == 127 ? NAN : bits & 128 ? -size : size;
+}
+static float element_of(u32 reg, int i) { return kFp8 ? e4m3(reg >> (8 * i) & 255) : widen(reg >> (16 * i)); }
+
+// The column in a product of a kept value of `row`. word(lane): metadata that a lane of the row's warp gave. 16 bits:
+// half-words of four groups, of the pair of lanes that SELECTOR names; 8 bits: words of eight groups, of all four lanes.
+template <class F> static int kept_column(F word, int row, int kept, int selector) {
+  const int half = row % 16 / 8, group = kept / 2, first = row % 8 * 4;
+  const u32 nibble = kFp8 ? word(first + 2 * (kept / 16) + half) >> (4 * (group % 8))
+                          : word(first + 2 * selector + kept / 8) >> (16 * half + 4 * (group % 4));
+  return group * 4 + (nibble >> (2 * (kept % 2)) & 3);
 }
 
 struct Mma {
@@ -201,20 +220,19 @@ template <int SELECTOR> static void mma_sparse(float (&d)[4], const u32 (&a)[4],
   threads[now].slot = &mine;
   const int first = now / 32 * 32;
   meet(warps[now / 32], [first] {
-    float x[32][8], sums[16][8];
+    float x[64][8], sums[16][8];
     auto lane = [first](int i) -> Mma & { return *static_cast<Mma *>(threads[first + i].slot); };
     for (int i = 0; i < 32; ++i) {
-      for (int j = 0; j < 8; ++j) {  // b_j: row 8 (j / 2) + 2 t + j % 2, column g
-        x[8 * (j / 2) + i % 4 * 2 + j % 2][i / 4] = widen(lane(i).b[j / 2] >> (16 * (j % 2)));
+      for (int j = 0; j < 4 * kPer; ++j) {  // b_j: row 4 kPer (j / kPer) + kPer t + j % kPer, column g
+        x[j / kPer * 4 * kPer + i % 4 * kPer + j % kPer][i / 4] = element_of(lane(i).b[j / kPer], j % kPer);
       }
     }
     for (int row = 0; row < 16; ++row) {
       for (int n = 0; n < 8; ++n) sums[row][n] = lane(row % 8 * 4 + n / 2).d[row / 8 * 2 + n % 2];
-      for (int kept = 0; kept < 16; ++kept) {
-        const int t = kept % 8 / 2, reg = kept / 8 * 2 + row / 8;
-        const float value = widen(lane(row % 8 * 4 + t).a[reg] >> (16 * (kept % 2)));
-        const u32 word = lane(row % 8 * 4 + 2 * SELECTOR + kept / 8).e;
-        const int k = kept / 2 * 4 + kept_column(word >> (16 * (row / 8)), kept);
+      for (int kept = 0; kept < 8 * kPer; ++kept) {
+        const int t = kept % (4 * kPer) / kPer, reg = kept / (4 * kPer) * 2 + row / 8;
+        const float value = element_of(lane(row % 8 * 4 + t).a[reg], kept % kPer);
+        const int k = kept_column([&](int i) { return lane(i).e; }, row, kept, SELECTOR);
         for (int n = 0; n < 8; ++n) sums[row][n] += value * x[k][n];
       }
     }
@@ -224,28 +242,27 @@ template <int SELECTOR> static void mma_sparse(float (&d)[4], const u32 (&a)[4],
   });
 }
 
-// A 16-bit value of a K-major matrix in the 128-byte swizzle, which acts on the bits of addresses.
+// A value of a K-major matrix in the 128-byte swizzle, which acts on the bits of addresses.
 static float element(u64 descriptor, int row, int column) {
   demand(descriptor >> 62 == 1, "not the 128-byte swizzle");
   const u32 start = (descriptor & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
-  u32 address = start + row / 8 * stride + row % 8 * 128 + column * 2;
+  u32 address = start + row / 8 * stride + row % 8 * 128 + column * (4 / kPer);
   address ^= (address >> 7 & 7) << 4;
-  return widen(load2(address));
+  return element_of(load2(address & ~1u), kFp8 ? address & 1 : 0);
 }
 static void run(const Gmma &op) {
   for (int row = 0; row < 64; ++row) {
     const int warp = row / 16, g = row % 8, half = row % 16 / 8;
-    float value[16];
-    int k[16];
-    for (int kept = 0; kept < 16; ++kept) {
+    float value[32];
+    int k[32];
+    for (int kept = 0; kept < 8 * kPer; ++kept) {
       value[kept] = element(op.a, row, kept);
-      const u32 word = op.e[warp * 32 + g * 4 + 2 * op.selector + kept / 8];
-      k[kept] = kept / 2 * 4 + kept_column(word >> (16 * half), kept);
+      k[kept] = kept_column([&](int i) { return op.e[warp * 32 + i]; }, row, kept, op.selector);
     }
     for (int n = 0; n < op.columns; ++n) {
       float &sum = op.d[warp * 32 + g * 4 + n % 8 / 2][n / 8 * 4 + 2 * half + n % 2];
       if (!op.add) sum = 0;
-      for (int kept = 0; kept < 16; ++kept) sum += value[kept] * element(op.b, n, k[kept]);
+      for (int kept = 0; kept < 8 * kPer; ++kept) sum += value[kept] * element(op.b, n, k[kept]);
     }
   }
 }

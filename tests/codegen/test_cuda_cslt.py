@@ -8,9 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsec.codegen import reference
-from sparsec.codegen.cuda import cslt
-from sparsec.codegen.cuda.cslt import Cslt
+from sparsec.codegen.cuda import cslt, families
+from sparsec.codegen.cuda.cslt import E4M3, Cslt
+from sparsec.codegen.triton.contract import Call
+from sparsec.codegen.triton.quantize import by_torch
+from sparsec.codegen.triton.samples import sample_weight
 from sparsec.compat import CsltOps, cslt_ops
+from sparsec.errors import PatternMismatch
+from sparsec.formats import Format
+from sparsec.grid import OnFp8
 
 
 class StandIn:
@@ -21,23 +27,33 @@ class StandIn:
         self.algorithms: list[int] = []
 
     def compress(self, weight: torch.Tensor) -> torch.Tensor:
-        assert all(size % 16 == 0 for size in weight.shape)
-        assert not bool((torch.signbit(weight) & (weight == 0)).any())
+        multiple = 32 if weight.dtype == E4M3 else 16
+        assert all(size % multiple == 0 for size in weight.shape)
+        assert not bool((torch.signbit(weight.float()) & (weight.float() == 0)).any())
         return weight.clone()
 
-    def search(self, weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> int:
+    def search(
+        self, weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, alpha: torch.Tensor | None,
+        out: torch.dtype | None,
+    ) -> int:  # fmt: skip
         self.searched.append(tuple(x.shape))
         return 7
 
     def multiply(
-        self, weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, algorithm: int
-    ) -> torch.Tensor:
-        assert x.shape[0] % 16 == 0
-        assert x.shape[1] % 8 == 0
+        self, weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, alpha: torch.Tensor | None,
+        out: torch.dtype | None, algorithm: int,
+    ) -> torch.Tensor:  # fmt: skip
+        fp8 = x.dtype == E4M3
+        assert x.shape[0] % (32 if fp8 else 16) == 0
+        assert x.shape[1] % (16 if fp8 else 8) == 0
+        assert fp8 == (alpha is not None) == (out is not None)
+        assert not fp8 or not x.is_contiguous()  # torch asks for that of 8-bit operands
+        assert alpha is None or (alpha.shape == weight.shape[:1] and alpha.dtype == torch.float32)
         assert bias is None or len(bias) == len(weight)
         self.algorithms.append(algorithm)
         y = weight.float() @ x.float()
-        return (y if bias is None else y + bias.float()[:, None]).to(x.dtype).t().contiguous()
+        y = y if alpha is None else y * alpha[:, None]
+        return (y if bias is None else y + bias.float()[:, None]).to(out or x.dtype).t().contiguous()
 
 
 def dispatch() -> tuple[Cslt, StandIn]:
@@ -64,6 +80,45 @@ def test_shapes_are_padded_and_cut_again(m: int, n: int, k: int, bias: bool, act
     assert torch.allclose(y, reference.linear(x, weight, b, act), atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_e4m3_has_scales_of_rows_of_both_sides(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    for m, n, k, act in [(5, 40, 70, "silu"), (16, 32, 64, ""), (1, 3, 4, "relu"), (0, 8, 16, "")]:
+        weight = OnFp8(torch.randn(n, k).to(E4M3), torch.rand(n) + 0.1)
+        x, x_scale = by_torch(torch.randn(m, k) * 30)
+        bias = torch.randn(n).to(dtype) if n > 3 else None
+        sparse, _ = dispatch()
+        y = sparse.linear_fp8(x, x_scale, sparse.compress_fp8(weight), bias, act, dtype)
+        wide = (x.float() * x_scale[:, None]) @ weight.weight(torch.float32).T
+        expected = reference.ACT[act](wide + (0 if bias is None else bias.float()))
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.float(), expected, atol=4e-2 * float(expected.abs().max() if m else 0), rtol=1e-2)
+
+
+def test_searches_of_e4m3_and_of_bf16_are_kept_apart() -> None:
+    sparse, stand_in = dispatch()
+    wide = sparse.compress(torch.zeros(32, 64, dtype=torch.bfloat16))
+    narrow = sparse.compress_fp8(OnFp8(torch.zeros(32, 64).to(E4M3), torch.ones(32)))
+    for _ in range(2):
+        sparse.linear(torch.zeros(16, 64, dtype=torch.bfloat16), wide)
+        sparse.linear_fp8(torch.zeros(16, 64).to(E4M3), torch.ones(16), narrow, None, "", torch.bfloat16)
+    assert stand_in.searched == [(64, 16), (64, 16)]
+
+
+def test_the_family_packs_e4m3_and_gives_the_weight_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cslt, "unavailable", lambda fp8: "" if fp8 else "only e4m3 was asked for")
+    family = families.CuSparseLt()
+    family._library, _ = dispatch()
+    format = Format.parse("nm:2:4+fp8")
+    weight = sample_weight(format, 40, 72)
+    packed = family.pack(weight, format, "key")
+    assert torch.equal(family.unpack(packed), weight)
+    x, y = torch.zeros(3, 72, dtype=weight.dtype), torch.zeros(3, 40, dtype=weight.dtype)
+    assert [r.name for r in family.launches(packed, "cusparselt", Call(x, y), {})] == ["quantize", "cusparselt"]
+    with pytest.raises(PatternMismatch, match="row 0 is not e4m3"):
+        family.pack(torch.randn(40, 72).bfloat16(), format, "key")
+
+
 def test_the_search_runs_once_for_a_shape() -> None:
     sparse, stand_in = dispatch()
     weight = sparse.compress(torch.zeros(32, 64, dtype=torch.bfloat16))
@@ -75,12 +130,17 @@ def test_the_search_runs_once_for_a_shape() -> None:
 
 def test_what_does_not_fit_is_refused_in_a_sentence() -> None:
     sparse, _ = dispatch()
-    with pytest.raises(ValueError, match="bf16 and fp16, not float32"):
+    with pytest.raises(ValueError, match="bf16, fp16 and e4m3, not float32"):
         sparse.compress(torch.zeros(16, 16))
     with pytest.raises(ValueError, match="takes a matrix"):
         sparse.compress(torch.zeros(16))
     with pytest.raises(ValueError, match="5 columns, and the weight 16"):
         sparse.linear(torch.zeros(1, 5).half(), sparse.compress(torch.zeros(16, 16).half()))
+    with pytest.raises(ValueError, match="e4m3 needs scales"):
+        sparse.compress(torch.zeros(16, 16).to(E4M3))
+    made = sparse.compress_fp8(OnFp8(torch.zeros(16, 16).to(E4M3), torch.ones(16)))
+    with pytest.raises(ValueError, match=r"x is torch.float16 \[1, 16\] for a weight of 16 columns of e4m3"):
+        sparse.linear_fp8(torch.zeros(1, 16).half(), torch.ones(1), made, None, "", torch.float16)
 
 
 def test_why_it_is_not_available_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,14 +157,26 @@ def test_why_it_is_not_available_is_a_sentence(monkeypatch: pytest.MonkeyPatch) 
     assert "sm_80" in cslt.unavailable()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert cslt.unavailable() == ""
+    assert cslt.unavailable(fp8=True) == ""
     assert "slower" in cslt.doubtful()
     monkeypatch.setattr(torch.backends.cusparselt, "version", lambda: 801)
     assert cslt.doubtful() == ""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert "sm_89" in cslt.unavailable(fp8=True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    monkeypatch.setattr(torch.backends.cusparselt, "version", lambda: 502)
+    assert "from version 602 on, and this is 502" in cslt.unavailable(fp8=True)
 
 
 def test_torch_has_the_operators_by_these_names_and_arguments() -> None:
     ops = cslt_ops()
     x = torch.zeros(16, 16, dtype=torch.float16)
-    for call in (lambda: ops.compress(x), lambda: ops.search(x, x, None), lambda: ops.multiply(x, x, None, 0)):
+    half = torch.float16
+    calls = (
+        lambda: ops.compress(x),
+        lambda: ops.search(x, x, None, None, half),
+        lambda: ops.multiply(x, x, None, None, half, 0),
+    )
+    for call in calls:
         with pytest.raises(NotImplementedError, match="CPU"):  # the arguments were taken; the CPU has no kernel
             call()

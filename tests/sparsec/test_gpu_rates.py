@@ -78,3 +78,14 @@ def test_prefill_kernels_claim_nothing_below_the_rows_that_fill_a_gpu() -> None:
     (prefill,) = [r for r in rates_for(machine, fact).kernels if r.loop == "prefill" and r.dtype == "bf16"]
     assert all(position >= 1.0 for m, _, position, _ in prefill.points if m < MANY)
     assert not [r for r in rates_for(machine, fact).kernels if r.loop == "cusparselt"]  # no library without a GPU
+
+
+def test_a_bf16_weight_on_the_grid_of_fp8_is_planned_in_bf16() -> None:
+    """Kernels of fp8 round x, whatever the weight holds."""
+    machine = targets.resolve("cuda:sm_90")
+    assert isinstance(machine, GpuTarget)
+    weight = sample_weight(Format.parse("nm:2:4+fp8"), 512, 512)
+    rates = rates_for(machine, profile(weight))
+    assert "fp8" not in {rate.dtype for rate in rates.kernels}
+    found = decide(profile(weight), "bf16", machine, rates, Policy(min_speedup=0))
+    assert {Format.parse(part.format).values for part in found.ranges if part.format != "dense"} == {"bf16"}

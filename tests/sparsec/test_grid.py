@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsec.grid import on_grid
+from sparsec.grid import on_fp8_grid, on_grid
 from sparsec.passes.quantize.contract import Grid
 
 
@@ -56,3 +56,41 @@ def test_one_value_off_the_grid_is_noticed() -> None:
     left = Grid(4, 32).nearest(torch.randn(8, 64))
     left[3, 40] *= 1.001
     assert on_grid(left, 4, 32) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("stretch", [1.0, 1.17, 3.0])
+def test_e4m3_with_a_scale_a_row_is_found_in_plain_numbers(dtype: torch.dtype, stretch: float) -> None:
+    """``stretch``: over the scale that the largest value of a row has, so that it is not 448 there."""
+    torch.manual_seed(0)
+    for _ in range(5):
+        weight = torch.randn(40, 256) * (torch.rand(40, 256) < 0.5) * torch.rand(40, 1)
+        weight[7] = 0
+        scale = (weight.abs().amax(1) / 448 * stretch).clamp(min=1e-6)
+        q = (weight / scale[:, None]).to(torch.float8_e4m3fn)
+        plain = (q.float() * scale[:, None]).to(dtype)
+        found = on_fp8_grid(plain)
+        assert found is not None
+        assert torch.equal(found.weight(dtype), plain)
+        given = on_fp8_grid(plain, scale)
+        assert given is not None
+        assert torch.equal(given.q.float(), q.float())
+
+
+def test_what_is_no_e4m3_is_not_found() -> None:
+    torch.manual_seed(0)
+    assert on_fp8_grid(torch.randn(40, 256).bfloat16()) is None
+    plain = torch.randint(8, 15, (40, 256)).bfloat16()
+    assert on_fp8_grid(plain) is not None
+    plain[39, 255] = 13.5  # of the five bits that this has, e4m3 keeps four
+    assert on_fp8_grid(plain) is None
+    for value in (float("nan"), float("inf")):
+        plain[39, 255] = value
+        assert on_fp8_grid(plain) is None
+        assert on_fp8_grid(plain, torch.ones(40)) is None
+
+
+def test_zeros_of_e4m3_have_no_sign() -> None:
+    found = on_fp8_grid(torch.tensor([[-0.0, 1.0, -2.0]]).half())
+    assert found is not None
+    assert found.q.view(torch.uint8)[0, 0] == 0

@@ -147,3 +147,40 @@ def _index(e: Registers, row: Any, first: Any, selector: int, which: int) -> Any
     lane = row % 8 * 4 + selector * 2 + first // 16
     shift = row // 8 * 16 + first % 16 // 4 * 4 + which * 2
     return (e[:, lane] >> shift.astype(np.uint32) & 3).astype(np.int64)
+
+
+def mma_sp_e4m3(a: list[Registers], b: list[Registers], c: list[Registers], e: Registers) -> list[Registers]:
+    """d of ``mma.sp.m16n8k64`` with e4m3: four uint32 [warps, 32] with fp32 in them.
+
+    PTX ISA, "Matrix fragments for sparse mma.m16n8k64 with .u8 / .s8 / .e4m3 / .e5m2 type". The picture of the metadata
+    agrees with ``ELayout`` of ``SM120_SPARSE_16x8x64_TN`` in CUTLASS: bit 0 of a lane is eight rows, bit 1 32 columns.
+    """
+    warps = e.shape[0]
+    weight, x = np.zeros((warps, 16, 64)), np.zeros((warps, 64, 8))
+    before = np.zeros((warps, 32), np.int64)
+    for i in range(16):  # a0 .. a15
+        row = GROUP if i % 8 < 4 else GROUP + 8
+        first = THREAD * 8 + (0 if i < 8 else 32) + i % 4 // 2 * 4
+        lane = row % 8 * 4 + first // 32 * 2 + row // 8
+        shift = (first % 32 + i % 2 * 2).astype(np.uint32)
+        index = (e[:, lane] >> shift & 3).astype(np.int64)
+        if i % 2:
+            assert (index > before).all(), "metadata is not in order"
+        before = index
+        weight[np.arange(warps)[:, None], row, first + index] = _e4m3(a[i // 4] >> np.uint32(i % 4 * 8) & 255)
+    for i in range(16):  # b0 .. b15
+        x[:, i // 4 * 16 + THREAD * 4 + i % 4, GROUP] = _e4m3(b[i // 4] >> np.uint32(i % 4 * 8) & 255)
+    product = weight @ x
+    return [
+        (product[:, GROUP + 8 * (i >= 2), THREAD * 2 + i % 2] + c[i].view(np.float32))
+        .astype(np.float32)
+        .view(np.uint32)
+        for i in range(4)
+    ]
+
+
+def _e4m3(code: Registers) -> Any:
+    """float64 of codes: sign, four bits of exponent with bias 7, three of mantissa; no infinities."""
+    exponent, mantissa = (code >> 3 & 15).astype(int), (code & 7).astype(float)
+    size = np.where(exponent > 0, (8 + mantissa) * 2.0 ** (exponent - 10.0), mantissa * 2.0**-9)
+    return np.where(code & 127 == 127, np.nan, np.where(code & 128, -size, size))
