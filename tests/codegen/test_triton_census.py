@@ -48,8 +48,6 @@ def test_every_family_is_counted(kind: str, counted: tuple[census.Count, ...]) -
     assert {c.kind for c in counted} == {kind}
 
 
-def test_main_loops_of_few_rows_read_the_weight_in_16_byte_loads(
-    kind: str, counted: tuple[census.Count, ...]
-) -> None:
+def test_main_loops_of_few_rows_read_the_weight_in_16_byte_loads(kind: str, counted: tuple[census.Count, ...]) -> None:
     narrow = {"index": {"index+int8"}, "nm": {"nm:3:32+bf16"}}  # eight values of a byte are a block; three are a group
     assert {c.format for c in counted if c.m <= 4 and not c.wide} == narrow.get(kind, set())
