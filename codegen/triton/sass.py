@@ -142,6 +142,7 @@ def tools() -> Path:
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
+@functools.lru_cache(maxsize=16)
 def listing(cubin: bytes) -> str:
     """The line of resources, then instructions and labels; without data flow, a quarter of the time."""
     return _tool("cuobjdump", "-res-usage", cubin=cubin) + _tool("nvdisasm", "-c", "-novliw", "-ndf", cubin=cubin)

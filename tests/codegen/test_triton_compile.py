@@ -10,11 +10,11 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles kernels, and this process interprets them", allow_module_level=True)
 
-from sparsec.codegen.triton import FAMILIES, LOOPS
+from sparsec.codegen.triton import FAMILIES, LOOPS, sass
 from sparsec.codegen.triton.census import COUNTED
 from sparsec.codegen.triton.compile import CAPABILITIES, compile_launch
 from sparsec.codegen.triton.samples import Sample, samples
-from sparsec.codegen.triton.sass import resources
+from sparsec.codegen.triton.sass import instructions, longest_loop, resources
 from sparsec.formats import Format, value_kind
 
 OTHERS = [c for c in CAPABILITIES if c != COUNTED]  # that one is compiled for every number of rows by the census
@@ -68,3 +68,23 @@ def test_what_is_left_out_on_one_architecture_is_compiled_on_another(kind: str) 
     for part, every in zip(parts, whole, strict=True):
         assert {(s.loop, s.m) for s in part} == {(s.loop, s.m) for s in every}
         assert {values_of(s.format) for s in part} == {values_of(s.format) for s in every}
+
+
+def test_branches_to_labels_are_loops() -> None:
+    code = [
+        "        /*0000*/                   MOV R1, R2 ;",
+        ".L_x_1:",
+        "        /*0010*/                   LDG.E.128 R4, [R2.64] ;",
+        "        /*0020*/              @!P0 BRA `(.L_x_1) ;",
+        ".L_x_2:",
+        "        /*0030*/                   BRA `(.L_x_2);",
+    ]
+    found = instructions("\n".join(code))
+    assert [said.split("BRA ")[-1].strip() for _, said in found[2:]] == ["0x10", "0x30"]
+    assert longest_loop(found) == ("LDG.E.128", "BRA")
+
+
+def test_stack_and_spills_are_both_local_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = " Function f:\n  REG:40 STACK:16 SHARED:1024 LOCAL:8 CONSTANT[0]:440 TEXTURE:0 SURFACE:0 SAMPLER:0\n"
+    monkeypatch.setattr(sass, "_tool", lambda *_, cubin: said)
+    assert resources(b"") == sass.Resources(40, 24, 1024)
