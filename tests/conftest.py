@@ -18,6 +18,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write tests/golden/*.txt anew; read the diff after")
+    parser.addoption("--every-format", action="store_true", help="compile GPU kernels of every format for every GPU")
 
 
 @pytest.fixture

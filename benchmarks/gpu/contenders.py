@@ -22,9 +22,10 @@ from sparsec.codegen.spec import Packed
 from sparsec.codegen.triton.contract import Call, Family
 from sparsec.codegen.triton.launch import run
 from sparsec.codegen.triton.quantize import quantized
+from sparsec.codegen.triton.samples import format_of
 from sparsec.compat import scaled_mm_fp8
-from sparsec.errors import RoundTripMismatch, UnknownFormat
-from sparsec.formats import Format, Pattern, value_kind
+from sparsec.errors import RoundTripMismatch
+from sparsec.formats import Format, value_kind
 from sparsec.timing_gpu import copies_of
 
 LIBRARY = "cslt"  # a family that is none of ours: measured as a peer, without copies around it
@@ -125,15 +126,6 @@ class Pack:
     family: Family
     packed: Packed
     seconds: float
-
-
-def format_of(name: str) -> Format:
-    """Gates have names like formats, and are none: they drop columns of x."""
-    try:
-        return Format.parse(name)
-    except UnknownFormat:
-        pattern, _, values = name.partition("+")
-        return Format(Pattern(pattern), values)
 
 
 def kinds_of(format: Format, rows: int = 1) -> tuple[str, ...]:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import contenders
-from benchmarks.gpu.contenders import FP8, GATE, Contender, Pack, format_of
+from benchmarks.gpu.contenders import FP8, GATE, Contender, Pack
 from benchmarks.gpu.rows import REGIMES, Row, Target, verdict
 from sparsec.codegen.triton.quantize import by_torch
-from sparsec.codegen.triton.samples import sample_weight, x_dtype
+from sparsec.codegen.triton.samples import format_of, named_weight
 from sparsec.errors import SparsecError
 from sparsec.grid import E4M3_MAX
 from sparsec.timing import Samples, speedup
@@ -55,10 +55,8 @@ class Session:
         if key not in self.weights:
             self._make_room()
             regime = REGIMES[row.regime]
-            format = format_of(regime.weight)
-            part = sample_weight(format, min(row.n, SAMPLE_ROWS), row.k, regime.density).to(self.device)
-            part = part.to(x_dtype(format))
-            self.weights[key] = part.repeat(-(-row.n // len(part)), 1)[: row.n].contiguous()
+            made = named_weight(regime.weight, *row.shape, regime.density, drawn=SAMPLE_ROWS)
+            self.weights[key] = made.to(self.device)
         return self.weights[key]
 
     def pack(self, row: Row, name: str, kind: str) -> Pack:

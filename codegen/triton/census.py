@@ -13,7 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from sparsec.codegen.triton import kind_of
 from sparsec.codegen.triton.samples import ROWS
+from sparsec.formats import Format
 
 FILE = Path(__file__).with_name("sass.json")
 COUNTED = 90  # the architecture that is stored; the others differ by a few instructions
@@ -46,6 +48,11 @@ class Count:
     bytes_value: float
     missing: tuple[str, ...] = ()
     reason: str = ""
+
+    @property
+    def kind(self) -> str:
+        """Of the family."""
+        return kind_of(Format.parse(self.format), self.loop)
 
 
 def count(capability: int = COUNTED, kinds: Sequence[str] = (), rows: tuple[int, ...] = ROWS) -> Iterator[Count]:

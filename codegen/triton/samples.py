@@ -16,7 +16,8 @@ from sparsec.codegen.spec import Packed
 from sparsec.codegen.triton import FAMILIES, family, family_of, pack_verified
 from sparsec.codegen.triton.contract import Call
 from sparsec.codegen.triton.launch import Launch
-from sparsec.formats import Format, value_kind
+from sparsec.errors import UnknownFormat
+from sparsec.formats import Format, Pattern, value_kind
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROWS = (1, 4, 16, 64, 2048)  # of x: decode, small batches, prefill
@@ -84,6 +85,21 @@ def sample_weight(format: Format, n: int = N, k: int = K, density: float = 0.3, 
     generator = torch.Generator().manual_seed(seed)
     keep = _positions(format, n, k, density, generator)
     return (_values(format, n, k, generator) * keep).to(x_dtype(format))
+
+
+def format_of(name: str) -> Format:
+    """Gates have names like formats, and are none: they drop columns of x."""
+    try:
+        return Format.parse(name)
+    except UnknownFormat:
+        pattern, _, values = name.partition("+")
+        return Format(Pattern(pattern), values)
+
+
+def named_weight(name: str, n: int, k: int, density: float = 0.3, seed: int = 0, drawn: int = 0) -> torch.Tensor:
+    """The sample weight of a format or gate. ``drawn``: rows that are random, which all others repeat (0: all)."""
+    part = sample_weight(format_of(name), min(n, drawn or n), k, density, seed)
+    return part.repeat(-(-n // len(part)), 1)[:n].contiguous() if len(part) < n else part
 
 
 def _positions(format: Format, n: int, k: int, density: float, generator: torch.Generator) -> torch.Tensor:

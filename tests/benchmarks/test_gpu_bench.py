@@ -91,7 +91,7 @@ def test_verdicts() -> None:
 
 
 def test_regimes_name_formats_that_exist_or_gates() -> None:
-    from benchmarks.gpu.contenders import format_of
+    from sparsec.codegen.triton.samples import format_of
 
     for regime in REGIMES.values():
         for name in (regime.weight, *regime.formats):

@@ -22,9 +22,9 @@ from sparsec.codegen.spec import ACTS
 from sparsec.codegen.triton.contract import Call
 from sparsec.codegen.triton.launch import run
 from sparsec.codegen.triton.quantize import by_torch
-from sparsec.codegen.triton.samples import sample_weight, x_dtype
-from sparsec.errors import NoNvrtc, NoTriton, PatternMismatch, UnknownFormat
-from sparsec.formats import Format, Pattern
+from sparsec.codegen.triton.samples import format_of, named_weight
+from sparsec.errors import NoNvrtc, NoTriton, PatternMismatch
+from sparsec.formats import Format
 
 ROWS = (1, 3, 8, 16, 17, 64, 65)
 RAGGED, ALIGNED = (331, 1031), (512, 2048)  # [N, K]: multiples of nothing; of everything
@@ -65,15 +65,6 @@ class Outcome:
     same_bits: bool = True
     failure: str = ""
     refused: str = ""
-
-
-def format_of(name: str) -> Format:
-    """Gates have names like formats, and are none: they drop columns of x."""
-    try:
-        return Format.parse(name)
-    except UnknownFormat:
-        pattern, _, values = name.partition("+")
-        return Format(Pattern(pattern), values)
 
 
 class Way(Protocol):
@@ -189,9 +180,8 @@ def check(case: Case, device: torch.device | str, capability: int, exact: bool =
 @functools.lru_cache(maxsize=4)
 def packed_weight(kind: str, name: str, loop: str, n: int, k: int, device: str) -> tuple[torch.Tensor, Any]:
     """A random weight and its proven pack. Raises PatternMismatch."""
-    format = format_of(name)
-    weight = sample_weight(format, n, k, 0.3, seed=n + k).to(x_dtype(format)).to(device)
-    return weight, way(kind).pack(weight, format, loop)
+    weight = named_weight(name, n, k, seed=n + k).to(device)
+    return weight, way(kind).pack(weight, format_of(name), loop)
 
 
 def inputs(case: Case, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from benchmarks.gpu import measure as measuring
-from benchmarks.gpu.contenders import format_of, kinds_of
+from benchmarks.gpu.contenders import kinds_of
 from benchmarks.gpu.measure import Session, measure
 from benchmarks.gpu.results import HEADERS, cells
 from benchmarks.gpu.rows import REGIMES, Row
+from sparsec.codegen.triton.samples import format_of
 from sparsec.timing_gpu import HostTimer
 from tests.gpu import device_checks
 from tests.gpu.device_checks import cases, check, registered

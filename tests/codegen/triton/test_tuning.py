@@ -81,3 +81,24 @@ def test_a_configuration_serves_the_rows_up_to_its_own() -> None:
     small, large = (("lanes", 8),), (("lanes", 16),)
     route = gpu.Route(1, 64, packed=None, loop="gather", tuned=((1, small), (8, large)))  # type: ignore[arg-type]
     assert [route.config_at(m) for m in (1, 2, 8, 9)] == [small, large, large, None]
+
+
+def test_a_guess_is_made_once_for_each_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsec.codegen.triton import family, pack_verified
+    from sparsec.formats import Format
+
+    weight = torch.zeros(16, 64)
+    weight[3, 5] = 2.0
+    route = gpu.Route(1, 8, pack_verified(weight, Format.parse("index+fp32"), "test"), "gather")
+    kind, asked = type(family("index")), []
+    real = kind.configs
+
+    def counted(self: object, packed: object, loop: str, m: int, capability: int) -> object:
+        asked.append(m)
+        return real(self, packed, loop, m, capability)
+
+    monkeypatch.setattr(kind, "configs", counted)
+    for m in (1, 4, 1, 4):
+        x = torch.randn(m, 64)
+        torch.testing.assert_close(gpu.product(route, x), x @ weight.T)
+    assert asked == [1, 4]
