@@ -53,8 +53,15 @@ class KernelSpec:
 
     @classmethod
     def on(cls, target: Target, format: Format, loop: str, dtype: str, x: str = "") -> KernelSpec:
-        """The spec of a kernel on a machine, with what the machine has."""
+        """The spec of a kernel on a machine, with what the machine has. ``loop``: also with x, as ``way`` spells it."""
+        loop, _, rounds = loop.partition("/")
+        x = x or rounds
         return cls(format, loop, dtype, target.isa, target.bf16_dot and dtype == "bf16" and not x, x)
+
+    @property
+    def way(self) -> str:
+        """The loop, and what is done to x: ``dot``, ``dot/int8``. Plans and records call a kernel by it."""
+        return f"{self.loop}/{self.x}" if self.x else self.loop
 
     @property
     def name(self) -> str:

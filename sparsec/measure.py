@@ -29,7 +29,7 @@ from sparsec.facts import WeightFact
 from sparsec.formats import Format, Pattern
 from sparsec.measure_calls import best_seconds, best_seconds_alone_too, cold_bytes, plausible, thread_count, tune_log
 from sparsec.measure_kernels import TORCH, Text, compile_all, direct, kernel_texts, measure_kernel
-from sparsec.passes.decide.candidates import allowed, patterns
+from sparsec.passes.decide.candidates import allowed, formats_of, patterns
 from sparsec.quiet import wait_for_cores
 from sparsec.targets import reference
 from sparsec.targets.base import DenseRate, KernelRate, Rates, Target
@@ -75,7 +75,7 @@ def rates(
     machine = _machines[place]
     pairs = list(dict.fromkeys((name, dtype) for dtype in dtypes for name in wanted))
     new = [(name, dtype) for name, dtype in pairs if (*place, name, dtype) not in _kernels]
-    texts = {pair: kernel_texts(_named(*pair), pair[1], target) for pair in new}
+    texts = {pair: kernel_texts(_named(*pair), pair[1], target, pair[0].partition("/")[2]) for pair in new}
     compile_all([t for found in texts.values() for t in found], cache)
     for pair, found in texts.items():
         rated = (_kernel_rate(t, target, machine, cache) for t in found)
@@ -84,18 +84,24 @@ def rates(
 
 
 def _named(name: str, dtype: str) -> Format:
-    """``bitmap`` with values as x has them, ``bitmap+int8`` as it says."""
+    """``bitmap`` with values as x has them, ``bitmap+int8`` as it says; ``bitmap+int8/int8`` where x is rounded too."""
+    name = name.partition("/")[0]
     return Format.parse(name) if "+" in name else Format(Pattern.parse(name), dtype)
 
 
 def rates_for(
-    fact: WeightFact, dtype: str, target: Target, threads: int, cache: Path, formats: tuple[str, ...] = ()
+    fact: WeightFact, dtype: str, target: Target, threads: int, cache: Path, formats: tuple[str, ...] = (), x: str = ""
 ) -> Rates:
-    """The rates that deciding one weight needs: of the patterns it holds and the policy allows, in one dtype."""
+    """The rates that deciding one weight needs: of the formats it holds and the policy allows, with x of one dtype.
+
+    ``x``: "int8" where the graph rounds x to it.
+    """
     if isinstance(target, GpuTarget):
         return gpu_rates.rates_for(target, fact, formats)
     held = dict.fromkeys((*(Pattern.parse(name) for name in USUAL), *patterns(fact)))
     wanted = [str(p) for p in held if allowed(p, formats)]
+    codes = [str(f) for f in formats_of(fact, dtype) if f.values != dtype and allowed(f, formats)]
+    wanted += [*codes, *(f"{name}/{x}" for name in codes if x and not name.endswith("codebook"))]
     return rates(target, threads, cache, (dtype,) if dtype in TORCH else (), wanted)
 
 

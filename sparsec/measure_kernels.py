@@ -55,17 +55,17 @@ class Text:
         return "" if self.spec.format.values == self.spec.dtype else self.spec.format.values
 
 
-def kernel_texts(wanted: Format | Pattern, dtype: str, target: Target) -> list[Text]:
+def kernel_texts(wanted: Format | Pattern, dtype: str, target: Target, x: str = "") -> list[Text]:
     """The C++ text of every loop of a format; none where its family does not take these parameters or values.
 
-    ``dtype``: of x, and of the values of a bare pattern.
+    ``dtype``: of x, and of the values of a bare pattern. ``x``: what the kernels round x to.
     """
     format = wanted if isinstance(wanted, Format) else Format(wanted, dtype)
     found = []
     try:
-        family = cpp.family(format.pattern.kind)
-        for loop in family.loops:
-            spec = KernelSpec.on(target, format, loop, dtype)
+        family = cpp.family(format.pattern.kind, x)
+        for loop in cpp.loops_of(format, x):
+            spec = KernelSpec.on(target, format, loop, dtype, x)
             found.append(Text(spec, family.text(spec)))
     except (KeyError, ValueError, PackError) as error:
         _log.info("no kernel for %s with x in %s: %s", format, dtype, error)
@@ -88,7 +88,7 @@ def compile_all(texts: list[Text], cache: Path) -> None:
 
 def direct(weight: torch.Tensor, spec: KernelSpec, target: Target, cache: Path, packed: Packed | None = None) -> Direct:
     """One kernel on one weight, on a target that is already resolved. Raises BuildError, PackError."""
-    return Direct(weight, spec.format, spec.loop, target=f"cpu:{target.isa}", cache=str(cache), packed=packed)
+    return Direct(weight, spec.format, spec.way, target=f"cpu:{target.isa}", cache=str(cache), packed=packed)
 
 
 @torch.no_grad()
@@ -97,12 +97,14 @@ def measure_kernel(t: Text, target: Target, overhead: float, cache: Path) -> tup
     busy for it to be trusted. Raises BuildError, PackError."""
     calls: dict[str, Callable[[], object]] = {}
     sizes: dict[str, tuple[int, int, int, int]] = {}
+    packs: list[tuple[int, int, int]] = []
     n, k = _SMALL
     densities = _densities(t.pattern)
     # One tile: next to nothing but what is done to x.
     for rows, density in [(16, densities[-1]), *((n, density) for density in densities)]:
         weight, stored = sample(t.pattern, rows, k, density, t.values)
         run = direct(weight.to(TORCH[t.spec.dtype]), t.spec, target, cache)
+        packs.append((rows * k, stored, run.packed.bytes))
         for m in _LOOP_MS.get(t.spec.loop, _OTHER_MS):
             name = f"{rows}/{density}/{m}"
             calls[name] = partial(run, torch.randn(m, k).to(TORCH[t.spec.dtype]))
@@ -112,8 +114,15 @@ def measure_kernel(t: Text, target: Target, overhead: float, cache: Path) -> tup
     taken = [(*sizes[name], max(s - overhead, 0.1 * s)) for name, s in seconds.items()]
     points = fitted(taken, positions=t.pattern.kind in ("bitmap", "index"))
     bandwidth, busy_too = _streamed(t, target, overhead, cache)
-    rate = KernelRate(str(t.pattern), t.spec.loop, t.spec.dtype, points, bandwidth, values=t.values)
+    read = _bytes_of(packs[1:]) if t.values else (0.0, 0.0)
+    rate = KernelRate(str(t.pattern), t.spec.way, t.spec.dtype, points, bandwidth, read, values=t.values)
     return rate, busy or busy_too
+
+
+def _bytes_of(packs: list[tuple[int, int, int]]) -> tuple[float, float]:
+    """Bytes of a position and of a stored value, from packs of (positions, values, bytes); one pack tells the latter."""
+    position, value = fit([(a if len(packs) > 1 else 0.0, b, float(size)) for a, b, size in packs])
+    return position, value
 
 
 def _densities(pattern: Pattern) -> tuple[float, ...]:

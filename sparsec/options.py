@@ -14,7 +14,7 @@ from typing import Any
 
 from sparsec.efforts import EFFORTS
 from sparsec.errors import BadOptionValue, UnknownOption, did_you_mean, listed
-from sparsec.formats import Pattern
+from sparsec.formats import Format, Pattern
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _formats(key: str, value: Any) -> tuple[str, ...]:
     if not isinstance(names, (list, tuple)) or not names or not all(isinstance(n, str) for n in names):
         raise BadOptionValue(key=key, value=value, expected='"auto", a format name or a list of names is needed')
     for name in names:
-        Pattern.parse(name)
+        Format.parse(name) if "+" in name else Pattern.parse(name)
     return tuple(sorted(set(names)))
 
 

@@ -44,6 +44,11 @@ class Plan:
             return PER_TOKEN, float(number)
         return (FIXED, float(rest)) if rest else (PER_TOKEN, 0.0)
 
+    @property
+    def x_type(self) -> str:
+        """What x is rounded to: "int8" or nothing."""
+        return self.x.partition(":")[0]
+
     def encode(self) -> str:
         body = {"n": self.name, "k": self.kind, "a": self.act, "t": int(self.transposed), "m": self.m}
         body |= {"x": self.x, "w": self.w}

@@ -77,17 +77,19 @@ def measured_for(
     target: Target,
     policy: Policy,
     ms: Sequence[int] = (),
+    x: str = "",
 ) -> dict[tuple[str, str, int], Ratio]:
     """What is measured about running ``weight`` [N, K]: (format, loop, M bucket) -> times faster than dense.
 
-    ``ms``: the rows of x that matter (none: those of the effort). Known records are reused; the others are measured
-    while the budget lasts, and each is on disk before the next begins. An empty answer means: decide by the model.
+    ``ms``: the rows of x that matter (none: those of the effort). ``x``: "int8" where the graph rounds x to it. Known
+    records are reused; the others are measured while the budget lasts, and each is on disk before the next begins. An
+    empty answer means: decide by the model.
     """
     effort = EFFORTS[policy.tune]
     session = _session(policy)
     if not effort.candidates or fact.nonfinite or target.name == "reference":
         return {}
-    point = _point(weight, fact, dtype, target, policy)
+    point = _point(weight, fact, dtype, target, policy, x)
     database = Database.of(policy.cache_dir, session.strict)
     found: dict[tuple[str, str, int], Ratio] = {}
     for m in dict.fromkeys(bucket(m) for m in ms or effort.ms):
@@ -166,11 +168,11 @@ def _expected_now(record: Record, trial: Trial) -> Record:
     return replace(record, model_s=trial.model_s, model_dense_s=trial.model_dense_s)
 
 
-def _point(weight: torch.Tensor, fact: WeightFact, dtype: str, target: Target, policy: Policy) -> Point:
+def _point(weight: torch.Tensor, fact: WeightFact, dtype: str, target: Target, policy: Policy, x: str) -> Point:
     if isinstance(target, GpuTarget):
         from sparsec.tune_gpu import GpuPoint
 
         return GpuPoint(weight, fact, dtype, target, policy)
     from sparsec.tune_cpu import CpuPoint
 
-    return CpuPoint(weight, fact, dtype, target, policy, torch.get_num_threads())
+    return CpuPoint(weight, fact, dtype, target, policy, torch.get_num_threads(), x)

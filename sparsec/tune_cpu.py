@@ -45,20 +45,21 @@ class CpuPoint:
     target: Target
     policy: Policy
     threads: int
+    x: str = ""  # "int8": the graph rounds x to it
 
     def trials(self, m: int, effort: Effort) -> dict[Key, Trial]:
         """The sparse ways worth measuring at M = ``m``, cheapest by the model first."""
         cache = cache_dir(self.policy.cache_dir)
-        rates = rates_for(self.fact, self.dtype, self.target, self.threads, cache, self.policy.formats)
+        rates = rates_for(self.fact, self.dtype, self.target, self.threads, cache, self.policy.formats, self.x)
         found = {}
-        for way, trial in promising(self.fact, self.dtype, rates, self.policy, m, effort):
+        for way, trial in promising(self.fact, self.dtype, rates, self.policy, m, effort, self.x):
             if (text := self._text(way)) is not None:
                 found[self._key(text, way, m)] = replace(trial, run=text)
         return found
 
     def _text(self, way: Way) -> Text | None:
-        texts = kernel_texts(Format.parse(way.format), self.dtype, self.target)
-        return next((t for t in texts if t.spec.loop == way.kernel), None)
+        texts = kernel_texts(Format.parse(way.format), self.dtype, self.target, way.kernel.partition("/")[2])
+        return next((t for t in texts if t.spec.way == way.kernel), None)
 
     def _key(self, text: Text, way: Way, m: int) -> Key:
         fact = self.fact
@@ -109,7 +110,7 @@ class CpuPoint:
         """The kernel on as many copies of the pack as it takes to outgrow the caches; loops share the copies."""
         cache = cache_dir(self.policy.cache_dir)
         weight = self.weight.detach()
-        name = str(text.spec.format)
+        name = f"{text.spec.format} {text.spec.x}"
         if name not in packs:
             packed = direct(weight, text.spec, self.target, cache).packed
             times = _copies_for(packed.bytes, self.target) if self._cold else 1

@@ -63,13 +63,16 @@ class Point(Protocol):
 
 
 def promising(
-    fact: WeightFact, dtype: str, rates: Rates, policy: Policy, m: int, effort: Effort
+    fact: WeightFact, dtype: str, rates: Rates, policy: Policy, m: int, effort: Effort, x: str = ""
 ) -> Iterable[tuple[Way, Trial]]:
-    """The sparse ways that the model does not call hopeless at ``m`` rows, cheapest first, with trials to fill in."""
+    """The sparse ways that the model does not call hopeless at ``m`` rows, cheapest first, with trials to fill in.
+
+    ``x``: "int8" where the graph rounds x to it.
+    """
     dense = dense_way(fact, dtype, rates)
     if dense is None:
         return []
-    ways = ways_for(fact, dtype, rates, policy)
+    ways = ways_for(fact, dtype, rates, policy, x)
     limit = float("inf") if policy.min_speedup == 0 else effort.hopeless * dense.cost.at(m)
     ways = sorted((w for w in ways if w.cost.at(m) <= limit), key=lambda w: w.cost.at(m))
     dense_s = dense.cost.at(m)

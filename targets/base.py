@@ -50,14 +50,13 @@ class KernelRate:
     """
 
     pattern: str  # "bitmap", "index", "nm", "block"; or one with its parameters, "nm:2:4", which goes first
-    loop: str
+    loop: str  # "dot", or "dot/int8" where the kernel rounds x itself
     dtype: str
     points: tuple[tuple[int, float, float, float], ...]  # ((M, column, position, nonzero), ...), M ascending
     bandwidth: float = 0.0  # bytes/s at which this kernel streams weights that are in no cache; 0: as memory does
     stored: tuple[float, float] = (0.0, 0.0)  # bytes of a position and of a kept value; 0, 0: as ``storage_bytes`` says
     most: int = 0  # rows that the kernel takes at most; 0: any number
     values: str = ""  # how kept values are stored, ``int8``; empty: in ``dtype``, that of x
-    x: str = ""  # ``int8``: the kernel rounds x itself
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from sparsec.passes.decide.candidates import (
     allowed,
     dense_way,
     our_ways,
+    plain_panel,
     ways_for,
 )
 from sparsec.passes.decide.cost import NEVER_S, turning_points
@@ -38,16 +39,18 @@ def decide(
     rates: Rates,
     policy: Policy,
     measured: Measured | None = None,
+    x: str = "",
 ) -> Decision:
     """Decide one weight for x of ``dtype`` (``fp32`` or ``bf16``) on ``target``.
 
-    ``measured``: (format name, loop, M bucket) -> times faster than dense; see ``bucket``. Never raises for a weight:
-    what cannot run sparse is a dense decision with its reason.
+    ``x``: "int8" where the graph rounds x to it. ``measured``: (format name, loop, M bucket) -> times
+    faster than dense; see ``bucket``. Never raises for a weight: what cannot run sparse is a dense decision with its
+    reason.
     """
-    asked = _Question(fact, dtype, rates, policy)
+    asked = _Question(fact, dtype, rates, policy, x)
     if not asked.dense:
         return dense_decision(f"no kernel for {dtype} on {target.name} yet", "model")
-    plain = _by_model(replace(fact, key="", thumbnail=(), row_hist=()), dtype, rates, policy)
+    plain = _by_model(replace(fact, key="", thumbnail=(), row_hist=()), dtype, rates, policy, x)
     if not measured or len(plain.candidates) == 1 or asked.refusal():
         return plain
     ranges = by_measurement(plain.ranges, asked.dense, asked.ways(), measured, policy.min_speedup)
@@ -61,8 +64,8 @@ def dense_decision(reason: str, source: str = "fallback") -> Decision:
 
 
 @functools.lru_cache(maxsize=4096)
-def _by_model(fact: WeightFact, dtype: str, rates: Rates, policy: Policy) -> Decision:
-    asked = _Question(fact, dtype, rates, policy)
+def _by_model(fact: WeightFact, dtype: str, rates: Rates, policy: Policy, x: str) -> Decision:
+    asked = _Question(fact, dtype, rates, policy, x)
     dense, ways, refusal = asked.dense, asked.ways(), asked.refusal()
     assert dense is not None
     all_dense = (Range(1, None, "dense", "", dense.cost.at(1), dense.cost.at(1)),)
@@ -118,6 +121,7 @@ class _Question:
     dtype: str
     rates: Rates
     policy: Policy
+    x: str = ""
 
     @property
     def dense(self) -> Way | None:
@@ -129,7 +133,7 @@ class _Question:
         return (self.policy.min_speedup or 1.0) * MODEL_MARGIN
 
     def ways(self) -> list[Way]:
-        return ways_for(self.fact, self.dtype, self.rates, self.policy)
+        return ways_for(self.fact, self.dtype, self.rates, self.policy, self.x)
 
     def refusal(self) -> str:
         """Why no format of ours comes into question at all, or nothing."""
@@ -141,7 +145,7 @@ class _Question:
             return ""
         if self.full:
             return words.NO_ZEROS
-        larger = our_ways(self.fact, self.dtype, self.rates, self.policy.formats, any_size=True)
+        larger = our_ways(self.fact, self.dtype, self.rates, self.policy.formats, any_size=True, x=self.x)
         return words.not_smaller(self.fact) if larger else words.not_allowed(self.policy.formats)
 
     @property
@@ -162,24 +166,25 @@ class _Question:
             if not allowed(pattern, self.policy.formats):
                 continue
             none, some = (self._lines(pattern, nnz) for nnz in (0, positions // 2 + 1))
-            for loop, starts in none.items():
-                slopes = ((b - a) / (positions // 2 + 1) for a, b in zip(starts, some[loop], strict=True))
+            for way, starts in none.items():
+                slopes = ((b - a) / (positions // 2 + 1) for a, b in zip(starts, some[way], strict=True))
                 kept = max(kept, min(_furthest(a, s, goal) for a, s in zip(starts, slopes, strict=True)))
         return None if kept < 0 else 1 - min(kept / positions, 1.0)
 
-    def _lines(self, pattern: Pattern, nnz: int) -> dict[str, list[float]]:
-        """For each loop, if the weight kept ``nnz`` values: seconds at M = 1 by memory and by arithmetic, and its
-        bytes on a scale where those of dense are the seconds to beat."""
+    def _lines(self, pattern: Pattern, nnz: int) -> dict[tuple[str, str], list[float]]:
+        """For each format and loop, if the weight kept ``nnz`` values: seconds at M = 1 by memory and by arithmetic,
+        and its bytes on a scale where those of dense are the seconds to beat."""
         imagined = replace(self.fact, nnz=nnz, nm=(), blocks=())
-        found = our_ways(imagined, self.dtype, self.rates, (str(pattern),), any_size=True)
+        found = our_ways(imagined, self.dtype, self.rates, (str(pattern),), any_size=True, x=self.x)
         assert self.dense is not None
         scale = self.dense.cost.at(1) / self.threshold / self.dense.bytes
-        return {w.kernel: [*(line.at(1) for line in w.cost.pieces[0].lines), w.bytes * scale] for w in found}
+        at_one = {w: [line.at(1) for line in w.cost.pieces[0].lines] for w in found}
+        return {(w.format, w.kernel): [*seconds, w.bytes * scale] for w, seconds in at_one.items()}
 
     def reason(self, decision: Decision) -> str:
         first = decision.ranges[0]
         assert self.dense is not None
-        if first.format.startswith("panel"):
+        if plain_panel(first.format):
             return words.panels(self.full)
         if self.full and not decision.ours:
             return words.NO_ZEROS
@@ -187,7 +192,7 @@ class _Question:
             read = next(c.bytes for c in decision.candidates if c.format == first.format)
             return words.reads(read, self.dense.bytes)
         if decision.ours:
-            if decision.ranges[1].format.startswith("panel"):
+            if plain_panel(decision.ranges[1].format):
                 return words.panels(self.full, decision.ranges[1].m_lo)
             return words.skips(self.fact, decision.ranges[1].m_lo)
         if decision.break_even is not None:
@@ -205,7 +210,7 @@ class _Question:
         if self.fact.sparsity <= 0.55 and not any(f.exact for f in self.fact.nm):
             two_four = replace(self.fact, nnz=self.fact.n * self.fact.k // 2, nm=(NMFact(2, 4, 1, 0),), blocks=())
             tries.append(("2:4", self._gain(two_four, "nm")))
-        if now.format == "dense" or now.format.startswith("panel"):
+        if now.format == "dense" or plain_panel(now.format):
             for share in (0.5, 0.7, 0.9):
                 imagined = replace(self.fact, nnz=round((1 - share) * self.fact.n * self.fact.k), nm=(), blocks=())
                 if share > self.fact.sparsity:
@@ -214,7 +219,7 @@ class _Question:
 
     def _gain(self, imagined: WeightFact, kind: str) -> float:
         assert self.dense is not None
-        ways = our_ways(imagined, self.dtype, self.rates, self.policy.formats)
+        ways = our_ways(imagined, self.dtype, self.rates, self.policy.formats, x=self.x)
         costs = [w.cost.at(1) for w in ways if w.format.startswith(kind) and not w.panel]
         return self.dense.cost.at(1) / min(costs) if costs else 0.0
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sparsec.facts import Candidate, WeightFact
-from sparsec.formats import VALUE_BYTES, Format, Pattern, storage_bytes, stored_values
+from sparsec.formats import VALUE_BYTES, Format, Pattern, storage_bytes, stored_types, stored_values
 from sparsec.options import Policy
 from sparsec.passes.decide.cost import Cost, dense_cost, kernel_cost
 from sparsec.targets.base import KernelRate, Rates
@@ -23,6 +23,12 @@ FULLEST_BLOCKS = 0.9  # likewise for the share of blocks that hold anything
 # A second kernel for the same pack takes seconds to compile; a second format also doubles the memory of the packs.
 SWITCH_LOOP = 1.02
 SWITCH_FORMAT = 1.05
+_PLAIN_PANELS = tuple(f"panel+{values}" for values in VALUE_BYTES)
+
+
+def plain_panel(format: str) -> bool:
+    """Dense values as they are, a second time: neither zeros nor bits are saved."""
+    return format in _PLAIN_PANELS
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class Way:
 
     @property
     def panel(self) -> bool:
-        return self.format.startswith("panel")
+        return plain_panel(self.format)
 
     def change(self, last: Way | None) -> float:
         """How many times faster this way must be to be taken at an M above one where ``last`` runs."""
@@ -67,26 +73,39 @@ def dense_way(fact: WeightFact, dtype: str, rates: Rates) -> Way | None:
     return Way("dense", "", weights * VALUE_BYTES[dtype], dense_cost(rate, weights, rates.dense_overhead))
 
 
-def our_ways(fact: WeightFact, dtype: str, rates: Rates, formats: tuple[str, ...], any_size: bool = False) -> list[Way]:
+def our_ways(
+    fact: WeightFact, dtype: str, rates: Rates, formats: tuple[str, ...], any_size: bool = False, x: str = ""
+) -> list[Way]:
     """Every format and loop that holds for the weight, is allowed, and has a kernel with known speed.
+
+    ``x``: what the graph rounds x to (``int8``); kernels that do it themselves come into question only then.
 
     A sparse pack must be smaller than the weight, unless ``any_size``: what a bitmap gains on a weight with three
     zeros in it is not sparsity's, and panels have it too.
     """
     ways = []
     whole = fact.n * fact.k * VALUE_BYTES[dtype]
-    for pattern in patterns(fact):
-        if not allowed(pattern, formats):
+    for name in formats_of(fact, dtype):
+        if not allowed(name, formats):
             continue
-        for rate in kernel_rates(rates, pattern, dtype):
-            name = Format(pattern, rate.values or dtype)
+        pattern, plain = name.pattern, name.values == dtype
+        for rate in kernel_rates(rates, pattern, dtype, "" if plain else name.values):
+            if "/" in rate.loop and not x:
+                continue
             read = read_bytes(rate, name, fact)
-            if read >= whole and not any_size and pattern.kind != "panel":
+            whole_again = plain and pattern.kind == "panel"
+            if read >= whole and not any_size and not whole_again:
                 continue
             cost = kernel_cost(rate, rates, fact.n, fact.k, stored_values(pattern, fact), read)
-            margin = PANEL_MARGIN if pattern.kind == "panel" else MODEL_MARGIN
-            ways.append(Way(str(name), rate.loop, read, cost, margin))
+            ways.append(Way(str(name), rate.loop, read, cost, PANEL_MARGIN if whole_again else MODEL_MARGIN))
     return ways
+
+
+def formats_of(fact: WeightFact, dtype: str) -> Iterator[Format]:
+    """The formats that this weight holds: its patterns with values as they are, and as the codes they lie on."""
+    for pattern in patterns(fact):
+        for values in (dtype, *stored_types(fact.values)):
+            yield Format(pattern, values)
 
 
 def read_bytes(rate: KernelRate, format: Format, fact: WeightFact) -> int:
@@ -97,20 +116,25 @@ def read_bytes(rate: KernelRate, format: Format, fact: WeightFact) -> int:
     return round(a_position * fact.n * fact.k + a_value * stored_values(format.pattern, fact))
 
 
-def ways_for(fact: WeightFact, dtype: str, rates: Rates, policy: Policy) -> list[Way]:
+def ways_for(fact: WeightFact, dtype: str, rates: Rates, policy: Policy, x: str = "") -> list[Way]:
     """The ways that a policy takes into account.
 
     ``min_speedup=0`` means the best sparse way, whatever it costs; panels skip no zeros, so it leaves them out unless
     they are asked for by name.
     """
     forced = policy.min_speedup == 0
-    ways = our_ways(fact, dtype, rates, policy.formats, any_size=forced)
+    ways = our_ways(fact, dtype, rates, policy.formats, any_size=forced, x=x)
     return [w for w in ways if not (forced and not policy.formats and w.panel)]
 
 
-def allowed(pattern: Pattern, formats: tuple[str, ...]) -> bool:
-    """``formats`` names patterns; ``nm`` and ``block`` without parameters mean all of theirs; empty means all."""
-    return not formats or str(pattern) in formats or pattern.kind in formats
+def allowed(format: Format | Pattern, formats: tuple[str, ...]) -> bool:
+    """``formats`` names patterns, and formats where the values matter; ``nm`` and ``block`` without parameters mean all
+    of theirs; empty means all."""
+    if not formats:
+        return True
+    pattern = format.pattern if isinstance(format, Format) else format
+    named = isinstance(format, Format) and str(format) in formats
+    return named or str(pattern) in formats or pattern.kind in formats
 
 
 def patterns(fact: WeightFact) -> Iterator[Pattern]:
@@ -135,8 +159,12 @@ def patterns(fact: WeightFact) -> Iterator[Pattern]:
             yield Pattern("block", (b.rows, b.cols))
 
 
-def kernel_rates(rates: Rates, pattern: Pattern, dtype: str) -> list[KernelRate]:
-    """The measured loops of a pattern: those of exactly its parameters, else those of a relative of its family."""
-    family = [r for r in rates.kernels if r.dtype == dtype and r.pattern.partition(":")[0] == pattern.kind]
+def kernel_rates(rates: Rates, pattern: Pattern, dtype: str, values: str = "") -> list[KernelRate]:
+    """The measured loops of a pattern: those of exactly its parameters, else those of a relative of its family.
+
+    ``values``: how they are stored, where not in ``dtype``.
+    """
+    kind = [r for r in rates.kernels if r.dtype == dtype and r.values == values]
+    family = [r for r in kind if r.pattern.partition(":")[0] == pattern.kind]
     exact = [r for r in family if r.pattern == str(pattern)]
     return exact or [r for r in family if r.pattern == family[0].pattern]

@@ -36,7 +36,7 @@ class Direct:
         machine = targets.resolve(target)
         dtype = DTYPES[weight.dtype]
         spec = KernelSpec.on(machine, format, loop, dtype)
-        self.packed = packed if packed is not None else cpp.pack_verified(weight.detach(), format, "direct")
+        self.packed = packed or cpp.pack_verified(weight.detach(), format, "direct", x=spec.x)
         self.kernel = build.build(spec, cache_dir(cache))
         self.bias, self.act, self.n = bias, ACTS.index(act), int(weight.shape[0])
         self._tensors = [*self.packed.tensors, self.packed.work]

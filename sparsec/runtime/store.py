@@ -135,7 +135,8 @@ class Store:
     def decide(self, weight: torch.Tensor, fact: WeightFact, plan: Plan) -> Decision:
         """By the cost model, with the rates of this machine."""
         target, dtype = target_of(weight, plan.policy), DTYPES[weight.dtype]
-        return decide(fact, dtype, target, _rates(fact, dtype, target, plan.policy), plan.policy)
+        rates = _rates(fact, dtype, target, plan)
+        return decide(fact, dtype, target, rates, plan.policy, x=plan.x_type)
 
     def tuned(self, weight: torch.Tensor, fact: WeightFact, decision: Decision, plan: Plan) -> Decision:
         """The decision again, by measurements on this very weight; unchanged where the policy does not tune."""
@@ -145,8 +146,9 @@ class Store:
         from sparsec.tune import measured_for
 
         target, dtype = target_of(weight, policy), DTYPES[weight.dtype]
-        measured = measured_for(matrix(weight, plan), fact, dtype, target, policy, (plan.m,) if plan.m else ())
-        return decide(fact, dtype, target, _rates(fact, dtype, target, policy), policy, measured)
+        ms = (plan.m,) if plan.m else ()
+        measured = measured_for(matrix(weight, plan), fact, dtype, target, policy, ms, plan.x_type)
+        return decide(fact, dtype, target, _rates(fact, dtype, target, plan), policy, measured, plan.x_type)
 
     def install(
         self,
@@ -197,7 +199,7 @@ class Store:
         if target.gpu:
             packed = triton.pack_verified(weight, format, fact.key, part.kernel)
         else:
-            packed = cpp.pack_verified(weight.detach(), format, fact.key)
+            packed = cpp.pack_verified(weight.detach(), format, fact.key, x=rounds(part))
         self._packs[key] = packed
         self.packed_count += 1
         return packed
@@ -325,10 +327,16 @@ def target_of(weight: torch.Tensor, policy: Policy) -> Target:
 
 
 def pack_key(part: Range, target: Target) -> str:
-    """What ranges must have in common to share a pack: the format, and on GPUs also the family that reads it."""
+    """What ranges must have in common to share a pack: the format, what its kernels do to x, and on GPUs the family
+    that reads it."""
     if not target.gpu:
-        return part.format
+        return f"{part.format}/{rounds(part)}"
     return f"{part.format} {triton.kind_of(Format.parse(part.format), part.kernel)}"
+
+
+def rounds(part: Range) -> str:
+    """What the kernel of a range rounds x to: "int8" of ``dot/int8``."""
+    return part.kernel.partition("/")[2]
 
 
 def _route_on_gpu(
@@ -351,10 +359,11 @@ def uses(impl: int, plan_text: str) -> int:
     return int(torch.ops.sparsec.uses(impl, plan_text))
 
 
-def _rates(fact: WeightFact, dtype: str, target: Target, policy: Policy) -> Rates:
+def _rates(fact: WeightFact, dtype: str, target: Target, plan: Plan) -> Rates:
     from sparsec.measure import rates_for  # it runs kernels, so it imports this package
 
-    return rates_for(fact, dtype, target, torch.get_num_threads(), cache_dir(policy.cache_dir), policy.formats)
+    cache, threads = cache_dir(plan.policy.cache_dir), torch.get_num_threads()
+    return rates_for(fact, dtype, target, threads, cache, plan.policy.formats, plan.x_type)
 
 
 def matrix(weight: torch.Tensor, plan: Plan) -> torch.Tensor:
