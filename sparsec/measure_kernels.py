@@ -120,7 +120,7 @@ def measure_kernel(t: Text, target: Target, overhead: float, cache: Path) -> tup
 
 
 def _bytes_of(packs: list[tuple[int, int, int]]) -> tuple[float, float]:
-    """Bytes of a position and of a stored value, from packs of (positions, values, bytes); one pack tells the latter."""
+    """Bytes of a position and of a value, from packs of (positions, values, bytes); one pack tells the latter."""
     position, value = fit([(a if len(packs) > 1 else 0.0, b, float(size)) for a, b, size in packs])
     return position, value
 

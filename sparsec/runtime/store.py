@@ -181,7 +181,7 @@ class Store:
         tensors: list[torch.Tensor] = []
         table: list[int] = []
         for part in parts:
-            packed = packs[part.format]
+            packed = packs[pack_key(part, target)]
             kernel = self.kernel(part, weight.dtype, plan.policy)
             hi = FOREVER if part.m_hi is None else part.m_hi
             table += route(part.m_lo, hi, kernel, packed, len(tensors))
