@@ -26,6 +26,7 @@ def load(chosen_cache: str = "") -> None:
         return
     abi = Path(build.__file__).parent / "cpp" / "abi.h"
     text = (_HERE / "op.cpp").read_text().replace('#include "abi.h"', abi.read_text().replace("#pragma once", ""))
+    text = text.replace('#include "packed.h"', (_HERE / "packed.h").read_text())
     flags = ["-O2", "-std=c++20", "-fopenmp", *compat.shared_libraries(), f"-DSPARSEC_TORCH_{_torch_tag()}=1"]
     path = build.compile_shared(text, "sparsec_op", flags, cache_dir(chosen_cache))
     torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
@@ -37,7 +38,7 @@ def _torch_tag() -> str:
 
 
 def _register_python_half() -> None:
-    from sparsec.runtime import store
+    from sparsec.runtime import packed, store
 
     library: Any = torch.library.Library("sparsec", "FRAGMENT")  # type: ignore[no-untyped-call]
     library.impl("resolve", store.STORE.resolve, "CPU")
@@ -46,6 +47,7 @@ def _register_python_half() -> None:
     torch.library.register_fake("sparsec::linear", _linear_shape, lib=library)
     torch.library.register_fake("sparsec::linear_group", _group_shapes, lib=library)
     torch.library.register_fake("sparsec::conv1x1", _conv_shape, lib=library)
+    packed.register(library)
 
 
 def _linear_shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, plan: str) -> torch.Tensor:

@@ -12,6 +12,8 @@
 #include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/equal.h>
+#include <ATen/ops/eye.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
 #include <ATen/ops/relu.h>
@@ -372,3 +374,5 @@ TORCH_LIBRARY_IMPL(sparsec, CPU, lib) {
   lib.impl("install", install);
   lib.impl("direct", direct);
 }
+
+#include "packed.h"
