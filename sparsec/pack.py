@@ -22,7 +22,7 @@ from sparsec.cache import cache_dir
 from sparsec.codegen import cpp
 from sparsec.codegen.cpp import packer
 from sparsec.codegen.spec import Packed
-from sparsec.errors import BadOptionValue, PackError, RoundTripMismatch
+from sparsec.errors import BadOptionValue, RoundTripMismatch, SparsecError
 from sparsec.facts import Decision, WeightFact
 from sparsec.formats import Format
 from sparsec.measure import rates_for
@@ -143,14 +143,17 @@ def _pack_layer(layer: Found, policy: Policy) -> PackRow:
         if not _sparse(decision, policy) or chosen is None:
             return row(reason=decision.reason if chosen is None or not decision.ours else _only_panels(decision))
         made = _made(weight.t() if layer.transposed else weight, fact, chosen, policy)
-    except PackError as error:
+    except SparsecError as error:
         return row(reason=str(error))
+    size = sum(t.numel() * t.element_size() for t in made.tensors)
+    if size >= weight.numel() * weight.element_size():  # small weights: what every pack has beside its values
+        return row(reason=f"its pack would take {size} bytes, no fewer than the weight itself")
     layer.replace(lambda module: _packed_module(module, made, layer))
     del weight
     return row(
         reason=decision.reason,
         format=made.plan.format,
-        packed_bytes=sum(t.numel() * t.element_size() for t in made.tensors),
+        packed_bytes=size,
         plan=made.plan,
         density=made.fact.density,
         negative_zeros=made.fact.negative_zeros,
