@@ -29,7 +29,7 @@ from sparsec.measure import rates_for
 from sparsec.options import Options, Policy
 from sparsec.pack_report import PackReport, PackRow
 from sparsec.packable import Found, find_layers
-from sparsec.packed import PackedLinear, checksum
+from sparsec.packed import PackedLinear, checksum, text_tensor
 from sparsec.passes.decide.whole import WholePlan, best_whole
 from sparsec.passes.graph import DTYPES
 from sparsec.plan import Plan
@@ -225,8 +225,9 @@ def _packed_module(module: nn.Module, made: _Made, layer: Found) -> PackedLinear
         "bias_trained": bias is not None and bias.requires_grad,
         "dense_from": made.plan.dense_from,
         "worst": made.plan.worst,
+        "worst_at": made.plan.worst_at,
     }
-    new = PackedLinear(made.tensors, bias, about)
+    new = PackedLinear(made.tensors, bias, text_tensor(about))
     new.train(module.training)
     new._forward_hooks, new._forward_pre_hooks = module._forward_hooks, module._forward_pre_hooks
     return new

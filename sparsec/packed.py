@@ -37,22 +37,25 @@ class PackedLinear(nn.Module):
     bias: nn.Parameter | None
 
     def __init__(
-        self, tensors: Sequence[torch.Tensor], bias: torch.Tensor | None, about: Mapping[str, Any] | None = None
+        self, tensors: Sequence[torch.Tensor], bias: torch.Tensor | None, about: torch.Tensor | None = None
     ) -> None:
-        """``tensors``: (meta, tensors of the pack ..., work). Raises BadPack where they do not fit together."""
+        """``tensors``: (meta, tensors of the pack ..., work); ``about``: uint8, JSON (``text_tensor``).
+
+        Raises BadPack where they do not fit together.
+        """
         super().__init__()
         library.load()
         self.training = False
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
-        self._set(tensors, dict(about or {}))
+        self._set(tensors, text_tensor({}) if about is None else about)
 
-    def _set(self, tensors: Sequence[torch.Tensor], about: dict[str, Any]) -> None:
+    def _set(self, tensors: Sequence[torch.Tensor], about: torch.Tensor) -> None:
         meta = checked(tensors)
         for name in [name for name in self._buffers if name != "bias"]:
             del self._buffers[name]
         for name, tensor in zip(buffer_names(len(tensors)), tensors, strict=True):
             self.register_buffer(name, tensor)
-        self.register_buffer(ABOUT, _text_tensor(json.dumps(about)))
+        self.register_buffer(ABOUT, about)
         self._read(meta)
 
     def _read(self, meta: Meta) -> None:
@@ -84,7 +87,7 @@ class PackedLinear(nn.Module):
     @property
     def about(self) -> dict[str, Any]:
         """What is told about the pack: ``sum`` (checksum), ``transposed``, ``density``, ``trained`` ..."""
-        found: dict[str, Any] = _text_of(self.get_buffer(ABOUT))
+        found: dict[str, Any] = text_of(self.get_buffer(ABOUT))
         return found
 
     @property
@@ -158,7 +161,7 @@ class PackedLinear(nn.Module):
         unexpected_keys += [k for k in state_dict if strict and k.startswith(prefix) and k not in known]
 
     def _take(self, tensors: list[torch.Tensor], found: Mapping[str, torch.Tensor], prefix: str) -> None:
-        meta, about = checked(tensors), _text_of(found[ABOUT])
+        meta, about = checked(tensors), text_of(found[ABOUT])
         if (meta.n, meta.k, meta.dtype) != (self.out_features, self.in_features, Meta.decode(self._pack[0]).dtype):
             raise BadPack(why=f"it is [{meta.n}, {meta.k}] {meta.dtype}, the layer {self.extra_repr()}")
         if about.get("sum") != checksum(tensors):
@@ -167,7 +170,7 @@ class PackedLinear(nn.Module):
             if found["bias"].shape != self.bias.shape:
                 raise BadPack(why=f"its bias is {tuple(found['bias'].shape)}, not {tuple(self.bias.shape)}")
             self.bias.data = found["bias"].to(self.dtype)
-        self._set(tensors, about)
+        self._set(tensors, found[ABOUT])
 
 
 def buffer_names(count: int) -> list[str]:
@@ -209,11 +212,13 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _text_tensor(text: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+def text_tensor(said: Mapping[str, Any]) -> torch.Tensor:
+    """A dict as JSON in a uint8 tensor; ``text_of`` reads it back."""
+    return torch.frombuffer(bytearray(json.dumps(said).encode()), dtype=torch.uint8)
 
 
-def _text_of(tensor: torch.Tensor) -> Any:
+def text_of(tensor: torch.Tensor) -> Any:
+    """The JSON in a uint8 tensor. Raises BadPack."""
     try:
         return json.loads(bytes(tensor.tolist()))
     except ValueError:
