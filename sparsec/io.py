@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from sparsec.bitmask_file import Checkpoint
 from sparsec.errors import BadModelFile, ModelNotFound, OutputExists, Unsavable, WriteFailed
 
 if TYPE_CHECKING:
@@ -263,6 +264,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """Copy a saved checkpoint (folder or ``.safetensors`` file) into ``model``, in place, and return it.
 
     A packed model's file is mapped, not copied, and replaces the linear layers (``packed_file.load_packed``).
+    Weights in compressed-tensors' ``sparse-bitmask`` and ``sparse-24-bitmask`` layouts are read too (``bitmask_file``).
 
     Strict: every tensor of the model must be there with its shape and none may be left over, or BadModelFile says
     which, before anything is copied. A tied tensor may be there under any one of its names. Values are converted only
@@ -278,22 +280,13 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     files = _files(path)
     if _is_packed(module):
         raise BadModelFile(path=os.fspath(path), why="it is dense and the model is packed; call sparsec.unpack_(model)")
-    place: dict[str, Path] = {}
-    for file in files:
-        with _opened(file) as content:
-            place.update(dict.fromkeys(content.keys(), file))
-    wanted = _matched(module, place, os.fspath(path))
-    for check in (True, False):
-        for file in files:
-            with _opened(file) as content:
-                for name, tensor in wanted.items():
-                    if place[name] != file:
-                        continue
-                    if check:
-                        _check(name, tensor, content.get_slice(name), os.fspath(path))
-                    else:
-                        with torch.no_grad():
-                            tensor.copy_(content.get_tensor(name))
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        there = Checkpoint(os.fspath(path), [stack.enter_context(_opened(file)) for file in files])
+        wanted = _matched(module, there.names, os.fspath(path))
+        for name, tensor in wanted.items():
+            _check(name, tensor, there.slice(name), os.fspath(path))
+        for name, tensor in wanted.items():
+            tensor.copy_(there.tensor(name))
     return model
 
 
@@ -334,7 +327,7 @@ def _opened(file: Path) -> Iterator[Any]:
         yield content
 
 
-def _matched(model: nn.Module, there: dict[str, Path], path: str) -> dict[str, torch.Tensor]:
+def _matched(model: nn.Module, there: set[str], path: str) -> dict[str, torch.Tensor]:
     """The names to read -> the tensor of the model that each goes to."""
     wanted: dict[str, torch.Tensor] = {}
     missing: list[str] = []
