@@ -38,6 +38,8 @@ from sparsec.runtime.packed import Meta, kernels_in
 from sparsec.runtime.store import STORE
 
 Progress = Callable[[int, int, str], None]  # layers done, of how many, name
+_BUDGET_S = 0.05  # for timing the decoding of a layer
+_decoding: dict[tuple[str, int, int], float] = {}  # format, tenths of density, threads -> least seconds a position
 _TRIM_EVERY = 64 << 20  # freed bytes after which the allocator is asked to give pages back
 
 
@@ -142,6 +144,8 @@ def _pack_layer(layer: Found, policy: Policy) -> PackRow:
         chosen = best_whole(fact, DTYPES[weight.dtype], _rates(fact, weight, policy), policy)
         if not _sparse(decision, policy) or chosen is None:
             return row(reason=decision.reason if chosen is None or not decision.ours else _only_panels(decision))
+        if layer.transposed:
+            weight = layer.lay_in_rows()
         made = _made(weight.t() if layer.transposed else weight, fact, chosen, policy)
     except SparsecError as error:
         return row(reason=str(error))
@@ -186,9 +190,9 @@ def _made(weight: torch.Tensor, fact: WeightFact, chosen: WholePlan, policy: Pol
     packed = cpp.family(format.pattern.kind).pack(weight.contiguous(), format.pattern, format.values, fact.key)
     dtype = DTYPES[weight.dtype]
     tensors = _tensors(packed, chosen, dtype, policy.target)
-    if not torch.ops.sparsec.holds_packed(list(tensors), weight.contiguous()):
+    if not torch.ops.sparsec.holds_packed(list(tensors), weight):
         raise RoundTripMismatch(format=str(format), detail="a block of rows differs")
-    seconds = _seconds_of_unpacking(tensors, weight)
+    seconds = _seconds_of_unpacking(tensors, fact, weight)
     final = best_whole(fact, dtype, _rates(fact, weight, policy), _only(policy, format), seconds) or chosen
     return _Made(_tensors(packed, final, dtype, policy.target), final, fact)
 
@@ -204,13 +208,20 @@ def _tensors(packed: Packed, plan: WholePlan, dtype: str, target: str) -> tuple[
     return (meta.encode(), *packed.tensors, packed.work)
 
 
-def _seconds_of_unpacking(tensors: tuple[torch.Tensor, ...], weight: torch.Tensor) -> float:
-    """Least of three: a decode in blocks, compared with the weight, which costs a little more than decoding alone."""
-    best = float("inf")
-    for _ in range(3):
+def _seconds_of_unpacking(tensors: tuple[torch.Tensor, ...], fact: WeightFact, weight: torch.Tensor) -> float:
+    """The least of several decodes in blocks, which are compared with the weight and so cost a little more.
+
+    Other layers of the same format and about the same density say what a quiet moment of this machine gives.
+    """
+    key = (Meta.decode(tensors[0]).format, round(10 * fact.density), torch.get_num_threads())
+    best, until = _decoding.get(key, float("inf")) * weight.numel(), time.perf_counter() + _BUDGET_S
+    for _ in range(10):
         started = time.perf_counter()
         torch.ops.sparsec.holds_packed(list(tensors), weight)
         best = min(best, time.perf_counter() - started)
+        if time.perf_counter() > until:
+            break
+    _decoding[key] = best / max(weight.numel(), 1)
     return best
 
 

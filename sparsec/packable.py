@@ -37,6 +37,16 @@ class Found:
         weight: torch.Tensor = self.modules[0]._parameters["weight"]  # type: ignore[assignment]
         return weight
 
+    def lay_in_rows(self) -> torch.Tensor:
+        """Store a [K, N] weight so that its [N, K] view is contiguous, as packers read it; the values stay.
+
+        Packing from a copy would hold the weight twice beside its pack.
+        """
+        copy = self.weight.detach().t().contiguous()
+        for module in self.modules:
+            module._parameters["weight"].data = copy.t()  # type: ignore[union-attr]
+        return self.weight
+
     def replace(self, make: Callable[[nn.Module], nn.Module]) -> None:
         """Put a new module in every place; one that stood in several places stays one. The old ones let go."""
         made = {id(module): make(module) for module in self.modules}
