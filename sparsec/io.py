@@ -92,7 +92,8 @@ def check_output(path: str | os.PathLike[str], recipe_sha: str, model_sha: str, 
     if overwrite:
         raise OutputExists(path=name, what="more than a checkpoint, and --overwrite replaces nothing else")
     if not facts:
-        raise OutputExists(path=name, what="files that sparsec did not write")
+        packed = (target / "packed.safetensors").exists()
+        raise OutputExists(path=name, what="a packed model" if packed else "files that sparsec did not write")
     same_recipe = facts.get("recipe_sha") == recipe_sha
     raise OutputExists(
         path=name,

@@ -113,7 +113,7 @@ def report_of(path: str | os.PathLike[str]) -> PackReport:
     """The table of a saved packed model, without a model to load it into. Raises BadPackedFile."""
     content = _read(os.fspath(path))
     rows = []
-    for name, meta in content.metas.items():
+    for name, meta in sorted(content.metas.items(), key=lambda item: _natural(item[0])):
         about = text_of(content.tensors[f"{name}.{ABOUT}"])
         pack = [content.tensors[f"{name}.{part}"] for part in buffer_names(meta.tensors + 2)]
         plan = WholePlan(meta.format, meta.routes, about.get("dense_from"), about.get("worst", 0.0),
@@ -277,6 +277,11 @@ def _assign(content: _Content, model: nn.Module) -> None:
             id(tensor), nn.Parameter(tensor, requires_grad=old.requires_grad and tensor.is_floating_point())
         )
         module._parameters[leaf] = made[id(tensor)]
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A key that puts layer 2 before layer 10."""
+    return [(int(part) if part.isdigit() else -1, part) for part in name.split(".")]
 
 
 def _first_line(error: Exception) -> str:
