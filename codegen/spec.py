@@ -39,7 +39,8 @@ ACTS = ("", "relu", "gelu", "gelu_tanh", "silu")  # the C interface uses the pos
 class KernelSpec:
     """Everything that shapes a kernel's text.
 
-    ``loop``: ``dot`` (rows of x against rows of W; small M) or ``outer`` (x transposed, M in the vector; larger M).
+    ``loop``: ``dot`` (rows of x against rows of W; small M) or ``outer`` (x transposed, M in the vector; larger M);
+    ``unpack`` writes the dense weight and reads no x (``cpp/unpack.h``); every layout with an outer loop has it.
     ``dtype``: of x, y and bias, ``fp32`` or ``bf16``. ``bf16_dot``: the machine has bf16 dot products.
     ``x``: "" takes x as it is, ``int8`` quantises it first (``reference.quantised``).
     """

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sparsec.explain import Explanation, explain
     from sparsec.io import load, save
+    from sparsec.pack import pack_, unpack_
     from sparsec.runtime.store import invalidate
     from sparsec.sparsify import Report, methods, sparsify
     from sparsec.tune_model import tune
@@ -27,9 +28,11 @@ _HOME = {
     "invalidate": "sparsec.runtime.store",
     "load": "sparsec.io",
     "methods": "sparsec.sparsify",
+    "pack_": "sparsec.pack",
     "save": "sparsec.io",
     "sparsify": "sparsec.sparsify",
     "tune": "sparsec.tune_model",
+    "unpack_": "sparsec.pack",
 }
 
 __all__ = [
@@ -40,9 +43,11 @@ __all__ = [
     "invalidate",
     "load",
     "methods",
+    "pack_",
     "save",
     "sparsify",
     "tune",
+    "unpack_",
 ]
 
 

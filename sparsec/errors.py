@@ -28,7 +28,9 @@ SparsecError
  ├── SingularHessian                S213  inputs whose X X^T cannot be inverted
  ├── PackError                      S3xx  a weight that does not hold what a format promises
  │    ├── PatternMismatch           S301
- │    └── RoundTripMismatch         S302
+ │    ├── RoundTripMismatch         S302
+ │    ├── PackedLayer               S303
+ │    └── BadPack                   S304
  ├── BuildError                     S4xx  making machine code
  │    ├── NoCompiler                S401
  │    ├── CompileFailed             S402
@@ -47,6 +49,7 @@ SparsecError
       ├── OtherRun                  S607
       ├── JournalFailed             S608
       ├── Unsavable                 S609
+      ├── BadPackedFile             S610
       ├── TuningNotKept             S620
       ├── OtherMachine              S621
       └── BadTuningFile             S622
@@ -243,6 +246,18 @@ class RoundTripMismatch(PackError):
     message = "unpacking {format} did not give the weight back ({detail}). It stays dense; please report this."
 
 
+class PackedLayer(PackError):
+    """Something that a layer without a dense weight cannot do."""
+
+    code = "S303"
+    message = "{doing}. {help}, or call sparsec.unpack_(model) first to get dense weights back."
+
+
+class BadPack(PackError):
+    code = "S304"
+    message = "the pack of a layer cannot be used: {why}. Pack the dense model again with sparsec.pack_(model)."
+
+
 class BuildError(SparsecError):
     code = "S400"
 
@@ -355,6 +370,15 @@ def listed(names: Iterable[str]) -> str:
 class Unsavable(InputError):
     code = "S609"
     message = "no checkpoint was written, since from_pretrained could not load it: {why}."
+
+
+class BadPackedFile(InputError):
+    code = "S610"
+    message = "{path!r} cannot be loaded as a packed model: {why}. {help}"
+
+    def __init__(self, **fields: object) -> None:
+        again = "Save it again from the packed model, or pack the dense model again."
+        super().__init__(**{"help": again, **fields})
 
 
 class TuningNotKept(InputError):

@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from sparsec.bitmask_file import Checkpoint
 from sparsec.errors import BadModelFile, ModelNotFound, OutputExists, Unsavable, WriteFailed
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def save(
 
     ``files``: more texts for a folder, by name (``Outcome.files``).
     A folder that holds the same model pruned with the same recipe is replaced, any other only with ``overwrite``.
+    A packed model becomes one file that only sparsec reads, ``packed.safetensors`` in a folder.
     Tied tensors are stored once. Raises OutputExists, or WriteFailed, after which ``path`` is as it was.
     """
     target = Path(os.path.realpath(path))
@@ -84,13 +86,14 @@ def check_output(path: str | os.PathLike[str], recipe_sha: str, model_sha: str, 
     facts = _facts(target)
     if facts and recipe_sha and (facts.get("recipe_sha"), facts.get("model_sha")) == (recipe_sha, model_sha):
         return
-    is_checkpoint = any((target / n).exists() for n in (FACTS, WEIGHTS, _INDEX, "config.json"))
+    is_checkpoint = any((target / n).exists() for n in (FACTS, WEIGHTS, _INDEX, "packed.safetensors", "config.json"))
     if overwrite and is_checkpoint and not any(p.is_dir() for p in target.iterdir()):
         return
     if overwrite:
         raise OutputExists(path=name, what="more than a checkpoint, and --overwrite replaces nothing else")
     if not facts:
-        raise OutputExists(path=name, what="files that sparsec did not write")
+        packed = (target / "packed.safetensors").exists()
+        raise OutputExists(path=name, what="a packed model" if packed else "files that sparsec did not write")
     same_recipe = facts.get("recipe_sha") == recipe_sha
     raise OutputExists(
         path=name,
@@ -160,7 +163,9 @@ def _remove_abandoned(target: Path) -> None:
 
 def _write_folder(model: nn.Module, folder: Path, report: Report | None, tokenizer: Any) -> None:
     transformers_model: Any = model
-    if hasattr(transformers_model, "save_pretrained"):
+    if _is_packed(model):
+        _write_packed_folder(transformers_model, folder)
+    elif hasattr(transformers_model, "save_pretrained"):
         with _no_shard_bar():
             transformers_model.save_pretrained(folder)
     else:
@@ -196,12 +201,38 @@ def _write_file(model: nn.Module, target: Path) -> None:
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     os.close(handle)
     try:
-        save_file(_own_tensors(model), name, metadata=_METADATA)
+        _save_tensors(model, name)
         os.chmod(name, 0o644)
         os.replace(name, target)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def _is_packed(model: nn.Module) -> bool:
+    return any(type(m).__name__ == "PackedLinear" for m in model.modules())
+
+
+def _write_packed_folder(model: Any, folder: Path) -> None:
+    """The packed file, and what ``from_pretrained`` would need to make the architecture again."""
+    from sparsec.packed_file import NAME
+
+    for part in ("config", "generation_config"):
+        config: Any = getattr(model, part, None)
+        if hasattr(config, "save_pretrained"):
+            config.save_pretrained(folder)
+    _save_tensors(model, folder / NAME)
+
+
+def _save_tensors(model: nn.Module, file: str | Path) -> None:
+    own = _own_tensors(model)
+    if not _is_packed(model):
+        save_file(own, file, metadata=_METADATA)
+        return
+    from sparsec.packed_file import metadata_of
+
+    shared = {name: names[0] for names, _ in _groups(model) for name in names[1:]}
+    save_file(own, file, metadata=metadata_of(model, own, shared))
 
 
 def _own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -233,29 +264,41 @@ def _groups(model: nn.Module) -> list[tuple[list[str], torch.Tensor]]:
 def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """Copy a saved checkpoint (folder or ``.safetensors`` file) into ``model``, in place, and return it.
 
+    A packed model's file is mapped, not copied, and replaces the linear layers (``packed_file.load_packed``).
+    Weights in compressed-tensors' ``sparse-bitmask`` and ``sparse-24-bitmask`` layouts are read too (``bitmask_file``).
+
     Strict: every tensor of the model must be there with its shape and none may be left over, or BadModelFile says
     which, before anything is copied. A tied tensor may be there under any one of its names. Values are converted only
     where that loses nothing (bf16 file, fp32 model).
     """
-    files = _files(path)
-    place: dict[str, Path] = {}
-    for file in files:
-        with _opened(file) as content:
-            place.update(dict.fromkeys(content.keys(), file))
     inner = getattr(model, "_orig_mod", None)
-    wanted = _matched(inner if isinstance(inner, nn.Module) else model, place, os.fspath(path))
-    for check in (True, False):
-        for file in files:
-            with _opened(file) as content:
-                for name, tensor in wanted.items():
-                    if place[name] != file:
-                        continue
-                    if check:
-                        _check(name, tensor, content.get_slice(name), os.fspath(path))
-                    else:
-                        with torch.no_grad():
-                            tensor.copy_(content.get_tensor(name))
+    module = inner if isinstance(inner, nn.Module) else model
+    if (packed := _packed_file(path)) is not None:
+        from sparsec.packed_file import load_packed
+
+        load_packed(packed, module)
+        return model
+    files = _files(path)
+    if _is_packed(module):
+        raise BadModelFile(path=os.fspath(path), why="it is dense and the model is packed; call sparsec.unpack_(model)")
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        there = Checkpoint(os.fspath(path), [stack.enter_context(_opened(file)) for file in files])
+        wanted = _matched(module, there.names, os.fspath(path))
+        for name, tensor in wanted.items():
+            _check(name, tensor, there.slice(name), os.fspath(path))
+        for name, tensor in wanted.items():
+            tensor.copy_(there.tensor(name))
     return model
+
+
+def _packed_file(path: str | os.PathLike[str]) -> Path | None:
+    """The file of a packed model at ``path`` (folder or file), if there is one."""
+    from sparsec.packed_file import NAME, is_packed_file
+
+    inside = Path(path) / NAME
+    if inside.is_file():
+        return inside
+    return Path(path) if Path(path).is_file() and is_packed_file(Path(path)) else None
 
 
 def _files(path: str | os.PathLike[str]) -> list[Path]:
@@ -285,7 +328,7 @@ def _opened(file: Path) -> Iterator[Any]:
         yield content
 
 
-def _matched(model: nn.Module, there: dict[str, Path], path: str) -> dict[str, torch.Tensor]:
+def _matched(model: nn.Module, there: set[str], path: str) -> dict[str, torch.Tensor]:
     """The names to read -> the tensor of the model that each goes to."""
     wanted: dict[str, torch.Tensor] = {}
     missing: list[str] = []

@@ -188,11 +188,19 @@ def _pretrained(source: str, dtype: str, shown: str) -> LoadedModel:
     transformers = need_transformers(f"loading {shown!r}")
     local = os.path.isdir(source)
     options: dict[str, Any] = {"local_files_only": True} if local or not _hub_reachable() else {}
+    from sparsec.rebuilt import needs_rebuilding, rebuilt
+
     with _quiet(transformers):
         try:
             config = transformers.AutoConfig.from_pretrained(source, **options)
             maker = _maker(transformers, config)
+            if local and needs_rebuilding(Path(source)):
+                model = rebuilt(Path(source), maker, config, dtype)
+                tokenizer = _tokenizer(transformers, source, options)
+                return LoadedModel(model.eval(), tokenizer, kind_of(config), source, shown)
             model, info = maker.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True, **options)
+        except SparsecError:
+            raise
         except Exception as error:  # transformers, safetensors and the hub raise a dozen kinds for a bad checkpoint
             raise _load_error(source, local, error) from error
         missing = sorted(info["missing_keys"])

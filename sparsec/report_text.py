@@ -109,6 +109,8 @@ def nothing(report: Explanation) -> str:
     """Why there is no table, and what to do."""
     if report.failures:
         return "the model could not be looked at (see below), so torch.compile would run it without sparsec"
+    if report.refusals and all(refusal.reason.startswith("already packed") for refusal in report.refusals):
+        return "every linear layer is packed already, as below"
     if report.refusals:
         return "no linear layer can be taken; the reasons are below"
     return (

@@ -65,4 +65,4 @@ def _loop_parts(loop: str, layout: str) -> Sequence[str]:
     if loop == "dot":
         return (f"{layout}.h", "dot.h")
     shared = ("sliced.h",) if layout == "sliced" else ()
-    return ("list.h", *shared, f"{layout}_list.h", "outer.h")
+    return ("list.h", *shared, f"{layout}_list.h", f"{loop}.h")

@@ -158,7 +158,7 @@ class _Question:
         Solved: at M = 1 a cost is a line in the number of kept values, and the threshold is where it meets dense.
         """
         positions = self.fact.n * self.fact.k
-        if self.dense is None or not positions:
+        if self.dense is None or positions < 3:  # half of one or two weights is all of them, which no bitmap is for
             return None
         goal = self.dense.cost.at(1) / self.threshold  # and the pack must be smaller than the weight
         kept = -1.0

@@ -26,6 +26,7 @@ from sparsec.errors import SparsecError, SparsecWarning
 COMMANDS = {
     "demo": "A pruned real model against Inductor, as a table and a report.",
     "sparsify": "Prune a model and save an ordinary checkpoint with exact zeros.",
+    "pack": "Pack a pruned model: smaller in memory and on disk, loaded without packing.",
     "search": "The fastest recipe under an accuracy budget.",
     "explain": "Why is my pruned model not faster? One reason a layer.",
     "bench": "Time a model, dense and sparse side by side.",

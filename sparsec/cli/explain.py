@@ -18,7 +18,9 @@ EXAMPLE = "sparsec explain tiny:llama@80 --batch 1,16 --html report.html"
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="A Hugging Face folder or hub id, file.py:factory, minilm, tiny:llama.")],
+    model: Annotated[
+        str, typer.Argument(help="A Hugging Face folder or hub id, file.py:factory, minilm, tiny:llama, packed file.")
+    ],
     batch: Annotated[str, typer.Option("--batch", "-b", help="Batch sizes, as 1,16,512.")] = "1",
     tokens: Annotated[int, typer.Option("--tokens", "-p", help="Tokens of each input; 1 is a decode step.")] = 128,
     measure: Annotated[
@@ -38,7 +40,11 @@ def command(
     The rows of a layer are batch x tokens; the head of a causal model works on the last token alone, as in bench. Times
     are expected from this machine's measured rates; --measure adds times of this run: of each layer, and of the whole
     model by Inductor and by sparsec, as sparsec bench has them. The model is loaded, looked at and not changed.
+    Of a packed model (sparsec pack) the table of its packs is printed.
     """
+    if (packed := _packed_file(model)) is not None:
+        _table_of(packed, as_json)
+        return
     batches, said = parse_batches(batch), parse_options(options)
     if html is not None and not html.parent.is_dir():
         raise BadOptionValue(key="html", value=str(html), expected="the folder it is in does not exist; make it first")
@@ -53,6 +59,25 @@ def command(
     report.show(compare=other)
     if html is not None:
         print(f"page: {html}")
+
+
+def _packed_file(spec: str) -> Path | None:
+    """The file of a packed model that ``spec`` names, itself or its folder."""
+    path = Path(spec)
+    if path.suffix == ".safetensors" and path.is_file():
+        return path
+    inside = path / "packed.safetensors"
+    return inside if inside.is_file() else None
+
+
+def _table_of(file: Path, as_json: bool) -> None:
+    from sparsec.packed_file import report_of
+
+    report = report_of(file)
+    if as_json:
+        emit_json(report.to_dict())
+    else:
+        print(report)
 
 
 def parse_batches(text: str) -> tuple[int, ...]:

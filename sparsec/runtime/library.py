@@ -25,7 +25,8 @@ def load(chosen_cache: str = "") -> None:
     if _python_half:
         return
     text = (_HERE / "op.cpp").read_text()
-    for header in (_HERE / "table.h", _HERE / "inputs.h", Path(build.__file__).parent / "cpp" / "abi.h"):
+    headers = (_HERE / name for name in ("table.h", "inputs.h", "packed.h"))
+    for header in (*headers, Path(build.__file__).parent / "cpp" / "abi.h"):
         inside = header.read_text().replace("#pragma once", "")
         text = text.replace(f'#include "{header.name}"', inside)  # one text, so that one hash names the library
     flags = ["-O2", "-std=c++20", "-fopenmp", *compat.shared_libraries(), f"-DSPARSEC_TORCH_{_torch_tag()}=1"]
@@ -39,7 +40,7 @@ def _torch_tag() -> str:
 
 
 def _register_python_half() -> None:
-    from sparsec.runtime import store
+    from sparsec.runtime import packed, store
 
     library: Any = torch.library.Library("sparsec", "FRAGMENT")  # type: ignore[no-untyped-call]
     library.impl("resolve", store.STORE.resolve_parts, "CPU")
@@ -50,6 +51,7 @@ def _register_python_half() -> None:
     torch.library.register_fake("sparsec::linear_codes", _codes_shape, lib=library)
     torch.library.register_fake("sparsec::linear_group", _group_shapes, lib=library)
     torch.library.register_fake("sparsec::conv1x1", _conv_shape, lib=library)
+    packed.register(library)
 
 
 def _linear_shape(

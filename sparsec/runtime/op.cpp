@@ -11,6 +11,8 @@
 #include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/equal.h>
+#include <ATen/ops/eye.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
 #include <ATen/ops/relu.h>
@@ -293,3 +295,5 @@ TORCH_LIBRARY_IMPL(sparsec, CPU, lib) {
   lib.impl("install", install);
   lib.impl("direct", direct);
 }
+
+#include "packed.h"

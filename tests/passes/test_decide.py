@@ -232,6 +232,12 @@ def test_break_even_is_where_the_decision_flips() -> None:
         assert less.at(1).format == "dense"
 
 
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (1, 2), (2, 1), (1, 3), (0, 4)])
+def test_the_smallest_weights_are_decided_too(n: int, k: int) -> None:
+    fact = a_fact(n, k, density=1.0)
+    assert decide(fact, "fp32", TARGET, reference.rates(1), Policy(min_speedup=0)).reason
+
+
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**20))
 def test_break_even_rises_with_overhead_and_with_what_is_asked(seed: int) -> None:

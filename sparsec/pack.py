@@ -1,0 +1,279 @@
+"""``pack_`` and ``unpack_``: a model whose sparse weights exist only packed, and back.
+
+In: a model with zeros in its linear layers. Out: the same model, whose ``nn.Linear`` became ``PackedLinear`` where the
+decision says sparse, layer by layer: a layer's dense weight is freed before the next one is packed, so that memory
+never exceeds the dense model and one layer. What stays dense stays as it is, with its reason in the report.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsec import targets
+from sparsec.cache import cache_dir
+from sparsec.codegen import cpp
+from sparsec.codegen.cpp import packer
+from sparsec.codegen.spec import Packed
+from sparsec.errors import BadOptionValue, RoundTripMismatch, SparsecError
+from sparsec.facts import Decision, WeightFact
+from sparsec.formats import Format
+from sparsec.measure import rates_for
+from sparsec.options import Options, Policy
+from sparsec.pack_report import PackReport, PackRow
+from sparsec.packable import Found, find_layers
+from sparsec.packed import PackedLinear, checksum, text_tensor
+from sparsec.passes.decide.whole import WholePlan, best_whole
+from sparsec.passes.graph import DTYPES
+from sparsec.plan import Plan
+from sparsec.runtime import library
+from sparsec.runtime.packed import Meta, kernels_in
+from sparsec.runtime.store import STORE
+
+Progress = Callable[[int, int, str], None]  # layers done, of how many, name
+_BUDGET_S = 0.05  # for timing the decoding of a layer
+_decoding: dict[tuple[str, int, int], float] = {}  # format, tenths of density, threads -> least seconds a position
+_TRIM_EVERY = 64 << 20  # freed bytes after which the allocator is asked to give pages back
+
+
+@torch.no_grad()
+def pack_(
+    model: nn.Module,
+    target: str = "auto",
+    *,
+    options: Mapping[str, Any] | None = None,
+    on_progress: Progress | None = None,
+) -> PackReport:
+    """Replace the sparse linear layers of ``model`` by packed ones, in place, and free their dense weights.
+
+    ``target``: as in torch.compile's options; CPUs only. ``options``: the same keys (``formats``, ``min_speedup``,
+    ``tune``); ``min_speedup=0`` packs whatever gets smaller. A layer is packed where some format is smaller than dense
+    and expected to be ``min_speedup`` faster at some number of rows; its one format then serves every number of rows,
+    and the report says from which number on dense would have been faster.
+
+    A weight that another kind of module reads too (an embedding tied to the head) stays dense; linear layers that share
+    a weight share its pack. The values are the same bit for bit, except that -0.0 becomes 0.0. Packed layers are for
+    inference on the CPU: they cannot be trained, cast or moved.
+    Raises OptionError, NoCompiler, CompileFailed.
+    """
+    policy = Options.parse({**dict(options or {}), "target": target}).policy
+    _check(model, policy)
+    library.load(policy.cache_dir)
+    packer.load()
+    kernels_in(policy.cache_dir)
+    rows: list[PackRow] = []
+    freed = 0
+    found = list(find_layers(model))
+    for number, layer in enumerate(found):
+        if on_progress is not None:
+            on_progress(number, len(found), layer.name)
+        row = _pack_layer(layer, policy)
+        rows.append(row)
+        freed += row.dense_bytes if row.packed else 0
+        if freed >= _TRIM_EVERY:
+            trim()
+            freed = 0
+    trim()
+    return PackReport(type(model).__name__, tuple(rows))
+
+
+@torch.no_grad()
+def unpack_(model: nn.Module) -> nn.Module:
+    """Give every packed layer of ``model`` its dense weight back, in place, and return the model.
+
+    Layers that shared a weight share it again; parameters that could be trained can be again.
+    """
+    weights: dict[int, nn.Parameter] = {}
+    made: dict[int, nn.Module] = {}
+    for parent, child, layer in list(_packed_places(model)):
+        if id(layer) not in made:
+            about, key = layer.about, layer._pack[1].data_ptr() or id(layer)
+            if key not in weights:
+                dense = layer.weight.t().contiguous() if about.get("kind") == "Conv1D" else layer.weight
+                weights[key] = nn.Parameter(dense, requires_grad=bool(about.get("trained", True)))
+            made[id(layer)] = _dense_layer(layer, weights[key], about)
+        parent._modules[child] = made[id(layer)]
+    trim()
+    return model
+
+
+def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
+    """The packed layers of a model by name, each once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+
+
+# ----------------------------------------------------------------------------------------------------------- inside
+
+
+def _check(model: nn.Module, policy: Policy) -> None:
+    if targets.resolve(policy.target).gpu:
+        expected = "pack_ makes packs for CPUs; on a GPU torch.compile packs beside the dense weights"
+        raise BadOptionValue(key="target", value=policy.target, expected=expected)
+    if type(model) is nn.Linear:
+        expected = "a linear layer cannot replace itself; put it into a module, as in nn.Sequential(layer)"
+        raise BadOptionValue(key="model", value="nn.Linear", expected=expected)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A pack with what was decided for it."""
+
+    tensors: tuple[torch.Tensor, ...]
+    plan: WholePlan
+    fact: WeightFact
+
+
+def _pack_layer(layer: Found, policy: Policy) -> PackRow:
+    weight = layer.weight
+    rows, columns = (int(s) for s in (weight.t() if layer.transposed else weight).shape)
+    row = functools.partial(
+        PackRow, layer.name, (rows, columns), dense_bytes=weight.numel() * weight.element_size(), tied=layer.tied
+    )
+    if layer.refusal:
+        return row(reason=layer.refusal)
+    plan = Plan(layer.name, "hf_conv1d" if layer.transposed else "linear", policy, transposed=layer.transposed)
+    try:
+        fact, decision = STORE.decided(weight, plan)
+        chosen = best_whole(fact, DTYPES[weight.dtype], _rates(fact, weight, policy), policy)
+        if not _sparse(decision, policy) or chosen is None:
+            return row(reason=decision.reason if chosen is None or not decision.ours else _only_panels(decision))
+        if layer.transposed:
+            weight = layer.lay_in_rows()
+        made = _made(weight.t() if layer.transposed else weight, fact, chosen, policy)
+    except SparsecError as error:
+        return row(reason=str(error))
+    size = sum(t.numel() * t.element_size() for t in made.tensors)
+    if size >= weight.numel() * weight.element_size():  # small weights: what every pack has beside its values
+        return row(reason=f"its pack would take {size} bytes, no fewer than the weight itself")
+    layer.replace(lambda module: _packed_module(module, made, layer))
+    del weight
+    return row(
+        reason=decision.reason,
+        format=made.plan.format,
+        packed_bytes=size,
+        plan=made.plan,
+        density=made.fact.density,
+        negative_zeros=made.fact.negative_zeros,
+    )
+
+
+def _sparse(decision: Decision, policy: Policy) -> bool:
+    """Whether some number of rows runs sparse by the decision; panels hold every zero."""
+    return any(r.format != "dense" and not r.format.startswith("panel") for r in decision.ranges)
+
+
+def _only_panels(decision: Decision) -> str:
+    return f"no sparse format is faster; {decision.reason}"
+
+
+def _rates(fact: WeightFact, weight: torch.Tensor, policy: Policy) -> Any:
+    target = targets.resolve(policy.target)
+    return rates_for(
+        fact, DTYPES[weight.dtype], target, torch.get_num_threads(), cache_dir(policy.cache_dir), policy.formats
+    )
+
+
+def _made(weight: torch.Tensor, fact: WeightFact, chosen: WholePlan, policy: Policy) -> _Made:
+    """Pack a [N, K] weight, measure its decoding, choose the loops, and prove the pack block by block.
+
+    The proof reads the pack with the kernel's own decoder, a few megabytes at a time: a whole second weight would break
+    the bound on memory. Raises PatternMismatch, RoundTripMismatch.
+    """
+    format = Format.parse(chosen.format)
+    packed = cpp.family(format.pattern.kind).pack(weight.contiguous(), format.pattern, format.values, fact.key)
+    dtype = DTYPES[weight.dtype]
+    tensors = _tensors(packed, chosen, dtype, policy.target)
+    if not torch.ops.sparsec.holds_packed(list(tensors), weight):
+        raise RoundTripMismatch(format=str(format), detail="a block of rows differs")
+    seconds = _seconds_of_unpacking(tensors, fact, weight)
+    final = best_whole(fact, dtype, _rates(fact, weight, policy), _only(policy, format), seconds) or chosen
+    return _Made(_tensors(packed, final, dtype, policy.target), final, fact)
+
+
+def _only(policy: Policy, format: Format) -> Policy:
+    return replace(policy, formats=(str(format.pattern),))
+
+
+def _tensors(packed: Packed, plan: WholePlan, dtype: str, target: str) -> tuple[torch.Tensor, ...]:
+    n, k = packed.shape
+    count, tiles = len(packed.tensors), packed.work.numel() - 1
+    meta = Meta(str(packed.format), packed.version, n, k, dtype, count, tiles, plan.routes, target)
+    return (meta.encode(), *packed.tensors, packed.work)
+
+
+def _seconds_of_unpacking(tensors: tuple[torch.Tensor, ...], fact: WeightFact, weight: torch.Tensor) -> float:
+    """The least of several decodes in blocks, which are compared with the weight and so cost a little more.
+
+    Other layers of the same format and about the same density say what a quiet moment of this machine gives.
+    """
+    key = (Meta.decode(tensors[0]).format, round(10 * fact.density), torch.get_num_threads())
+    best, until = _decoding.get(key, float("inf")) * weight.numel(), time.perf_counter() + _BUDGET_S
+    for _ in range(10):
+        started = time.perf_counter()
+        torch.ops.sparsec.holds_packed(list(tensors), weight)
+        best = min(best, time.perf_counter() - started)
+        if time.perf_counter() > until:
+            break
+    _decoding[key] = best / max(weight.numel(), 1)
+    return best
+
+
+def _packed_module(module: nn.Module, made: _Made, layer: Found) -> PackedLinear:
+    bias: Any = module._parameters.get("bias")
+    about = {
+        "sum": checksum(made.tensors),
+        "source": made.fact.key,
+        "density": made.fact.density,
+        "kind": type(module).__name__,
+        "trained": layer.weight_trained,
+        "bias_trained": bias is not None and bias.requires_grad,
+        "dense_from": made.plan.dense_from,
+        "worst": made.plan.worst,
+        "worst_at": made.plan.worst_at,
+    }
+    new = PackedLinear(made.tensors, bias, text_tensor(about))
+    new.train(module.training)
+    new._forward_hooks, new._forward_pre_hooks = module._forward_hooks, module._forward_pre_hooks
+    return new
+
+
+def _packed_places(model: nn.Module) -> Iterator[tuple[nn.Module, str, PackedLinear]]:
+    for parent in model.modules():
+        for child, module in parent._modules.items():
+            if isinstance(module, PackedLinear):
+                yield parent, child, module
+
+
+def _dense_layer(layer: PackedLinear, weight: nn.Parameter, about: Mapping[str, Any]) -> nn.Module:
+    has_bias = layer.bias is not None
+    new: Any
+    if about.get("kind") == "Conv1D":
+        from transformers.pytorch_utils import Conv1D
+
+        conv: Any = Conv1D
+        new = conv(layer.out_features, 1)
+        new.nx = layer.in_features
+    else:
+        new = nn.Linear(layer.in_features, layer.out_features, bias=has_bias, device="meta")
+    new.weight = weight
+    if layer.bias is not None:
+        new.bias = nn.Parameter(layer.bias.detach(), requires_grad=bool(about.get("bias_trained", True)))
+    new.train(layer.training)
+    new._forward_hooks, new._forward_pre_hooks = layer._forward_hooks, layer._forward_pre_hooks
+    made: nn.Module = new
+    return made
+
+
+def trim() -> None:
+    """Ask the C library to give freed pages back to the system; small weights would otherwise stay resident."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):  # not glibc
+        return

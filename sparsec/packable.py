@@ -1,0 +1,132 @@
+"""Which layers of a model can be packed in place, under which names, and why others cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from sparsec.passes.graph import DTYPES, TAKES, short
+
+# Modules that read the weights of their children themselves, past their forward.
+_READERS = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
+
+
+@dataclass
+class Found:
+    """One weight of linear layers: its places in the model, or why it must stay dense.
+
+    ``weight`` is dropped by ``replace``. ``tied``: the other names of layers that share it.
+    """
+
+    name: str
+    modules: list[nn.Module]
+    places: list[tuple[nn.Module, str]]  # (parent, name there)
+    transposed: bool = False
+    tied: tuple[str, ...] = ()
+    refusal: str = ""
+    weight_trained: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.weight_trained = self.weight.requires_grad
+
+    @property
+    def weight(self) -> torch.Tensor:
+        weight: torch.Tensor = self.modules[0]._parameters["weight"]  # type: ignore[assignment]
+        return weight
+
+    def lay_in_rows(self) -> torch.Tensor:
+        """Store a [K, N] weight so that its [N, K] view is contiguous, as packers read it; the values stay.
+
+        Packing from a copy would hold the weight twice beside its pack.
+        """
+        copy = self.weight.detach().t().contiguous()
+        for module in self.modules:
+            module._parameters["weight"].data = copy.t()  # type: ignore[union-attr]
+        return self.weight
+
+    def replace(self, make: Callable[[nn.Module], nn.Module]) -> None:
+        """Put a new module in every place; one that stood in several places stays one. The old ones let go."""
+        made = {id(module): make(module) for module in self.modules}
+        for parent, child in self.places:
+            parent._modules[child] = made[id(parent._modules[child])]
+        self.modules.clear()
+
+
+def find_layers(model: nn.Module) -> Iterator[Found]:
+    """Every weight of linear layers, in the order of the model; those that share one come once.
+
+    A generator would keep weights alive that were packed before, so what it yields holds modules, not weights.
+    """
+    groups: dict[object, list[tuple[str, nn.Module]]] = {}
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    others: dict[object, str] = {}
+    parents = dict(model.named_modules(remove_duplicate=False))
+    for name, module in parents.items():
+        parent = parents.get(name.rpartition(".")[0])
+        if is_linear(module) and parent is not None and module is not model:
+            at = places.setdefault(id(module), [])
+            if not at:
+                groups.setdefault(_key(module._parameters["weight"]), []).append((name, module))
+            if (parent, name.rpartition(".")[2]) not in at:
+                at.append((parent, name.rpartition(".")[2]))
+            continue
+        for own, parameter in module._parameters.items():
+            if parameter is not None:
+                others.setdefault(_key(parameter), f"{name}.{own}".lstrip("."))
+    for key, members in groups.items():
+        names, modules = [name for name, _ in members], [module for _, module in members]
+        yield Found(
+            names[0],
+            modules,
+            [place for module in modules for place in places[id(module)]],
+            transposed=type(modules[0]).__name__ == "Conv1D",
+            tied=tuple(names[1:]),
+            refusal=_tied(others.get(key, "")) or _refusal(modules, [p for m in modules for p, _ in places[id(m)]]),
+        )
+
+
+def is_linear(module: nn.Module) -> bool:
+    """``nn.Linear`` itself or transformers' ``Conv1D``: a subclass may do anything in its forward."""
+    kind = type(module)
+    known = kind is nn.Linear or (kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."))
+    return known and isinstance(module._parameters.get("weight"), torch.Tensor)
+
+
+def _key(parameter: object) -> object:
+    assert isinstance(parameter, torch.Tensor)
+    if parameter.numel() == 0 or parameter.device.type == "meta":
+        return id(parameter)
+    return parameter.data_ptr(), tuple(parameter.shape)
+
+
+def _tied(other: str) -> str:
+    return f"its weight is tied to {other}, which reads it dense" if other else ""
+
+
+def _refusal(modules: list[nn.Module], parents: list[nn.Module]) -> str:
+    weight = modules[0]._parameters["weight"]
+    assert weight is not None
+    reader = next((p for p in parents if isinstance(p, _READERS)), None)
+    if reader is not None:
+        return f"nn.{type(reader).__name__} reads the weights of its layers itself"
+    if len({type(module) for module in modules}) > 1:
+        return "layers of different kinds share its weight"
+    if any("_hf_hook" in vars(module) for module in modules):
+        return "it is offloaded by accelerate: its weight comes and goes with every call"
+    if type(weight) is not nn.Parameter:
+        return f"its weight is a {type(weight).__name__}, a tensor subclass"
+    if weight.device.type == "meta":
+        return "its weight has a shape but no values yet"
+    if weight.device.type != "cpu":
+        return f"its weight is on {weight.device}; packs are for CPUs"
+    if weight.layout != torch.strided:
+        return f"its weight already has the layout {weight.layout}"
+    if DTYPES.get(weight.dtype) not in TAKES["cpu"]:
+        return f"{short(weight.dtype)} has no CPU kernel yet; float32 and bfloat16 have"
+    bias = modules[0]._parameters.get("bias")
+    if bias is not None and bias.dtype != weight.dtype:
+        return f"its bias is {short(bias.dtype)} and its weight {short(weight.dtype)}"
+    return ""
