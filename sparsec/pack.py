@@ -166,7 +166,7 @@ def _pack_layer(layer: Found, policy: Policy) -> PackRow:
 
 def _sparse(decision: Decision, policy: Policy) -> bool:
     """Whether some number of rows runs sparse by the decision; panels hold every zero."""
-    return any(r.format != "dense" and not r.format.startswith("panel") for r in decision.ranges)
+    return any(r.format != "dense" and not plain_panel(r.format) for r in decision.ranges)
 
 
 def _only_panels(decision: Decision) -> str:

@@ -303,8 +303,9 @@ def merge_ranges(ranges: Sequence[Range]) -> list[Range]:
 
 
 def short_format(name: str) -> str:
-    """``bitmap+fp32`` -> ``bitmap``: the value type is the layer's own and need not be repeated."""
-    return name.partition("+")[0]
+    """``bitmap+fp32`` -> ``bitmap``: the value type is the layer's own and need not be repeated; codes are named."""
+    pattern, _, values = name.partition("+")
+    return pattern if values in VALUE_BYTES else name
 
 
 def percent(share: float, digits: int = 0) -> str:
