@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sparsec.errors import BadModelFile, ModelNotFound, OutputExists, Unsavable, WriteFailed
+from sparsec.passes.quantize.inputs import inputs_of, refusal, set_inputs
 
 if TYPE_CHECKING:
     from sparsec.sparsify_report import Report
@@ -235,7 +236,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
 
     Strict: every tensor of the model must be there with its shape and none may be left over, or BadModelFile says
     which, before anything is copied. A tied tensor may be there under any one of its names. Values are converted only
-    where that loses nothing (bf16 file, fp32 model).
+    where that loses nothing (bf16 file, fp32 model). Layers that rounded their inputs when they were saved do so again.
     """
     files = _files(path)
     place: dict[str, Path] = {}
@@ -243,19 +244,38 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         with _opened(file) as content:
             place.update(dict.fromkeys(content.keys(), file))
     inner = getattr(model, "_orig_mod", None)
-    wanted = _matched(inner if isinstance(inner, nn.Module) else model, place, os.fspath(path))
-    for check in (True, False):
-        for file in files:
-            with _opened(file) as content:
-                for name, tensor in wanted.items():
-                    if place[name] != file:
-                        continue
-                    if check:
-                        _check(name, tensor, content.get_slice(name), os.fspath(path))
-                    else:
-                        with torch.no_grad():
-                            tensor.copy_(content.get_tensor(name))
+    module = inner if isinstance(inner, nn.Module) else model
+    with _rounding_inputs(module, Path(path)):
+        wanted = _matched(module, place, os.fspath(path))
+        for check in (True, False):
+            for file in files:
+                with _opened(file) as content:
+                    for name, tensor in wanted.items():
+                        if place[name] != file:
+                            continue
+                        if check:
+                            _check(name, tensor, content.get_slice(name), os.fspath(path))
+                        else:
+                            with torch.no_grad():
+                                tensor.copy_(content.get_tensor(name))
     return model
+
+
+@contextlib.contextmanager
+def _rounding_inputs(model: nn.Module, path: Path) -> Iterator[None]:
+    """Layers whose inputs were rounded when the model was saved round them again; not where the loading fails."""
+    said = {row["name"]: row.get("inputs", "") for row in _facts(path).get("layers", ())}
+    modules = dict(model.named_modules())
+    layers = {modules[name]: word for name, word in said.items() if name in modules and not refusal(modules[name])}
+    before = {module: inputs_of(module) for module in layers}
+    try:
+        for module, word in layers.items():
+            set_inputs(module, word)
+        yield
+    except BaseException:
+        for module, word in before.items():
+            set_inputs(module, word)
+        raise
 
 
 def _files(path: str | os.PathLike[str]) -> list[Path]:
