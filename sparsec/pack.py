@@ -30,6 +30,7 @@ from sparsec.options import Options, Policy
 from sparsec.pack_report import PackReport, PackRow
 from sparsec.packable import Found, find_layers
 from sparsec.packed import PackedLinear, checksum, text_tensor
+from sparsec.passes.decide.candidates import plain_panel
 from sparsec.passes.decide.whole import WholePlan, best_whole
 from sparsec.passes.graph import DTYPES
 from sparsec.plan import Plan

@@ -22,7 +22,7 @@ from sparsec.passes.graph import View, erase_unused
 from sparsec.passes.rewrite import RULES
 from sparsec.passes.rewrite.activation import activation_of
 from sparsec.passes.rewrite.contract import Rule
-from sparsec.passes.rewrite.expression import evaluate
+from sparsec.passes.rewrite.expression import evaluate, part_node, part_of
 from sparsec.passes.rewrite.group import group_calls
 from sparsec.passes.rewrite.inputs import Inputs, quantised_inputs, unrounded
 from sparsec.plan import Plan
@@ -83,7 +83,7 @@ def capture(c: Compilation) -> int:
             c.sites.append((found, rule))
     c.nodes = {n.name: n for n in c.gm.graph.nodes}
     names = {name for s, _ in c.sites for name in (s.weight, *s.parts)}
-    c.weights = {name: view.examples[c.nodes[name]] for name in names}
+    c.weights = {name: part_of(name, c.nodes, view) for name in names}
     c.sites = _with_groups(c)
     c.plans = [_plan(s, c.options.policy) for s, _ in c.sites]
     return len(c.sites)
@@ -140,7 +140,9 @@ def rewrite(c: Compilation) -> int:
         graph.erase_node(node)
         if site.w:
             new.target, weight = ops.linear_codes.default, new.args[1]
-            new.args = (new.args[0], [c.nodes[name] for name in site.parts], *new.args[2:])
+            with graph.inserting_before(new):
+                parts = [part_node(name, c.nodes, graph) for name in site.parts]
+            new.args = (new.args[0], parts, *new.args[2:])
             assert isinstance(weight, torch.fx.Node)
             erase_unused(graph, weight)
         if site.x:

@@ -108,7 +108,8 @@ class Values(Layers):
         if bits is None:
             return "its own values"
         even = "" if getattr(self, "symmetric", True) else ", asymmetric"
-        return f"int{bits}, {f'group {group}' if group else 'row'}{even}"
+        how = {"int8": ", x int8", "int8-static": ", x int8 static"}.get(getattr(self, "activations", "none"), "")
+        return f"int{bits}, {f'group {group}' if group else 'row'}{even}{how}"
 
 
 class Step(Layers):

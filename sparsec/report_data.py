@@ -251,7 +251,7 @@ def reason_of(record: LayerRecord, at: Sequence[AtBatch]) -> str:
     elif flips:
         said = f"{said}; break-even: {ranges_in_words(decision.ranges)}"
     near = near_of(record.fact, decision)
-    parts = [said, near if near not in said else ""]
+    parts = [said, near if near not in said else "", *quantised_in_words(record)]
     if record.fact.nonfinite:
         return "; ".join([*filter(None, parts), "no break-even while they are there"])
     if at[0].decision == "dense":
@@ -260,6 +260,25 @@ def reason_of(record: LayerRecord, at: Sequence[AtBatch]) -> str:
         little = ", too little to be sure of a gain" if at[0].rival_speedup > 1 else ""
         parts.append(f"{short_format(at[0].rival)} would run at {at[0].rival_speedup:.2f}x{little}")
     return "; ".join(part for part in parts if part)
+
+
+def quantised_in_words(record: LayerRecord) -> list[str]:
+    """What of a layer is quantised: its activations, and the values of its weight."""
+    words = []
+    kind, _, rest = record.site.x.partition(":")
+    if kind:
+        how = "dynamic per token" if not rest or rest.startswith("min=") else "one static scale"
+        words.append(f"{kind} activations, {how}")
+    values = record.fact.values
+    if values.kind == "grid":
+        bits = 4 if values.bits <= 4 else 8
+        where = f"in groups of {values.group}" if values.group else "per row"
+        words.append(f"weights on int{bits} grid, {where}")
+    elif values.kind == "ternary":
+        words.append("ternary weights")
+    if record.site.w:
+        words.append("the graph computes them from stored integers")
+    return words
 
 
 def break_even(decision: Decision, at: AtBatch, said: bool) -> str:

@@ -148,6 +148,7 @@ def _layer(layer: Layer, share: float, rows: Sequence[int]) -> dict[str, Any]:
         "negative_zeros": fact.negative_zeros,
         "nonfinite": fact.nonfinite,
         "values": fact.values.kind,
+        "inputs": record.site.x,
         "thumbnail": thumbnail(fact.thumbnail),
     }
 

@@ -173,7 +173,7 @@ def calibrated_for(prepared: Prepared, data: Any, tokenizer: Any) -> Calibrated:
 
 def _pairs(piece: Piece) -> bool:
     method = piece.method_object()
-    return "xxt" in method.needs or isinstance(method, Updates)
+    return "xxt" in method.needs or (isinstance(method, Updates) and piece.role != "quantize")
 
 
 def methods() -> dict[str, str]:
@@ -200,6 +200,7 @@ def prepare(model: nn.Module, recipe: object) -> Prepared:
         selection = select_layers(seen, stage.mask)
         _check_scope(stage, selection)
         _check_tensors(stage, selection)
+        _check_needs(stage, selection)
         mask = selection.step
         assert isinstance(mask, (Step, Values))
         stages.append((replace(stage, mask=mask), selection))
@@ -232,6 +233,18 @@ def _check_scope(stage: Stage, selection: Selection) -> None:
         )
 
 
+def _check_needs(stage: Stage, selection: Selection) -> None:
+    """Whether a step is calibrated is decided for the whole step: an override may not need more."""
+    assert stage.mask is not None
+    known = set(stage.mask.method_object().needs)
+    for job in selection.jobs:
+        if missing := set(job.step.method_object().needs) - known:
+            raise BadRecipe(
+                detail=f"the override of {job.layer.name} needs calibration ({', '.join(sorted(missing))}), and "
+                f"{stage.mask.method} does not; say it for the whole step, and override the other layers"
+            )
+
+
 def _check_tensors(stage: Stage, selection: Selection) -> None:
     """Weights of inference mode take no gradients, and only plain copies of new values."""
     made = next((job.layer.name for job in selection.jobs if job.layer.weight.is_inference()), None)
@@ -247,7 +260,7 @@ def _check_tensors(stage: Stage, selection: Selection) -> None:
 def _learns_or_folds(piece: Piece) -> bool:
     method = piece.method_object()
     learns = isinstance(method, Learns) or getattr(method, "trains", False) or set(method.needs) & set(GRADIENTS)
-    return piece.role == "reparam" or bool(learns)
+    return piece.role == "reparam" or hasattr(method, "folds") or bool(learns)
 
 
 def fingerprint(model: nn.Module) -> str:

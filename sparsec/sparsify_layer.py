@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from sparsec.errors import UnprunableLayer
 from sparsec.passes.masks.block import LayerState
 from sparsec.passes.masks.contract import Choose, Pruned, Scores, Statistics, pattern_of, prune
 from sparsec.passes.masks.magnitude import Magnitude
+from sparsec.passes.masks.norms import finite
 from sparsec.passes.masks.outliers import Outliers, with_outliers
 from sparsec.passes.masks.pattern import MaskPattern
 from sparsec.passes.masks.select import Selector, select_pool
+from sparsec.passes.quantize.inputs import TOP, inputs_of, refusal, set_inputs
 from sparsec.prunable import Job
 from sparsec.recipe_steps import Values
 from sparsec.sparsify_report import PrunedLayer
@@ -42,7 +45,7 @@ def prune_state(job: Job, state: LayerState) -> None:
 
 def unknown_inputs(state: LayerState) -> str:
     """Why the method of a layer has nothing to go by; "" where it has."""
-    if not state.method.needs:
+    if not state.method.needs or state.method.role == "quantize":  # rounding needs no scores
         return ""
     if not int(state.stats["tokens"]):
         return "no token reached it"  # an expert
@@ -50,7 +53,27 @@ def unknown_inputs(state: LayerState) -> str:
     return "all of its inputs were zero" if zero else ""
 
 
-def row_of(job: Job, state: LayerState, sample: torch.Tensor, number: int, notes: Sequence[str]) -> PrunedLayer:
+def round_inputs(job: Job, module: nn.Module, stats: Statistics) -> tuple[str, tuple[str, ...]]:
+    """Make a layer round its inputs where its step says so; gives what ``inputs_of`` says now, and notes."""
+    said = getattr(job.step, "activations", "none")
+    if said == "none":
+        return inputs_of(module), ()
+    if why := refusal(module):
+        return "", (f"its inputs stay as they are: {why}",)
+    if said == "int8":
+        set_inputs(module, "int8")
+        return inputs_of(module), ()
+    top = float(finite(stats, "absmax").max())
+    if not 0 < top / TOP < float("inf"):
+        set_inputs(module, "int8")
+        return inputs_of(module), ("it read nothing but zeros, so its inputs are rounded per token",)
+    set_inputs(module, f"int8:{top / TOP!r}")
+    return inputs_of(module), ()
+
+
+def row_of(
+    job: Job, state: LayerState, sample: torch.Tensor, number: int, notes: Sequence[str], inputs: str = ""
+) -> PrunedLayer:
     new = state.weight.float()
     size, lost = torch.linalg.vector_norm(state.dense), torch.linalg.vector_norm(state.dense - new)
     out = torch.linalg.vector_norm(sample @ state.dense.t()).item() if len(sample) else 0.0
@@ -61,6 +84,7 @@ def row_of(job: Job, state: LayerState, sample: torch.Tensor, number: int, notes
         achieved=1.0 - new.count_nonzero().item() / new.numel(),
         error=(lost / size).item() if size else 0.0,
         output_error=(moved / out if out else 0.0) if len(sample) else None,
+        inputs=inputs,
         notes=(*job.notes, *unseen, *notes),
     )
 

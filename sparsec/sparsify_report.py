@@ -21,7 +21,8 @@ class PrunedLayer:
     scope ``global`` a layer's own share is what the common threshold gives. ``error`` is ||W - W'|| / ||W||
     (Frobenius), W as it was before the step. ``output_error`` is ||X(W - W')|| / ||XW|| over a sample of the
     calibration inputs X, None where no data was seen. ``values``: of a step that changes values and no mask, what they
-    became (``int4, group 64``); its ``asked`` is 0. ``tied``: other modules with the same weight, pruned by the same
+    became (``int4, group 64``); its ``asked`` is 0. ``inputs``: how the layer rounds what it reads (``int8``, or
+    ``int8:0.05`` with a static scale). ``tied``: other modules with the same weight, pruned by the same
     write.
     """
 
@@ -37,6 +38,7 @@ class PrunedLayer:
     output_error: float | None = None
     step: int = 1
     values: str = ""
+    inputs: str = ""
     tied: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -23,10 +23,11 @@ from sparsec.passes.masks.block import LayerState
 from sparsec.passes.masks.contract import GRADIENTS
 from sparsec.passes.masks.evaluating import evaluating
 from sparsec.passes.masks.pattern import MaskPattern
+from sparsec.passes.quantize.inputs import inputs_of, set_inputs
 from sparsec.passes.reparam.contract import held_by
 from sparsec.prunable import Job, Selection
 from sparsec.recipe import Recipe
-from sparsec.sparsify_layer import choosers_of, prune_job, prune_state, row_of, state_of
+from sparsec.sparsify_layer import choosers_of, prune_job, prune_state, round_inputs, row_of, state_of
 from sparsec.sparsify_report import PrunedLayer
 from sparsec.sparsify_spread import Sparsities, learned, learner_of, left_out, measured, unlearned
 from sparsec.spill import Spilled
@@ -94,7 +95,9 @@ class Runner:
         choosers = choosers_of(selection.jobs)
         for job in selection.jobs:
             self.at(job.layer.name)
-            yield prune_job(job, {}, choosers[job], number)
+            row = prune_job(job, {}, choosers[job], number)
+            inputs, notes = round_inputs(job, self.model.get_submodule(job.layer.name), {})
+            yield replace(row, inputs=inputs, notes=(*row.notes, *notes))
 
     # ------------------------------------------------------------------------------------------------ block by block
 
@@ -189,13 +192,18 @@ class _Work:
             with torch.no_grad():
                 for name, tensor in self._written(run, jobs).items():
                     tensor.copy_(tensors[name])
-            yield from (PrunedLayer.from_dict(row) for row in rows)
+            for row in rows:
+                set_inputs(self.runner.model.get_submodule(row["name"]), row["inputs"])
+                yield PrunedLayer.from_dict(row)
             return
         before = {name: tensor.clone() for name, tensor in self._written(run, jobs).items() if self._copied(tensor)}
+        inputs = {name: inputs_of(self.runner.model.get_submodule(name)) for name in jobs}
         states: list[LayerState] = []
         try:
             done = self._compress(run, jobs, states)
         except BaseException:
+            for name, said in inputs.items():
+                set_inputs(self.runner.model.get_submodule(name), said)
             with torch.no_grad():
                 for state in states:
                     state.weight.copy_(state.dense)
@@ -210,11 +218,11 @@ class _Work:
 
     def _copied(self, tensor: torch.Tensor) -> bool:
         """Whether what an error puts back needs a copy: else a layer's own fp32 copy holds the same values."""
-        return bool(self.stage.reparams) or learner_of(self.stage) is not None or tensor.dtype == torch.float64
+        return bool(self.stage.rewrites) or learner_of(self.stage) is not None or tensor.dtype == torch.float64
 
     def _written(self, run: BlockRun, jobs: Mapping[str, Job]) -> dict[str, torch.Tensor]:
         """What this stage may have changed in the block: its weights; what a reparametrisation folds is anywhere."""
-        if self.stage.reparams:
+        if self.stage.rewrites:
             return {f"{run.name}.{name}": tensor.detach() for name, tensor in run.module.state_dict().items()}
         return {name: job.layer.matrix for name, job in jobs.items()}
 
@@ -227,6 +235,7 @@ class _Work:
         ordered = self.runner.recipe.true_sequential and run.calls  # without data nothing runs that has an order
         groups = run.groups(modules) if ordered else [list(jobs)]
         samples: dict[str, torch.Tensor] = {}
+        rounds: dict[str, tuple[str, tuple[str, ...]]] = {}
         for names in groups:
             stats = run.collect({n: modules[n] for n in names}, self._needs)
             for name in names:
@@ -234,12 +243,16 @@ class _Work:
                 share = spread.get(name, float(jobs[name].step.sparsity or 0.0))
                 states.append(state_of(jobs[name], {**stats[name], **self.gradients.get(name, {})}, share))
                 prune_state(jobs[name], states[-1])
+                rounds[name] = round_inputs(jobs[name], modules[name], stats[name])
         run.layers = states
         for post in self.stage.posts:
             before = [(int(state.keep.sum()), state) for state in states if state.keep is not None]
             post.method_object().refine(run)
             _check(post.method, before)
-        rows = [row_of(jobs[s.name], s, samples[s.name], self.number, notes) for s in states]
+        rows = [
+            row_of(jobs[s.name], s, samples[s.name], self.number, (*notes, *rounds[s.name][1]), rounds[s.name][0])
+            for s in states
+        ]
         run.layers = []
         return rows
 
@@ -252,8 +265,7 @@ class _Work:
 
     def _reparam(self, run: BlockRun, jobs: Mapping[str, Job], modules: Mapping[str, nn.Module]) -> list[str]:
         notes = []
-        for step in self.stage.reparams:
-            method = step.method_object()
+        for name, method in self.stage.rewrites:
             stats = run.collect(modules, tuple(method.needs))
             run.layers = [
                 state_of(jobs[n], {**stats[n], **self.gradients.get(n, {})}, float(jobs[n].step.sparsity or 0.0))
@@ -265,7 +277,7 @@ class _Work:
                     self.gradients[state.name] = {kind: state.stats[kind] for kind in held}
             notes += [*folded.notes]
             if folded.gathers:
-                notes.append(f"{step.method} left {folded.gathers} layers alone: their inputs cannot be folded into")
+                notes.append(f"{name} left {folded.gathers} layers alone: their inputs cannot be folded into")
             run.layers = []
         return notes
 

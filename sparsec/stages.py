@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from sparsec.errors import BadRecipe
 from sparsec.passes.masks.contract import Updates
 from sparsec.passes.masks.pattern import MaskPattern
+from sparsec.passes.reparam.contract import Reparam
 from sparsec.recipe_steps import DEFAULT_SPARSITY, Piece, Spread, Step, Values
 
 
@@ -30,6 +31,13 @@ class Stage:
         before = (*self.reparams, *([self.allocate] if self.allocate else []))
         middle = [step for step in (self.structure, self.mask) if step]
         return (*before, *middle, *self.posts)
+
+    @property
+    def rewrites(self) -> tuple[tuple[str, Reparam], ...]:
+        """(step, rewrite) in order: the steps that are one, then what the value method folds by itself."""
+        own = getattr(self.mask.method_object(), "folds", None) if self.mask else None
+        said = tuple((piece.method, piece.method_object()) for piece in self.reparams)
+        return (*said, *([(self.mask.method, own)] if self.mask and own else []))
 
     @property
     def needs_data(self) -> bool:

@@ -29,6 +29,7 @@ METHODS: dict[str, str] = {
     "time": "sparsec.passes.masks.allocate.budget:Time",
     "uniform": "sparsec.passes.masks.allocate.uniform:Uniform",
     "rtn": "sparsec.passes.quantize.rtn:RTN",
+    "smoothquant": "sparsec.passes.quantize.smoothquant:SmoothQuant",
     "bonsai": "sparsec.passes.masks.structure.bonsai:Bonsai",
     "loraprune": "sparsec.passes.masks.structure.loraprune:LoraPrune",
     "slicegpt": "sparsec.passes.masks.structure.slicegpt:SliceGPT",

@@ -4,6 +4,9 @@ In: one weight [N, K] and the statistics it asked for. Out: ``Pruned``, whose ``
 ``keep`` is True where they are not zero. The model keeps plain floating-point weights: each is
 ``(q - zero) * scale`` of small integers q, so any eager program runs it, and the compiler finds the grid by itself.
 
+A method with ``activations`` may also ask that inputs are rounded at run time (``inputs.py``), and one with ``folds``
+that a rewrite of ``reparam`` runs before it.
+
 A zero weight must stay zero, or pruning before would be undone: grids have zero on them (methods.md section 7.1,
 item 6).
 """

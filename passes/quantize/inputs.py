@@ -12,6 +12,8 @@ were, but for the buffer ``x_scale`` of a static scale.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -85,6 +87,16 @@ def inputs_of(module: nn.Module) -> str:
     if not isinstance(module, QuantizesInput):
         return ""
     return "int8" if module.x_scale is None else f"int8:{float(module.x_scale)!r}"
+
+
+def set_inputs(module: nn.Module, said: str) -> None:
+    """Make ``inputs_of(module)`` be ``said``; "" makes the layer plain again. Raises as ``quantize_inputs``."""
+    if said:
+        quantize_inputs(module, scale_in(said))
+    elif isinstance(module, QuantizesInput):
+        del module._buffers["x_scale"]
+        layer: type[Any] = next(cls for cls in type(module).__mro__ if not issubclass(cls, QuantizesInput))
+        module.__class__ = layer
 
 
 def scale_in(said: str) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from sparsec.passes.masks.contract import Choose, Pruned, Statistics
 
+Activations: TypeAlias = Literal["none", "int8", "int8-static"]
+
 
 @dataclass(frozen=True)
 class RTN:
@@ -22,7 +24,8 @@ class RTN:
     No data, no compensation: the baseline of weight quantisation. Symmetric: scale = max|w| / (2^(bits-1) - 1) over a
     group of in-features, or a whole row. Asymmetric: a whole-number zero point, so that a pruned weight stays exactly
     zero, where fractional ones lose it. Source: Nagel et al., "A White Paper on Neural Network Quantization", 2021,
-    section 2. The weights stay floating-point numbers, here in the weight's own dtype.
+    section 2. The weights stay floating-point numbers, here in the weight's own dtype. Inputs may be rounded as well,
+    at run time, by the layer itself (``inputs.quantized``).
     """
 
     role: ClassVar[str] = "quantize"
@@ -37,6 +40,13 @@ class RTN:
         default=0, metadata={"doc": "in-features that share a scale; 0: a whole row"}
     )
     symmetric: bool = field(default=True, metadata={"doc": "false: each group has a zero point besides its scale"})
+    activations: Activations = field(
+        default="none", metadata={"doc": "inputs at run time: int8 per token, int8-static (calibrated), none"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.activations == "int8-static" and not self.needs:
+            object.__setattr__(self, "needs", ("absmax",))
 
     def update(self, weight: torch.Tensor, stats: Statistics, choose: Choose) -> Pruned:
         """The nearest grid values of weight [N, K], and the mask of those that are not zero."""

@@ -13,15 +13,16 @@ from __future__ import annotations
 import functools
 import json
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from sparsec.facts import Declined
 from sparsec.passes.graph import View, describe, value_of
+from sparsec.passes.rewrite.torchao import int8_weight
 
 _INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32)
 _LONGEST = 64  # operations; a longer one is no dequantisation
@@ -48,14 +49,17 @@ _PLAIN = ("mul", "sub", "add", "truediv", "and_", "or_", "rshift", "lshift")  # 
 
 @dataclass(frozen=True)
 class Expression:
-    """``parts``: the stored inputs, the integers first. ``text``: see ``evaluate``."""
+    """``parts``: the stored inputs by name, the integers first (``w.scale``: what a subclass holds). ``text``: see
+    ``evaluate``."""
 
-    parts: tuple[Node, ...]
+    parts: tuple[str, ...]
     text: str
 
 
 def expression_of(node: Any, view: View) -> Expression | Declined | None:
     """How ``node`` is computed from stored tensors; None where no stored integers are in it."""
+    if (held := int8_weight(node, view)) is not None:
+        return held if isinstance(held, Declined) else Expression(*held)
     if not isinstance(node, Node) or node.op not in ("call_function", "call_method"):
         return None
     integers = _integers(node, view)
@@ -66,7 +70,20 @@ def expression_of(node: Any, view: View) -> Expression | Declined | None:
         body = reader.read(node)
     except _Unread as why:
         return Declined(f"the weight is computed from integers, but {why}; write (q.to(dtype) - zero) * scale")
-    return Expression(tuple(reader.parts), json.dumps(body, separators=(",", ":")))
+    return Expression(tuple(part.name for part in reader.parts), json.dumps(body, separators=(",", ":")))
+
+
+def part_of(name: str, nodes: Mapping[str, Node], view: View) -> torch.Tensor:
+    """The real tensor behind the name of a part."""
+    owner, _, field = name.partition(".")
+    value: torch.Tensor = view.examples[nodes[owner]]
+    return getattr(value, field) if field else value
+
+
+def part_node(name: str, nodes: Mapping[str, Node], graph: Graph) -> Node:
+    """The node of a part, made where it is held by a subclass."""
+    owner, _, field = name.partition(".")
+    return graph.call_function(getattr, (nodes[owner], field)) if field else nodes[owner]
 
 
 def evaluate(text: str, parts: Sequence[torch.Tensor]) -> torch.Tensor:

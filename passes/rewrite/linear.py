@@ -67,7 +67,7 @@ def site(node: Node, view: View, x: Any, w: Any, b: Any, *, kind: str, transpose
     return Site(
         node=node.name,
         kind=kind,
-        weight=made.parts[0].name if made else w.name,
+        weight=made.parts[0] if made else w.name,
         bias=b.name if isinstance(b, Node) else None,
         x_shape=sizes(value),
         n=n,
@@ -77,7 +77,7 @@ def site(node: Node, view: View, x: Any, w: Any, b: Any, *, kind: str, transpose
         transposed=transposed,
         reads=x.name,
         w=made.text if made else "",
-        parts=tuple(part.name for part in made.parts) if made else (),
+        parts=made.parts if made else (),
     )
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from sparsec.errors import BadOptionValue
 from sparsec.explain import Explanation, build, explain, log_record
-from sparsec.facts import Declined, NMFact, Range
+from sparsec.facts import Declined, NMFact, Range, ValueFact
 from sparsec.options import Options
 from sparsec.records import CompileRecord, LayerRecord, StageRecord
 from sparsec.report_data import Measured, Whole, count, duration, percent, rows_at
@@ -363,3 +363,25 @@ def test_numbers_are_written_short_and_never_rounded_to_nothing() -> None:
     ]
     assert [percent(s) for s in (0, 0.001, 0.5, 0.999, 1)] == ["0 %", "<1 %", "50 %", ">99 %", "100 %"]
     assert [count(n) for n in (812, 10_600_000, 1_240_000_000)] == ["812", "10.6 M", "1.24 B"]
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "values", "words"),
+    [
+        ("int8", "", ValueFact("grid", 0, 8, 0), "int8 activations, dynamic per token; weights on int8 grid, per row"),
+        ("int8:min=1e-07", "", ValueFact(), "int8 activations, dynamic per token"),
+        ("int8:given", "", ValueFact("grid", 0, 4, 64), "one static scale; weights on int4 grid, in groups of 64"),
+        ("", "[1]", ValueFact("ternary", 3), "ternary weights; the graph computes them from stored integers"),
+    ],
+)
+def test_what_is_quantised_is_said_in_the_reason(
+    layer_record: Make, x: str, w: str, values: ValueFact, words: str
+) -> None:
+    record = layer_record("layer", fact={"values": values})
+    plain = report(CompileRecord(layers=[layer_record("layer")])).layers[0].reason
+    record = replace(record, site=replace(record.site, x=x, w=w))
+    made = report(CompileRecord(layers=[record]))
+    assert words in made.layers[0].reason
+    assert "activations" not in plain
+    assert "grid" not in plain
+    assert made.to_dict()["layers"][0]["inputs"] == x
