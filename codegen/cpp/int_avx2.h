@@ -65,13 +65,17 @@ INLINE __m256i dot8(__m256i acc, __m256i w, __m256i x) {
 #endif
 }
 
-// acc lane i += the sum over j < 4 of w[4i + j] x[j]; w holds codes of B bits as decoded below, x signed bytes.
-template <int B>
-INLINE I16 dot(I16 acc, const Bytes &w, const int8_t *x) {
+// 4 bytes of x, again and again.
+INLINE Bytes four_columns(const int8_t *x) {
   int32_t four;
   __builtin_memcpy(&four, x, 4);
   __m256i all = _mm256_set1_epi32(four);
-  return {dot8<B>(acc.a, w.a, all), dot8<B>(acc.b, w.b, all)};
+  return {all, all};
+}
+// acc lane i += the sum over j < 4 of w[4i + j] x[4i + j]; w holds codes of B bits as decoded below, x signed bytes.
+template <int B>
+INLINE I16 dot(const I16 &acc, const Bytes &w, const Bytes &x) {
+  return {dot8<B>(acc.a, w.a, x.a), dot8<B>(acc.b, w.b, x.b)};
 }
 
 INLINE __m256i as_decoded(__m256i v) {  // 8-bit codes, which packs hold as q + 128
@@ -199,8 +203,6 @@ struct XTable<16, 4> {
   const int8_t *x;
   MEMBER void load(const int8_t *p) { x = p; }
   MEMBER Bytes at(const XPlaces<16, 4> &p, int wide) const {
-    int32_t four;
-    __builtin_memcpy(&four, x + 4 * wide * p.at, 4);
-    return {_mm256_set1_epi32(four), _mm256_set1_epi32(four)};
+    return four_columns(x + 4 * wide * p.at);
   }
 };

@@ -28,12 +28,16 @@ INLINE Bytes splat_bytes(int v) { return _mm512_set1_epi8(static_cast<char>(v));
 // Lane i of 16 numbers of 0 .. 255 to all 4 bytes of lane i.
 INLINE Bytes four_times(I16 v) { return _mm512_mullo_epi32(v, _mm512_set1_epi32(0x01010101)); }
 
-// acc lane i += the sum over j < 4 of w[4i + j] x[j]; w holds codes of B bits as decoded below, x signed bytes.
-template <int B>
-INLINE I16 dot(I16 acc, Bytes w, const int8_t *x) {
+// 4 bytes of x, again and again.
+INLINE Bytes four_columns(const int8_t *x) {
   int32_t four;
   __builtin_memcpy(&four, x, 4);
-  return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(four));
+  return _mm512_set1_epi32(four);
+}
+// acc lane i += the sum over j < 4 of w[4i + j] x[4i + j]; w holds codes of B bits as decoded below, x signed bytes.
+template <int B>
+INLINE I16 dot(I16 acc, Bytes w, Bytes x) {
+  return _mm512_dpbusd_epi32(acc, w, x);
 }
 
 // 64 codes of B bits that follow each other.
@@ -108,8 +112,6 @@ struct XTable<16, 4> {
   const int8_t *x;
   MEMBER void load(const int8_t *p) { x = p; }
   MEMBER Bytes at(const XPlaces<16, 4> &p, int wide) const {
-    int32_t four;
-    __builtin_memcpy(&four, x + 4 * wide * p.at, 4);
-    return _mm512_set1_epi32(four);
+    return four_columns(x + 4 * wide * p.at);
   }
 };

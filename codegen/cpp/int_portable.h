@@ -65,12 +65,19 @@ INLINE Bytes four_times(const I16 &v) {
   return out;
 }
 
-// acc lane i += the sum over j < 4 of w[4i + j] x[j]; w holds codes as decoded below, x signed bytes.
+// 4 bytes of x, again and again.
+INLINE Bytes four_columns(const int8_t *x) {
+  Bytes out;
+  for (int i = 0; i < 64; ++i) out.at[i] = static_cast<uint8_t>(x[i % 4]);
+  return out;
+}
+// acc lane i += the sum over j < 4 of w[4i + j] x[4i + j]; w holds codes as decoded below, x signed bytes.
 template <int B>
-INLINE I16 dot(const I16 &acc, const Bytes &w, const int8_t *x) {
+INLINE I16 dot(const I16 &acc, const Bytes &w, const Bytes &x) {
   return each_i([&](int i) {
-    const uint8_t *v = w.at + 4 * i;
-    return acc.at[i] + v[0] * x[0] + v[1] * x[1] + v[2] * x[2] + v[3] * x[3];
+    int32_t sum = acc.at[i];
+    for (int j = 4 * i; j < 4 * i + 4; ++j) sum += w.at[j] * static_cast<int8_t>(x.at[j]);
+    return sum;
   });
 }
 

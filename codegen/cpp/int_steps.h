@@ -5,7 +5,8 @@
 // pack: codes (uint8); masks, 64 bits a step (bitmaps only); first code of each tile and one more (int64); scales
 // [tile][group][16] (float); zeros alike (uint8; kBits < 8); {the type of the weight, bytes from the zeros of one group
 // to the next: 0 where all are the same} (int64).
-// Expects kBits, kGroup and kPerStep: 64 no masks, 0 any number of codes in a step, else exactly so many.
+// Expects kPair (tiles that share what is loaded of x), kTogether (rows of x whose sums fit the registers then), kBits,
+// kGroup and kPerStep: 64 no masks, 0 any number of codes in a step, else exactly so many.
 
 // Sums stay in registers only where GCC unrolls before it looks at arrays.
 #define UNROLL _Pragma("GCC unroll 16")
@@ -19,6 +20,7 @@ constexpr int kUnit = 8 / kBits;  // codes in a byte
 struct Zeros {
   const uint8_t *at;
   int64_t apart;
+  MEMBER Zeros() {}
   MEMBER Zeros(const SparsecCall *call, int64_t tile) {
     const int64_t *info = pack_of<int64_t>(call, 5);
     at = pack_of<uint8_t>(call, 4) + tile * groups_of(call->k) * info[1];
@@ -34,6 +36,7 @@ struct Reader {
   Zeros zeros;
   Bytes rest;
 
+  MEMBER Reader() {}
   MEMBER Reader(const SparsecCall *call, int64_t tile) : zeros(call, tile) {
     code = pack_of<uint8_t>(call, 0) + pack_of<int64_t>(call, 2)[tile];
     mask = pack_of<uint64_t>(call, 1) + tile * (columns_of(call->k) / 4);
@@ -50,9 +53,10 @@ struct Reader {
       code += 64 * kQuad / kUnit;
       return;
     }
-    for (int i = 0; i < kQuad; ++i) {
+    UNROLL for (int i = 0; i < kQuad; ++i) {
       uint64_t bits = *mask++;
-      __builtin_prefetch(reinterpret_cast<const char *>(code) + kAhead);
+      asm("" : "+r"(bits));  // loaded once: loads are what there is most of
+      if (i % 2 == 0) __builtin_prefetch(reinterpret_cast<const char *>(code) + kAhead);  // two rarely fill a line
       out[i] = expand64(rest, bits, codes64<kBits>(code));
       code += (kPerStep ? kPerStep : __builtin_popcountll(bits) + kUnit - 1) / kUnit;
     }
@@ -64,7 +68,7 @@ struct Decoded {
   const uint8_t *at;
   MEMBER void enter(int64_t) {}
   MEMBER void next(Bytes *out) {
-    for (int i = 0; i < kQuad; ++i, at += 64) out[i] = load_bytes(at);
+    UNROLL for (int i = 0; i < kQuad; ++i, at += 64) out[i] = load_bytes(at);
   }
 };
 
@@ -74,56 +78,72 @@ struct Results {
   I16 open[kMost];
 };
 
-// Steps [begin, end) of a tile times MB of `wide` rows of x.
-template <int MB, class R>
-__attribute__((noinline)) void steps_times_x(const SparsecCall *call, R from, int64_t tile, const int8_t *x,
-                                             const int32_t *sums, int64_t begin, int64_t end, F16 *done, I16 *open) {
-  constexpr int kSums = MB >= 4 ? 1 : 4 / MB;  // enough sums in flight that none waits for itself
+template <int T, class R>
+struct Tiles {
+  R of[T];
+};
+
+// Steps [begin, end) of T tiles times MB of `wide` rows of x, the first of which is row `first` of the results.
+template <int T, int MB, class R>
+__attribute__((noinline)) void steps_times_x(const SparsecCall *call, Tiles<T, R> from, int64_t tile, const int8_t *x,
+                                             int64_t wide, const int32_t *sums, int64_t begin, int64_t end,
+                                             Results *results, int64_t first) {
+  constexpr int kSums = T * MB >= 4 ? 1 : 4 / (T * MB);  // enough sums in flight that none waits for itself
   int64_t groups = groups_of(call->k), last = columns_of(call->k) / 4;
-  Zeros zeros(call, tile);
-  const float *scale = pack_of<float>(call, 3) + tile * kRows * (kGroup ? groups : 1);
-  x += begin * 4 * MB;
+  x += begin * 4 * wide;
   for (int64_t s = begin; s < end;) {
     int64_t group = s / kStepsOfGroup, stop = (group + 1) * kStepsOfGroup;
     if (stop > last) stop = last;
     int64_t pause = stop < end ? stop : end;
-    I16 acc[kSums][MB];
+    bool opened = s % kStepsOfGroup;
+    I16 acc[kSums][T][MB];
     UNROLL for (int u = 0; u < kSums; ++u)
-      UNROLL for (int m = 0; m < MB; ++m) acc[u][m] = u || s % kStepsOfGroup == 0 ? zero_i16() : open[m];
-    from.enter(group);
+      UNROLL for (int t = 0; t < T; ++t)
+        UNROLL for (int m = 0; m < MB; ++m)
+          acc[u][t][m] = opened && !u ? results[t].open[first + m] : zero_i16();
+    UNROLL for (int t = 0; t < T; ++t) from.of[t].enter(group);
     for (; s < pause; s += kQuad) {
-      Bytes w[kQuad];
-      from.next(w);
-      UNROLL for (int i = 0; i < kQuad; ++i, x += 4 * MB)
-        UNROLL for (int m = 0; m < MB; ++m) acc[i % kSums][m] = dot<kBits>(acc[i % kSums][m], w[i], x + 4 * m);
+      Bytes w[T][kQuad];
+      UNROLL for (int t = 0; t < T; ++t) from.of[t].next(w[t]);
+      UNROLL for (int i = 0; i < kQuad; ++i) {
+        UNROLL for (int m = 0; m < MB; ++m) {
+          Bytes four = four_columns(x + 4 * m);
+          UNROLL for (int t = 0; t < T; ++t) acc[i % kSums][t][m] = dot<kBits>(acc[i % kSums][t][m], w[t][i], four);
+        }
+        x += 4 * wide;
+      }
     }
     UNROLL for (int u = 1; u < kSums; ++u)
-      UNROLL for (int m = 0; m < MB; ++m) acc[0][m] = add_i(acc[0][m], acc[u][m]);
-    if (s < stop) {
-      UNROLL for (int m = 0; m < MB; ++m) open[m] = acc[0][m];
-      continue;
-    }
-    I16 zero = zeros.of(group);
-    F16 factor = load16(scale + (kGroup ? group * kRows : 0));
-    UNROLL for (int m = 0; m < MB; ++m) {
-      I16 whole = kByteZero || kBits < 8 ? sub_i(acc[0][m], mul_i(zero, splat_i(sums[m * groups + group]))) : acc[0][m];
-      done[m] = fma(to_floats(whole), factor, done[m]);
+      UNROLL for (int t = 0; t < T; ++t)
+        UNROLL for (int m = 0; m < MB; ++m) acc[0][t][m] = add_i(acc[0][t][m], acc[u][t][m]);
+    UNROLL for (int t = 0; t < T; ++t) {
+      Results &to = results[t];
+      if (s < stop) {
+        UNROLL for (int m = 0; m < MB; ++m) to.open[first + m] = acc[0][t][m];
+        continue;
+      }
+      I16 zero = Zeros(call, tile + t).of(group);
+      F16 factor = load16(pack_of<float>(call, 3) + (kGroup ? (tile + t) * groups + group : tile + t) * kRows);
+      UNROLL for (int m = 0; m < MB; ++m) {
+        I16 sum = acc[0][t][m];
+        if (kByteZero || kBits < 8) sum = sub_i(sum, mul_i(zero, splat_i(sums[m * groups + group])));
+        to.done[first + m] = fma(to_floats(sum), factor, to.done[first + m]);
+      }
     }
   }
 }
 
-template <class R>
-INLINE void block_times_x(const SparsecCall *call, R from, int64_t tile, const Activations &to, int64_t row,
-                          int64_t wide, int64_t begin, int64_t end, F16 *done, I16 *open) {
+// All `wide` rows of a block, which prepare has put side by side.
+template <int T, class R>
+INLINE void block_times_x(const SparsecCall *call, const Tiles<T, R> &from, int64_t tile, const Activations &to,
+                          int64_t row, int64_t wide, int64_t begin, int64_t end, Results *results, int64_t first) {
   const int8_t *x = to.x + row * to.columns;
   const int32_t *sums = to.sum + row * to.groups;
-  switch (wide) {
-    case 1: return steps_times_x<1>(call, from, tile, x, sums, begin, end, done, open);
-    case 2: return steps_times_x<2>(call, from, tile, x, sums, begin, end, done, open);
-    case 4: return steps_times_x<4>(call, from, tile, x, sums, begin, end, done, open);
-    case 8: return steps_times_x<8>(call, from, tile, x, sums, begin, end, done, open);
-    default: return steps_times_x<16>(call, from, tile, x, sums, begin, end, done, open);
-  }
+  if (wide == 1) return steps_times_x<T, 1>(call, from, tile, x, wide, sums, begin, end, results, first);
+  if (wide == 2) return steps_times_x<T, 2>(call, from, tile, x, wide, sums, begin, end, results, first);
+  if (kTogether > 4 && wide == 4) return steps_times_x<T, 4>(call, from, tile, x, wide, sums, begin, end, results, first);
+  for (int64_t i = 0; i < wide; i += kTogether)
+    steps_times_x<T, kTogether>(call, from, tile, x + 4 * i, wide, sums + i * to.groups, begin, end, results, first + i);
 }
 
 INLINE void decode(Reader &from, int64_t begin, int64_t end, uint8_t *out) {
@@ -131,35 +151,51 @@ INLINE void decode(Reader &from, int64_t begin, int64_t end, uint8_t *out) {
     if (s == begin || s % kStepsOfGroup == 0) from.enter(s / kStepsOfGroup);
     Bytes w[kQuad];
     from.next(w);
-    for (int i = 0; i < kQuad; ++i) store_bytes(out + 64 * i, w[i]);
+    UNROLL for (int i = 0; i < kQuad; ++i) store_bytes(out + 64 * i, w[i]);
   }
 }
 
-INLINE void tile_times_x(const SparsecCall *call, int64_t tile, const Activations &to, int64_t row, int64_t rows) {
-  Results sums;
-  Reader from(call, tile);
+template <int T>
+INLINE void tiles_times_x(const SparsecCall *call, int64_t tile, const Activations &to, int64_t row, int64_t rows) {
+  Results results[T];
+  Tiles<T, Reader> from;
   int64_t steps = to.columns / 4;
-  for (int64_t i = 0; i < rows; ++i) sums.done[i] = zero16();
-  if (block_rows(rows) == rows) {
-    block_times_x(call, from, tile, to, row, rows, 0, steps, sums.done, sums.open);
+  for (int t = 0; t < T; ++t) {
+    from.of[t] = Reader(call, tile + t);
+    for (int64_t i = 0; i < rows; ++i) results[t].done[i] = zero16();
+  }
+  if (rows <= kTogether && block_rows(rows) == rows) {
+    block_times_x(call, from, tile, to, row, rows, 0, steps, results, 0);
   } else {
-    alignas(64) uint8_t decoded[64 * kAtOnce];
+    alignas(64) uint8_t decoded[T][64 * kAtOnce];
+    Tiles<T, Decoded> again;
     for (int64_t s = 0, end; s < steps; s = end) {
       end = s + kAtOnce < steps ? s + kAtOnce : steps;
-      decode(from, s, end, decoded);
+      for (int t = 0; t < T; ++t) {
+        decode(from.of[t], s, end, decoded[t]);
+        again.of[t].at = decoded[t];
+      }
       for (int64_t i = 0, wide; i < rows; i += wide) {
         wide = block_rows(rows - i);
-        block_times_x(call, Decoded{decoded}, tile, to, row + i, wide, s, end, sums.done + i, sums.open + i);
+        block_times_x(call, again, tile, to, row + i, wide, s, end, results, i);
       }
     }
   }
-  for (int64_t i = 0; i < rows; ++i) sums.done[i] = mul(sums.done[i], splat(to.scale[row + i]));
-  finish<X>(call, row, static_cast<int>(rows), tile * kRows, sums.done);
+  for (int t = 0; t < T; ++t) {
+    for (int64_t i = 0; i < rows; ++i) results[t].done[i] = mul(results[t].done[i], splat(to.scale[row + i]));
+    finish<X>(call, row, static_cast<int>(rows), (tile + t) * kRows, results[t].done);
+  }
+}
+
+template <int T>
+INLINE void tiles_times_all(const SparsecCall *call, const Activations &to, int64_t tile) {
+  for (int64_t row = 0; row < call->m; row += kMost)
+    tiles_times_x<T>(call, tile, to, row, call->m - row < kMost ? call->m - row : kMost);
 }
 
 EXPORT void sparsec_run(const SparsecCall *call, int64_t tile_begin, int64_t tile_end) {
   Activations to(call);
-  for (int64_t tile = tile_begin; tile < tile_end; ++tile)
-    for (int64_t row = 0; row < call->m; row += kMost)
-      tile_times_x(call, tile, to, row, call->m - row < kMost ? call->m - row : kMost);
+  int64_t tile = tile_begin;
+  for (; tile + kPair <= tile_end; tile += kPair) tiles_times_all<kPair>(call, to, tile);
+  for (; tile < tile_end; ++tile) tiles_times_all<1>(call, to, tile);
 }

@@ -62,6 +62,7 @@ class Integer:
         name = layout(spec.format.pattern)
         own = int_sliced.constants if name == "sliced" else int_steps.constants
         constants = {"kAhead": 4096, "kBits": BITS[kind], "kGroup": group, **own(spec.format)}
+        constants |= {"kPair": 2, "kTogether": 8} if spec.isa == "avx512" else {"kPair": 1, "kTogether": 4}
         lines = [f"using X = {VALUE_TYPES[spec.dtype]};"]
         lines += [f"constexpr int {key} = {value};" for key, value in sorted(constants.items())]
         texts = [
