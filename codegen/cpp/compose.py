@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sparsec.codegen import epilogue
-from sparsec.codegen.cpp.values import bits, is_coded
+from sparsec.codegen.cpp.values import bits, is_coded, refusal
 from sparsec.codegen.cpp.values import constants as coded_constants
 from sparsec.codegen.spec import KernelSpec
+from sparsec.errors import PatternMismatch
 
 VALUE_TYPES = {"fp32": "float", "bf16": "bf16"}
 _TENSORS = {"panel": 1, "words": 1, "bitmap": 3, "rows": 3, "sliced": 5}  # of a layout, before those of its values
@@ -21,12 +22,15 @@ def part(name: str) -> str:
 def unit(spec: KernelSpec, layout: str, constants: Mapping[str, int]) -> str:
     """The translation unit of ``spec`` on one layout (``panel``, ``words``, ``bitmap``, ``sliced``, ``rows``).
 
-    ``constants`` are what the layout's header asks for, e.g. ``kShare``.
+    ``constants`` are what the layout's header asks for, e.g. ``kShare``. Raises PatternMismatch for values that the
+    layout does not take.
     """
     values = spec.format.values
     known = {"kAhead": 4096, "kVectors": 2 if spec.isa == "portable" else 4, **constants}
     meaning: tuple[str, ...] = ("plain.h",)
     if is_coded(values):
+        if why := refusal(layout, values):
+            raise PatternMismatch(format=str(spec.format), detail=why)
         known |= coded_constants(values, _TENSORS[layout])
         stored = f"Code<{bits(values)}>"
         meaning = (f"coded_{spec.isa}.h", "coded.h", "outliers.h")

@@ -206,7 +206,7 @@ def test_every_bit_of_a_coded_weight_comes_back(pair: str, dtype: torch.dtype) -
 def test_zero_points_far_from_the_middle_are_stored_and_come_back() -> None:
     weight = torch.arange(16).repeat(16, 8).float() * 0.25  # codes 0 .. 15: no symmetric grid of 4 bits
     for pattern in ("panel", "bitmap", "block:1x16", "nm:2:4"):
-        kept = weight * torch.tensor([1.0, 0, 1, 0]).repeat(32) if pattern == "nm:2:4" else weight
+        kept = weight * torch.tensor([0, 1.0, 0, 1]).repeat(32) if pattern == "nm:2:4" else weight
         packed = pack_verified(kept, Format.parse(f"{pattern}+int4g32"), "")
         assert int(codes_of(kept, packed.format).zero.max()) < 8
         assert torch.equal(family(packed.format.pattern.kind).unpack(packed), kept)
@@ -224,8 +224,11 @@ def test_zero_points_far_from_the_middle_are_stored_and_come_back() -> None:
     ],
 )
 def test_a_pair_that_no_kernel_takes_is_refused_with_its_reason(text: str, why: str) -> None:
+    format = Format.parse(text)
     with pytest.raises(PatternMismatch, match=why):
-        pack_verified(torch.zeros(16, 128), Format.parse(text), "")
+        pack_verified(torch.zeros(16, 128), format, "")
+    with pytest.raises(PatternMismatch, match=why):
+        family(format.pattern.kind).text(KernelSpec(format, "dot", "fp32", "avx512"))
 
 
 def test_high_sparsity_nm_lies_in_a_bitmap_where_its_values_do_not_go_into_slices() -> None:
