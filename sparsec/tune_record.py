@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from sparsec.cache import digest
@@ -91,13 +91,15 @@ def from_row(row: Mapping[str, Any]) -> Record | None:
         said = {name: str(row[name]) if name in _TEXTS else int(row[name]) for name in KEY}
         key = Key(**{**said, "cold": bool(said["cold"])})  # type: ignore[arg-type]
         ratio = Ratio(float(row["ratio"]), float(row["low"]), float(row["high"]))
+        if "effort" not in row:  # schema 1 did not ask whether the quietest moments agree
+            ratio = replace(ratio, low=min(ratio.low, float(row["dense_s"]) / float(row["ours_s"])))
         rounds = int(row["rounds"])
         record = Record(
             key, ratio, float(row["dense_s"]), float(row["ours_s"]), rounds, float(row["at"]),
             str(row["effort"] if "effort" in row else _effort_of(rounds)), bool(row.get("busy", False)),
             float(row.get("model_dense_s", 0.0)), float(row.get("model_s", 0.0)),
         )  # fmt: skip
-    except (KeyError, TypeError, ValueError, OverflowError):
+    except (KeyError, TypeError, ValueError, ArithmeticError):
         return None
     return record if row.get("id") == key.id and _can_be_true(record) else None
 

@@ -48,19 +48,23 @@ def _upgrade(connection: sqlite3.Connection, path: Path) -> str:
     if version > SCHEMA:
         raise Newer(f"a newer sparsec wrote it: its schema is {version}, and this one reads up to {SCHEMA}")
     rows: list[Mapping[str, Any]] = []
+    unread = ""
     if _has_table(connection):
         rows = dicts(connection.execute("SELECT * FROM records"))
         connection.execute(f"ALTER TABLE records RENAME TO records_{version}")
         where = f"the others stay in its table records_{version}"
     elif (first := path.with_name(FIRST)).exists():
-        rows = _of_file(first)
         where = f"{first.name} stays as it is"
+        try:
+            rows = _of_file(first)
+        except sqlite3.Error as error:
+            unread = f"found {first.name} of an older sparsec, which cannot be read ({error}); it stays as it is"
     connection.execute(_CREATE)
     records, _ = from_rows(rows)
     connection.executemany(_INSERT, [to_row(record) for record in records])
     connection.execute(f"PRAGMA user_version={SCHEMA}")
     if not rows:
-        return ""
+        return unread
     return f"took over {len(records)} of {len(rows)} measurements of an older sparsec; {where}"
 
 
@@ -97,8 +101,5 @@ def _has_table(connection: sqlite3.Connection) -> bool:
 
 
 def _of_file(path: Path) -> list[Mapping[str, Any]]:
-    try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
-            return dicts(connection.execute("SELECT * FROM records"))
-    except sqlite3.Error:  # damaged or locked: it stays, and what it knew is measured again
-        return []
+    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+        return dicts(connection.execute("SELECT * FROM records"))

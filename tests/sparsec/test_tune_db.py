@@ -168,6 +168,23 @@ def test_the_records_of_an_older_sparsec_are_taken_over(tmp_path: Path, name: st
             assert connection.execute(f"SELECT count(*) FROM records_{version}").fetchone() == (3,)
 
 
+def test_an_older_file_that_cannot_be_read_is_said_and_stays(tmp_path: Path) -> None:
+    (tmp_path / tune_schema.FIRST).write_bytes(b"no database" * 100)
+    with pytest.warns(SparsecWarning, match="tune-1.sqlite3 of an older sparsec, which cannot be read"):
+        Database(tmp_path).save(a_record())
+    assert Database(tmp_path).all() == [a_record()]
+    assert (tmp_path / tune_schema.FIRST).read_bytes() == b"no database" * 100
+
+
+def test_an_older_gain_that_its_own_minima_deny_is_not_sure() -> None:
+    row = {**to_row(a_record()), "dense_s": 1e-5, "ours_s": 1.2e-5}
+    old = {name: value for name, value in row.items() if name in COLUMNS[:-4]}
+    found = from_row(old)
+    assert found is not None
+    assert found.ratio.low == pytest.approx(1 / 1.2)
+    assert found.ratio.value == 1.5
+
+
 def test_a_table_of_other_columns_is_kept_beside_the_new_one(tmp_path: Path) -> None:
     with contextlib.closing(sqlite3.connect(tmp_path / "tune.sqlite3")) as connection, connection:
         connection.execute("CREATE TABLE records (id TEXT, gain)")
