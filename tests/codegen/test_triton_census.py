@@ -10,7 +10,7 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles kernels, and this process interprets them", allow_module_level=True)
 
-from sparsec.codegen.triton import FAMILIES, census  # noqa: E402
+from sparsec.codegen.triton import FAMILIES, census, family  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("census")  # one process counts for all
 
@@ -36,8 +36,9 @@ def test_no_kernel_spills_and_each_has_the_instructions_it_is_made_for(counted: 
 
 
 def test_every_family_is_counted(counted: tuple[census.Count, ...]) -> None:
-    kinds = {c.format.partition("+")[0].partition(":")[0] for c in counted}
-    assert {kind for kind in FAMILIES if kind != "nm24"} <= kinds | {"nm24"}
+    found = {(c.format, c.loop) for c in counted}
+    for kind in FAMILIES:
+        assert {(name, loop) for name in family(kind).formats for loop in family(kind).loops} <= found, kind
 
 
 def test_main_loops_of_few_rows_read_the_weight_in_16_byte_loads(counted: tuple[census.Count, ...]) -> None:
