@@ -53,7 +53,7 @@ from sparsec.codegen.triton.positions import (
 
 ROWS = 16  # of a program of ``gather``
 GATHERED = "each further row of x costs a load, a conversion and a product; `skinny` takes them on tensor cores"
-TILED = "for more rows of x than `skinny` takes, whose products take as long as the weight"
+TILED = "for more rows of x than `skinny` takes: ranks, loads and selects cost the same for any number of rows"
 SPARSE = "every position of a tile takes a rank, a load and a select, kept or not; `gather` is for few rows of x"
 TILE = 128  # columns of a tile, or one run where that is wider
 

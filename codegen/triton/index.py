@@ -47,6 +47,7 @@ from sparsec.errors import PatternMismatch
 from sparsec.formats import Format
 from sparsec.grid import on_grid
 
+OWN = "no two rows of the weight share columns of x, so each of its rows costs a load, a widening and a product"
 ROWS = 16  # of a group
 SIZE = 8  # values of a block: as bf16 one 16-byte load
 SPAN = 255
@@ -140,7 +141,7 @@ class Index:
             "VALUES": KINDS.index(packed.format.values), "ACT": ACTS.index(call.act), "HAS_BIAS": call.bias is not None,
         }  # fmt: skip
         budget = LANE_INSTRUCTIONS * (VALUE_BYTES[packed.format.values] + 1.25)
-        counted = Loop("nonzero", ROWS * lanes * SIZE, budget)
+        counted = Loop("nonzero", ROWS * lanes * SIZE, budget, reason=OWN)
         main = Launch(gather, (start.numel() - 1, splits), args, constants, warps=config["warps"], loop=counted)
         return [main] if splits == 1 else [main, reduction(out, call.y, call.bias, call.act)]
 

@@ -10,7 +10,7 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles kernels, and this process interprets them", allow_module_level=True)
 
-from sparsec.codegen.triton import FAMILIES, census  # noqa: E402
+from sparsec.codegen.triton import FAMILIES, census, family  # noqa: E402
 
 # One process counts a family for all tests of it, and families are counted by several.
 KINDS = [pytest.param(kind, marks=pytest.mark.xdist_group(f"census {kind}")) for kind in FAMILIES]
@@ -44,8 +44,10 @@ def test_no_kernel_spills_and_each_has_the_instructions_it_is_made_for(counted: 
     assert not [c for c in counted if c.local or c.missing]
 
 
-def test_every_family_is_counted(kind: str, counted: tuple[census.Count, ...]) -> None:
+def test_every_format_and_loop_of_a_family_is_counted(kind: str, counted: tuple[census.Count, ...]) -> None:
     assert {c.kind for c in counted} == {kind}
+    found, made = {(c.format, c.loop) for c in counted}, family(kind)
+    assert {(name, loop) for name in made.formats for loop in made.loops} <= found
 
 
 def test_main_loops_of_few_rows_read_the_weight_in_16_byte_loads(kind: str, counted: tuple[census.Count, ...]) -> None:
