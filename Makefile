@@ -34,7 +34,7 @@ demo: $(STAMP) ## the first five minutes: a pruned real model against Inductor, 
 
 test: check ## make check, then every test; kernels of GPUs in Triton's interpreter, in a process of their own
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/codegen/triton
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup $(OFFLINE)
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(OFFLINE)
 	$(BIN)/python -m pytest -q $(OFFLINE:%=--ignore=%) $(ARGS)
 
 check: $(STAMP) ## ruff, mypy strict, layout tests
