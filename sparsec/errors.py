@@ -392,7 +392,7 @@ class TuningNotKept(InputError):
 class OtherMachine(InputError):
     code = "S621"
     message = (
-        "{path!r} was measured on {theirs} and this machine is {ours}, so nothing was imported; run sparsec tune here."
+        "{path!r} was measured on {theirs} and this machine is {ours}: nothing was imported; run sparsec tune here."
     )
 
 

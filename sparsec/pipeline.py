@@ -28,7 +28,8 @@ from sparsec.passes.rewrite.inputs import Inputs, quantised_inputs, unrounded
 from sparsec.plan import Plan
 from sparsec.records import CompileRecord, LayerRecord, StageRecord
 from sparsec.runtime import gpu, library
-from sparsec.runtime.store import STORE, needed
+from sparsec.runtime.parts import needed
+from sparsec.runtime.store import STORE
 from sparsec.targets.base import Target
 
 

@@ -11,7 +11,7 @@ from sparsec.codegen.spec import ACTS, KernelSpec, Packed
 from sparsec.formats import Format
 from sparsec.passes.graph import DTYPES
 from sparsec.runtime import library
-from sparsec.runtime.store import FOREVER, route
+from sparsec.runtime.parts import FOREVER, route
 
 
 class Direct:

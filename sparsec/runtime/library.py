@@ -40,11 +40,11 @@ def _torch_tag() -> str:
 
 
 def _register_python_half() -> None:
-    from sparsec.runtime import packed, store
+    from sparsec.runtime import packed, parts, store
 
     library: Any = torch.library.Library("sparsec", "FRAGMENT")  # type: ignore[no-untyped-call]
     library.impl("resolve", store.STORE.resolve_parts, "CPU")
-    library.impl("computed", store.computed, "CPU")
+    library.impl("computed", parts.computed, "CPU")
     library.impl("verify", store.STORE.verify, "CPU")
     _python_half.append(library)
     torch.library.register_fake("sparsec::linear", _linear_shape, lib=library)
@@ -70,9 +70,9 @@ def _codes_shape(
     plan: str,
     x_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    from sparsec.runtime import store
+    from sparsec.runtime import parts
 
-    return _linear_shape(x, store.computed(codes, plan), bias, plan)
+    return _linear_shape(x, parts.computed(codes, plan), bias, plan)
 
 
 def _group_shapes(

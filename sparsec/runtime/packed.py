@@ -25,7 +25,8 @@ from sparsec.formats import Format
 from sparsec.options import Policy
 from sparsec.passes.graph import DTYPES
 from sparsec.plan import Plan
-from sparsec.runtime.store import FOREVER, STORE, route
+from sparsec.runtime.parts import FOREVER, route
+from sparsec.runtime.store import STORE
 
 UNPACK = "unpack"  # the loop that decodes blocks of the weight for a dense product
 _TORCH = {name: dtype for dtype, name in DTYPES.items()}

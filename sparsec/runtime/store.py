@@ -28,10 +28,10 @@ from sparsec.options import Policy
 from sparsec.passes.decide import decide, dense_decision
 from sparsec.passes.graph import DTYPES
 from sparsec.passes.profile.weights import profile
-from sparsec.passes.rewrite.expression import evaluate
 from sparsec.plan import Plan
 from sparsec.records import CompileRecord, LayerRecord
 from sparsec.runtime import gpu
+from sparsec.runtime.parts import FOREVER, computed, matrix, needed, pack_key, rounds, route, runs_dense, target_of
 from sparsec.targets.base import Rates, Target
 from sparsec.targets.cuda import GpuTarget
 
@@ -42,7 +42,6 @@ MAX_WAIT = 4096
 # Weights in a row that died after one use, at one place of one graph: they are made anew for every call (offloading,
 # functional_call), so later ones are served dense without being looked at. Compiling again starts afresh.
 MAX_SHORT_LIVED = 4
-FOREVER = 2**62
 
 
 @dataclass
@@ -186,7 +185,7 @@ class Store:
             hi = FOREVER if part.m_hi is None else part.m_hi
             table += route(part.m_lo, hi, kernel, packed, len(tensors))
             tensors += [*packed.tensors, packed.work]
-        dense = weight if plan.w and (plan.policy.verify or _runs_dense(decision, plan)) else None
+        dense = weight if plan.w and (plan.policy.verify or runs_dense(decision, plan)) else None
         self._put(owners, plan_text, weight, tensors, table, dense=dense)
 
     def packed(self, weight: torch.Tensor, fact: WeightFact, part: Range, target: Target) -> Packed:
@@ -304,41 +303,6 @@ def _died(impl: int, plan_text: str) -> None:
         STORE._short_lived[plan_text] = STORE._short_lived.get(plan_text, 0) + 1 if uses <= 1 else 0
 
 
-def needed(decision: Decision, plan: Plan) -> list[Range]:
-    """The ranges that run on our kernels; of a graph made for one M only that one, so that nothing else is packed."""
-    ranges = [decision.at(plan.m)] if plan.m else decision.ranges
-    return [r for r in ranges if r.format != "dense"]
-
-
-def _runs_dense(decision: Decision, plan: Plan) -> bool:
-    ranges = [decision.at(plan.m)] if plan.m else decision.ranges
-    return any(r.format == "dense" for r in ranges)
-
-
-def computed(parts: Sequence[torch.Tensor], plan_text: str) -> torch.Tensor:
-    """The weight that a plan makes of the tensors its op is given: the one of them, or what they compute."""
-    text = Plan.decode(plan_text).w
-    return evaluate(text, parts) if text else parts[0]
-
-
-def target_of(weight: torch.Tensor, policy: Policy) -> Target:
-    """The machine that runs a weight: what the policy names, and with ``auto`` the one that the weight is on."""
-    return targets.for_weights(policy.target, weight.is_cuda)
-
-
-def pack_key(part: Range, target: Target) -> str:
-    """What ranges must have in common to share a pack: the format, what its kernels do to x, and on GPUs the family
-    that reads it."""
-    if not target.gpu:
-        return f"{part.format}/{rounds(part)}"
-    return f"{part.format} {triton.kind_of(Format.parse(part.format), part.kernel)}"
-
-
-def rounds(part: Range) -> str:
-    """What the kernel of a range rounds x to: "int8" of ``dot/int8``."""
-    return part.kernel.partition("/")[2]
-
-
 def _route_on_gpu(
     part: Range, packed: Packed, weight: torch.Tensor, fact: WeightFact, plan: Plan, target: GpuTarget
 ) -> gpu.Route:
@@ -364,20 +328,6 @@ def _rates(fact: WeightFact, dtype: str, target: Target, plan: Plan) -> Rates:
 
     cache, threads = cache_dir(plan.policy.cache_dir), torch.get_num_threads()
     return rates_for(fact, dtype, target, threads, cache, plan.policy.formats, plan.x_type)
-
-
-def matrix(weight: torch.Tensor, plan: Plan) -> torch.Tensor:
-    """The weight as [N, K], a view where the layout allows one."""
-    if plan.transposed:
-        return weight.detach().t()
-    return weight.detach().reshape(weight.shape[0], -1)
-
-
-def route(m_lo: int, m_hi: int, kernel: Kernel, packed: Packed, first: int) -> list[int]:
-    """The ten integers of a route in ``table.h``."""
-    tiles = packed.work.numel() - 1
-    addresses = [kernel.run, kernel.prepare, kernel.prepare_units, kernel.scratch]
-    return [m_lo, m_hi, *addresses, first, len(packed.tensors), tiles, int(kernel.spec.x == "int8")]
 
 
 def invalidate(model: torch.nn.Module | torch.Tensor) -> int:

@@ -1,0 +1,71 @@
+"""What a plan and a decision say of one weight: which ranges run on our kernels, from which pack, on which machine.
+
+No state: the store keeps what these functions name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from sparsec import targets
+from sparsec.codegen import triton
+from sparsec.codegen.spec import Kernel, Packed
+from sparsec.facts import Decision, Range
+from sparsec.formats import Format
+from sparsec.options import Policy
+from sparsec.passes.rewrite.expression import evaluate
+from sparsec.plan import Plan
+from sparsec.targets.base import Target
+
+FOREVER = 2**62  # rows of x that no call has
+
+
+def needed(decision: Decision, plan: Plan) -> list[Range]:
+    """The ranges that run on our kernels; of a graph made for one M only that one, so that nothing else is packed."""
+    ranges = [decision.at(plan.m)] if plan.m else decision.ranges
+    return [r for r in ranges if r.format != "dense"]
+
+
+def runs_dense(decision: Decision, plan: Plan) -> bool:
+    ranges = [decision.at(plan.m)] if plan.m else decision.ranges
+    return any(r.format == "dense" for r in ranges)
+
+
+def computed(parts: Sequence[torch.Tensor], plan_text: str) -> torch.Tensor:
+    """The weight that a plan makes of the tensors its op is given: the one of them, or what they compute."""
+    text = Plan.decode(plan_text).w
+    return evaluate(text, parts) if text else parts[0]
+
+
+def target_of(weight: torch.Tensor, policy: Policy) -> Target:
+    """The machine that runs a weight: what the policy names, and with ``auto`` the one that the weight is on."""
+    return targets.for_weights(policy.target, weight.is_cuda)
+
+
+def pack_key(part: Range, target: Target) -> str:
+    """What ranges must have in common to share a pack: the format, what its kernels do to x, and on GPUs the family
+    that reads it."""
+    if not target.gpu:
+        return f"{part.format}/{rounds(part)}"
+    return f"{part.format} {triton.kind_of(Format.parse(part.format), part.kernel)}"
+
+
+def rounds(part: Range) -> str:
+    """What the kernel of a range rounds x to: "int8" of ``dot/int8``."""
+    return part.kernel.partition("/")[2]
+
+
+def matrix(weight: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """The weight as [N, K], a view where the layout allows one."""
+    if plan.transposed:
+        return weight.detach().t()
+    return weight.detach().reshape(weight.shape[0], -1)
+
+
+def route(m_lo: int, m_hi: int, kernel: Kernel, packed: Packed, first: int) -> list[int]:
+    """The ten integers of a route in ``table.h``."""
+    tiles = packed.work.numel() - 1
+    addresses = [kernel.run, kernel.prepare, kernel.prepare_units, kernel.scratch]
+    return [m_lo, m_hi, *addresses, first, len(packed.tensors), tiles, int(kernel.spec.x == "int8")]
