@@ -391,9 +391,7 @@ class TuningNotKept(InputError):
 
 class OtherMachine(InputError):
     code = "S621"
-    message = (
-        "{path!r} was measured on {theirs} and this machine is {ours}: nothing was imported; run sparsec tune here."
-    )
+    message = "{path!r} was measured on {theirs}, and this machine is {ours}. Run sparsec tune here instead."
 
 
 class BadTuningFile(InputError):
