@@ -7,6 +7,8 @@ of its own, by the resident sizes that Linux keeps.
 from __future__ import annotations
 
 import argparse
+import copy
+import gc
 import json
 import subprocess
 import sys
@@ -21,18 +23,16 @@ OPTIONS = {"min_speedup": 0}
 HEAD = ("model", "dense MB", "packed MB", "peak over dense", "in layers", "after / packed", "loaded MB", "private MB")
 
 
-def stack(zeros: float, device: str = "cpu") -> Any:
+def stack(zeros: float, device: str) -> Any:
     """LAYERS linear layers of SIDE x SIDE; zeros are set in bands, so that making the model takes no more than it."""
     import torch
 
     with torch.device(device), torch.no_grad():
-        model = torch.nn.Sequential(*(torch.nn.Linear(SIDE, SIDE, bias=False) for _ in range(LAYERS)))
-        for layer in model if device == "cpu" else ():
-            assert isinstance(layer, torch.nn.Linear)
-            for begin in range(0, SIDE, 256):
-                band = layer.weight.detach()[begin : begin + 256]
-                band.masked_fill_(torch.rand(band.shape) < zeros, 0)
-    return model.eval()
+        layers = [torch.nn.Linear(SIDE, SIDE, bias=False) for _ in range(LAYERS)]
+        for weight in (layer.weight for layer in layers if device == "cpu"):
+            for first in range(0, SIDE, 256):
+                weight[first : first + 256].masked_fill_(torch.rand(256, SIDE) < zeros, 0)
+    return torch.nn.Sequential(*layers).eval()
 
 
 def model_of(case: str, device: str = "cpu") -> Any:
@@ -45,7 +45,8 @@ def model_of(case: str, device: str = "cpu") -> Any:
         return stack(zeros, device)
     from sparsec.models import load_model
 
-    model = load_model("minilm").model
+    # deepcopy: from_pretrained maps the file, and pages of it that were written to go only with its last tensor
+    model = copy.deepcopy(load_model("minilm").model)
     if device == "meta":
         return model
     with torch.no_grad():
@@ -68,28 +69,25 @@ def packed(case: str, file: Path) -> dict[str, Any]:
     from sparsec.resident import Resident
 
     torch.manual_seed(0)
-    layers = [torch.nn.Linear(512, 512) for _ in range(3)]
-    small = torch.nn.Sequential(*layers)
+    small = [torch.nn.Linear(512, 512) for _ in range(3)]
     with torch.no_grad():
-        for layer, zeros in zip(layers, (0.5, 0.8, 0.9), strict=True):
-            layer.weight.masked_fill_(torch.rand(512, 512) < zeros, 0)
-    pack_(small, options=OPTIONS)
-    del small, layers, layer
-    trim()
-    base = resident()
+        for weight, zeros in zip((layer.weight for layer in small), (0.5, 0.8, 0.9), strict=True):
+            weight.masked_fill_(torch.rand(512, 512) < zeros, 0)
+    pack_(torch.nn.Sequential(*small), options=OPTIONS)
     model = model_of(case)
+    gc.collect()
+    trim()
     before = Resident()
     report = pack_(model, options=OPTIONS)
     peak, after = before.highest(), resident()
     save(model, file)
     largest = max(row.dense_bytes for row in report.rows)
-    other = max(before.before - base - report.dense_bytes, 0)  # embeddings, norms: dense before and after
     return {
         "dense": report.dense_bytes,
         "packed": report.bytes,
         "largest": largest,
         "peak": peak - before.before,
-        "after": after - base - other,
+        "after": after - (before.before - report.dense_bytes),  # what is left of the linear weights
     }
 
 

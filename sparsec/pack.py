@@ -61,7 +61,8 @@ def pack_(
 
     A weight that another kind of module reads too (an embedding tied to the head) stays dense; linear layers that share
     a weight share its pack. The values are the same bit for bit, except that -0.0 becomes 0.0. Packed layers are for
-    inference on the CPU: they cannot be trained, cast or moved.
+    inference on the CPU: they cannot be trained, cast or moved. Weights that a loader mapped from a file and that were
+    changed since (a pruned ``from_pretrained`` model) stay resident until the last tensor of that file goes.
     Raises OptionError, NoCompiler, CompileFailed.
     """
     policy = Options.parse({**dict(options or {}), "target": target}).policy
@@ -75,7 +76,11 @@ def pack_(
     for number, layer in enumerate(found):
         if on_progress is not None:
             on_progress(number, len(found), layer.name)
-        row = _pack_layer(layer, policy)
+        if layer.transposed and not layer.refusal:
+            with layer.laid_in_rows():
+                row = _pack_layer(layer, policy)
+        else:
+            row = _pack_layer(layer, policy)
         rows.append(row)
         freed += row.dense_bytes if row.packed else 0
         if freed >= _TRIM_EVERY:
@@ -97,7 +102,10 @@ def unpack_(model: nn.Module) -> nn.Module:
         if id(layer) not in made:
             about, key = layer.about, layer._pack[1].data_ptr() or id(layer)
             if key not in weights:
-                dense = layer.weight.t().contiguous() if about.get("kind") == "Conv1D" else layer.weight
+                dense = layer.weight
+                if about.get("kind") == "Conv1D":
+                    dense = dense.t().contiguous()
+                    trim()  # of the copy
                 weights[key] = nn.Parameter(dense, requires_grad=bool(about.get("trained", True)))
             made[id(layer)] = _dense_layer(layer, weights[key], about)
         parent._modules[child] = made[id(layer)]
@@ -145,8 +153,6 @@ def _pack_layer(layer: Found, policy: Policy) -> PackRow:
         chosen = best_whole(fact, DTYPES[weight.dtype], _rates(fact, weight, policy), policy)
         if not _sparse(decision, policy) or chosen is None:
             return row(reason=decision.reason if chosen is None or not decision.ours else _only_panels(decision))
-        if layer.transposed:
-            weight = layer.lay_in_rows()
         made = _made(weight.t() if layer.transposed else weight, fact, chosen, policy)
     except SparsecError as error:
         return row(reason=str(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -37,15 +38,20 @@ class Found:
         weight: torch.Tensor = self.modules[0]._parameters["weight"]  # type: ignore[assignment]
         return weight
 
-    def lay_in_rows(self) -> torch.Tensor:
-        """Store a [K, N] weight so that its [N, K] view is contiguous, as packers read it; the values stay.
+    @contextlib.contextmanager
+    def laid_in_rows(self) -> Iterator[None]:
+        """Store a [K, N] weight so that its [N, K] view is contiguous, as profiling and packing read it.
 
-        Packing from a copy would hold the weight twice beside its pack.
+        Working on a copy would hold the weight twice beside its pack. What is still there at the end is laid back.
         """
-        copy = self.weight.detach().t().contiguous()
+        self._lay(self.weight.detach().t().contiguous().t())
+        yield
+        if self.modules:
+            self._lay(self.weight.detach().contiguous())
+
+    def _lay(self, values: torch.Tensor) -> None:
         for module in self.modules:
-            module._parameters["weight"].data = copy.t()  # type: ignore[union-attr]
-        return self.weight
+            module._parameters["weight"].data = values  # type: ignore[union-attr]
 
     def replace(self, make: Callable[[nn.Module], nn.Module]) -> None:
         """Put a new module in every place; one that stood in several places stays one. The old ones let go."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -479,3 +481,35 @@ def test_the_report_says_what_having_no_dense_weight_costs() -> None:
     assert "dense faster from" in said
     assert "2 of 2 linear weights packed" in said
     assert report.to_dict()["layers"][0]["dense_from"] == row.dense_from
+
+
+@torch.no_grad()
+def test_explain_names_packed_layers_and_does_not_call_them_missing() -> None:
+    _, model = packed_stack()
+    said = str(sparsec.explain(model, torch.randn(2, 96), options={"target": "reference"}))
+    assert "every linear layer is packed already" in said
+    assert "already packed as index+fp32" in said or "already packed as bitmap+fp32" in said
+    assert "no linear layer was found" not in said
+
+
+def test_the_command_packs_saves_and_explains_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from sparsec.cli import run
+    from sparsec.models import load_model
+
+    out = str(tmp_path / "out")
+    command = ["pack", "tiny:llama@80", "-o", out, "--target", "reference", "--min-speedup", "0"]
+    assert run(command) == 0
+    assert "linear weights packed" in capsys.readouterr().out
+    assert run(["explain", out]) == 0
+    table = capsys.readouterr().out
+    assert "model.layers.1.mlp.up_proj" in table
+    assert "dense faster from" in table
+    assert run(["explain", f"{out}/packed.safetensors", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["layers"]) == 15
+    assert run(command) == 2
+    assert "already holds a packed model" in capsys.readouterr().err
+    assert run([*command, "--overwrite", "--formats", "nonsense"]) == 2
+    loaded = load_model(out)
+    ids = loaded.inputs(1, 6)
+    with torch.no_grad():
+        assert torch.allclose(loaded.model(**ids).logits, load_model("tiny:llama@80").model(**ids).logits, atol=1e-4)
