@@ -168,7 +168,11 @@ def _why_no_product(node: Any) -> str:
 
 
 def _is_rounded(node: Any) -> bool:
-    return isinstance(_peeled(node, []), Node) and describe(_peeled(node, [])) in ("round", "clamp", "clip")
+    """Whether it is round(...) or clamp(round(...)): a scale may be clamped as well."""
+    found = _peeled(node, [])
+    if isinstance(found, Node) and describe(found) in ("clamp", "clip"):
+        found = argument(found, 0, "input")
+    return isinstance(found, Node) and describe(found) == "round"
 
 
 def _steps(q: Any, used: list[Node]) -> tuple[Any, float]:
