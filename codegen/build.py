@@ -62,6 +62,8 @@ def isa_flags(spec: KernelSpec) -> tuple[str, ...]:
         flags.append("-mavx512bf16")
     if spec.x and spec.isa == "avx512":
         flags += ["-mavx512vnni", "-mavx512vbmi"]
+    if spec.int_dot:
+        flags += ["-mavxvnni"] if spec.int_dot == "vnni" else ["-mamx-tile", "-mamx-int8"]
     return tuple(flags)
 
 

@@ -42,7 +42,14 @@ class KernelSpec:
     ``loop``: ``dot`` (rows of x against rows of W; small M) or ``outer`` (x transposed, M in the vector; larger M);
     ``unpack`` writes the dense weight and reads no x (``cpp/unpack.h``); every layout with an outer loop has it.
     ``dtype``: of x, y and bias, ``fp32`` or ``bf16``. ``bf16_dot``: the machine has bf16 dot products.
-    ``x``: "" takes x as it is, ``int8`` quantises it first (``reference.quantised``).
+        """The spec of a kernel on a machine, with what the machine has. ``loop``: also with x, as ``way`` spells it."""
+        loop, _, rounds = loop.partition("/")
+        x = x or rounds
+        if not x:
+            return cls(format, loop, dtype, target.isa, target.bf16_dot and dtype == "bf16")
+        isa = "avx2" if target.isa == "avx512" and not target.int_dot else target.isa
+        beyond = target.int_dot if (isa, target.int_dot) in (("avx512", "amx"), ("avx2", "vnni")) else ""
+        return cls(format, loop, dtype, isa, x=x, int_dot=beyond)
     """
 
     format: Format
@@ -51,13 +58,18 @@ class KernelSpec:
     isa: str
     bf16_dot: bool = False
     x: str = ""
+    int_dot: str = ""
 
     @classmethod
     def on(cls, target: Target, format: Format, loop: str, dtype: str, x: str = "") -> KernelSpec:
         """The spec of a kernel on a machine, with what the machine has. ``loop``: also with x, as ``way`` spells it."""
         loop, _, rounds = loop.partition("/")
         x = x or rounds
-        return cls(format, loop, dtype, target.isa, target.bf16_dot and dtype == "bf16" and not x, x)
+        if not x:
+            return cls(format, loop, dtype, target.isa, target.bf16_dot and dtype == "bf16")
+        isa = "avx2" if target.isa == "avx512" and not target.int_dot else target.isa
+        beyond = target.int_dot if (isa, target.int_dot) in (("avx512", "amx"), ("avx2", "vnni")) else ""
+        return cls(format, loop, dtype, isa, x=x, int_dot=beyond)
 
     @property
     def way(self) -> str:
@@ -66,7 +78,7 @@ class KernelSpec:
 
     @property
     def name(self) -> str:
-        suffix = ("_bf16dot" if self.bf16_dot else "") + ("_x8" if self.x else "")
+        suffix = ("_bf16dot" if self.bf16_dot else "") + ("_x8" if self.x else "") + self.int_dot
         text = f"linear_{self.format}_{self.loop}_{self.dtype}_{self.isa}{suffix}"
         return text.replace(":", "_").replace("+", "_")
 

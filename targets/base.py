@@ -16,6 +16,7 @@ class Target:
     model: str  # "AMD EPYC", for people
     l2_bytes: int = 0
     l3_bytes: int = 0
+    int_dot: str = ""  # "vnni": dot products of int8 (with avx512 also VBMI); "amx": tiles of them too
 
     @property
     def device(self) -> str:

@@ -22,6 +22,15 @@ ISA_NEEDS: dict[str, frozenset[str]] = {
     "avx2": frozenset("avx2 fma f16c bmi1 bmi2 abm popcnt".split()),  # noqa: SIM905
     "portable": frozenset(),
 }
+# Beyond the ISA, for kernels that compute in int8.
+INT_DOT_NEEDS: dict[str, tuple[tuple[str, frozenset[str]], ...]] = {
+    "avx512": (
+        ("amx", frozenset({"amx_tile", "amx_int8", "avx512_vnni", "avx512vbmi"})),
+        ("vnni", frozenset({"avx512_vnni", "avx512vbmi"})),
+    ),
+    "avx2": (("vnni", frozenset({"avx_vnni"})),),
+    "portable": (),
+}
 BF16_DOT = "avx512_bf16"
 
 _CPUINFO = Path("/proc/cpuinfo")
@@ -46,6 +55,7 @@ def detect(isa: str = "") -> Target:
         model=cpu_model(),
         l2_bytes=cache_bytes(2),
         l3_bytes=cache_bytes(3),
+        int_dot=next((name for name, needs in INT_DOT_NEEDS[chosen] if needs <= flags), ""),
     )
 
 

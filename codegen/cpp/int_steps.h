@@ -141,9 +141,11 @@ INLINE void block_times_x(const SparsecCall *call, const Tiles<T, R> &from, int6
   const int32_t *sums = to.sum + row * to.groups;
   if (wide == 1) return steps_times_x<T, 1>(call, from, tile, x, wide, sums, begin, end, results, first);
   if (wide == 2) return steps_times_x<T, 2>(call, from, tile, x, wide, sums, begin, end, results, first);
-  if (kTogether > 4 && wide == 4) return steps_times_x<T, 4>(call, from, tile, x, wide, sums, begin, end, results, first);
+  if (kTogether > 4 && wide == 4)
+    return steps_times_x<T, 4>(call, from, tile, x, wide, sums, begin, end, results, first);
   for (int64_t i = 0; i < wide; i += kTogether)
-    steps_times_x<T, kTogether>(call, from, tile, x + 4 * i, wide, sums + i * to.groups, begin, end, results, first + i);
+    steps_times_x<T, kTogether>(call, from, tile, x + 4 * i, wide, sums + i * to.groups, begin, end, results,
+                                first + i);
 }
 
 INLINE void decode(Reader &from, int64_t begin, int64_t end, uint8_t *out) {
@@ -154,6 +156,35 @@ INLINE void decode(Reader &from, int64_t begin, int64_t end, uint8_t *out) {
     UNROLL for (int i = 0; i < kQuad; ++i) store_bytes(out + 64 * i, w[i]);
   }
 }
+
+#if TILES
+// The same on tiles of 16 rows of x by 16 rows of W: steps [begin, end), whose bytes are zero up to a multiple of 16.
+template <int T>
+__attribute__((noinline)) void tiles_of_x(const SparsecCall *call, const Tiles<T, Decoded> &from, int64_t tile,
+                                          const Activations &to, int64_t row, int64_t begin, int64_t end,
+                                          Results *results, int64_t first) {
+  int64_t groups = groups_of(call->k), last = columns_of(call->k) / 4;
+  for (int64_t s = begin; s < end;) {
+    int64_t group = s / kStepsOfGroup, stop = (group + 1) * kStepsOfGroup;
+    if (stop > last) stop = last;
+    int64_t pause = stop < end ? stop : end;
+    for (int t = 0; t < T; ++t)
+      for (int m = 0; m < 16 && s % kStepsOfGroup == 0; ++m) results[t].open[first + m] = zero_i16();
+    tile_products<T>(from.of[0].at + 64 * (s - begin), 64 * kAtOnce, to.flat + row * to.columns + 4 * s, to.columns,
+                     pause - s, &results[0].open[first], sizeof(Results));
+    s = pause;
+    if (s < stop) continue;
+    for (int t = 0; t < T; ++t) {
+      I16 zero = Zeros(call, tile + t).of(group);
+      F16 factor = load16(pack_of<float>(call, 3) + (kGroup ? (tile + t) * groups + group : tile + t) * kRows);
+      for (int m = 0; m < 16; ++m) {
+        I16 sum = sub_i(results[t].open[first + m], mul_i(zero, splat_i(to.sum[(row + m) * groups + group])));
+        results[t].done[first + m] = fma(to_floats(sum), factor, results[t].done[first + m]);
+      }
+    }
+  }
+}
+#endif
 
 template <int T>
 INLINE void tiles_times_x(const SparsecCall *call, int64_t tile, const Activations &to, int64_t row, int64_t rows) {
@@ -173,10 +204,17 @@ INLINE void tiles_times_x(const SparsecCall *call, int64_t tile, const Activatio
       end = s + kAtOnce < steps ? s + kAtOnce : steps;
       for (int t = 0; t < T; ++t) {
         decode(from.of[t], s, end, decoded[t]);
+        if (TILES) __builtin_memset(decoded[t] + 64 * (end - s), 0, 64 * ((s - end) & 15));
         again.of[t].at = decoded[t];
       }
       for (int64_t i = 0, wide; i < rows; i += wide) {
         wide = block_rows(rows - i);
+#if TILES
+        if (wide == 16 && kStepsOfGroup % 16 == 0 && may_use_tiles()) {
+          tiles_of_x(call, again, tile, to, row + i, s, end, results, i);
+          continue;
+        }
+#endif
         block_times_x(call, again, tile, to, row + i, wide, s, end, results, i);
       }
     }
@@ -196,6 +234,9 @@ INLINE void tiles_times_all(const SparsecCall *call, const Activations &to, int6
 EXPORT void sparsec_run(const SparsecCall *call, int64_t tile_begin, int64_t tile_end) {
   Activations to(call);
   int64_t tile = tile_begin;
+#if TILES
+  Tiling tiling;
+#endif
   for (; tile + kPair <= tile_end; tile += kPair) tiles_times_all<kPair>(call, to, tile);
   for (; tile < tile_end; ++tile) tiles_times_all<1>(call, to, tile);
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sparsec.codegen import direct, reference
-from sparsec.codegen.cpp import family, pack_verified
+from sparsec.codegen.build import build
+from sparsec.codegen.cpp import family, integer, pack_verified
 from sparsec.codegen.cpp.codes import codes_of
 from sparsec.codegen.spec import ACTS, Kernel, KernelSpec, Packed
 from sparsec.errors import PatternMismatch
 from sparsec.formats import Format, value_kind
+from sparsec.targets.base import Target
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Compiled = Callable[[KernelSpec], Kernel]
@@ -41,12 +44,18 @@ NARROW = [  # on the other ISAs: each decoder of positions and of values once
 SPECS = [spec_of(f"{format} fp32 avx512") for format in FORMATS]
 SPECS += [spec_of(f"{format} fp32 {isa}") for format in NARROW for isa in ("avx2", "portable")]
 SPECS += [spec_of("bitmap+int8 bf16 avx512"), spec_of("panel+int4g32 bf16 avx512"), spec_of("index+int8 bf16 avx512")]
-every = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name.removeprefix("linear_"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_ahead(compile_all: Callable[[list[KernelSpec]], None]) -> None:
+@pytest.fixture(scope="module")
+def all_compiled(compile_all: Callable[[list[KernelSpec]], None]) -> None:
     compile_all(SPECS)
+
+
+def every(test: Callable[..., None]) -> Callable[..., None]:
+    """For each kernel, all of which are compiled first, two at a time."""
+    given_each = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name.removeprefix("linear_"))
+    chosen: Callable[..., None] = pytest.mark.usefixtures("all_compiled")(given_each(test))
+    return chosen
 
 
 @pytest.fixture
@@ -270,6 +279,54 @@ def test_every_code_comes_back(spec: KernelSpec, runnable: Compiled) -> None:
         assert codes is None or torch.equal(codes.weight(torch.bfloat16), weight.bfloat16())
 
     check()
+
+
+@pytest.mark.parametrize("text", ["bitmap+int8", "panel+int4g64", "panel+int8g32", "nm:2:4+ternary"])
+def test_tiles_compute_the_reference(
+    text: str, can_run: Callable[[KernelSpec], bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine without AMX too: plain C++ stands in for its instructions."""
+    spec = KernelSpec(Format.parse(text), "dot", "fp32", "avx512", x="int8", int_dot="amx")
+    if not can_run(spec):
+        pytest.skip("compiled by another test; this machine cannot run avx512 with integer dot products")
+    emulation = Path(__file__).with_name("emulated_tiles.h").read_text()
+    real = integer.part
+    monkeypatch.setattr(integer, "part", lambda name: (emulation if name == "int_amx.h" else "") + real(name))
+    kernel = build(spec, tmp_path)
+    assert "emulated_product" in kernel.source.read_text()
+    generator = torch.Generator().manual_seed(11)
+    for n, k, m in [(16, 64, 16), (33, 70, 17), (75, 1285, 80), (48, 512, 64), (5, 1, 16)]:
+        weight = weight_of(spec.format, n, k, 0.5, generator, "int4" in text)
+        x = torch.randn(m, k, generator=generator)
+        packed = pack_verified(weight, spec.format, "test", x="int8")
+        assert_close(direct.linear(kernel, packed, x), x, weight, reference.linear(x, weight, x_scale=0.0))
+
+
+@pytest.mark.parametrize(
+    ("text", "isa", "int_dot"),
+    [
+        *(("bitmap+int8", "avx512", "amx"), ("panel+int4g32", "avx512", "amx"), ("index+int8", "avx512", "amx")),
+        *(("bitmap+int8", "avx2", "vnni"), ("panel+int4g32", "avx2", "vnni"), ("index+int4", "avx2", "vnni")),
+    ],
+)
+def test_what_few_machines_can_run_compiles_on_all(text: str, isa: str, int_dot: str, compiled: Compiled) -> None:
+    spec = KernelSpec(Format.parse(text), "dot", "fp32", isa, x="int8", int_dot=int_dot)
+    assert compiled(spec).source.exists()
+    assert spec.name.endswith(f"_x8{int_dot}")
+
+
+@pytest.mark.parametrize(
+    ("isa", "has", "expected"),
+    [
+        *(("avx512", "amx", ("avx512", "amx")), ("avx512", "vnni", ("avx512", "")), ("avx512", "", ("avx2", ""))),
+        *(("avx2", "vnni", ("avx2", "vnni")), ("avx2", "", ("avx2", "")), ("portable", "", ("portable", ""))),
+    ],
+)
+def test_a_kernel_uses_what_its_machine_has(isa: str, has: str, expected: tuple[str, str]) -> None:
+    target = Target("cpu", isa, True, 2, "a model", int_dot=has)
+    spec = KernelSpec.on(target, Format.parse("bitmap+int8"), "dot", "bf16", "int8")
+    assert (spec.isa, spec.int_dot) == expected
+    assert not spec.bf16_dot
 
 
 @pytest.mark.parametrize(
