@@ -42,14 +42,8 @@ class KernelSpec:
     ``loop``: ``dot`` (rows of x against rows of W; small M) or ``outer`` (x transposed, M in the vector; larger M);
     ``unpack`` writes the dense weight and reads no x (``cpp/unpack.h``); every layout with an outer loop has it.
     ``dtype``: of x, y and bias, ``fp32`` or ``bf16``. ``bf16_dot``: the machine has bf16 dot products.
-        """The spec of a kernel on a machine, with what the machine has. ``loop``: also with x, as ``way`` spells it."""
-        loop, _, rounds = loop.partition("/")
-        x = x or rounds
-        if not x:
-            return cls(format, loop, dtype, target.isa, target.bf16_dot and dtype == "bf16")
-        isa = "avx2" if target.isa == "avx512" and not target.int_dot else target.isa
-        beyond = target.int_dot if (isa, target.int_dot) in (("avx512", "amx"), ("avx2", "vnni")) else ""
-        return cls(format, loop, dtype, isa, x=x, int_dot=beyond)
+    ``x``: "" takes x as it is, ``int8`` quantises it first (``reference.quantised``). ``int_dot``: what its kernels use
+    beyond the ISA, "vnni" on AVX2 and "amx" on AVX-512.
     """
 
     format: Format
