@@ -80,7 +80,7 @@ def _fit(part: torch.Tensor, scale: torch.Tensor, top: int, span: int) -> tuple[
                 holds = near & ~exact & (q * other == part).all(1)
                 exact, scale = exact | holds, torch.where(holds[:, None], other, scale)
         return exact, scale
-    better = _common(part, scale)
+    better = common_scale(part, scale)
     q = (wide / better).round()
     near = q.amax(1).clamp(min=0) - q.amin(1).clamp(max=0) <= span
     again = (q * better).to(part.dtype)
@@ -88,7 +88,7 @@ def _fit(part: torch.Tensor, scale: torch.Tensor, top: int, span: int) -> tuple[
     return exact | refined, torch.where(exact[:, None], scale, better)
 
 
-def _common(part: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def common_scale(part: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """The scale [G, 1] near ``scale`` with which whole numbers round to every weight of 16 bits; else ``scale``.
 
     A product rounds to w between the middles of w and its neighbours, so each q allows an interval of scales, and all
