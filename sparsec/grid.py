@@ -83,22 +83,29 @@ def _fit(part: torch.Tensor, scale: torch.Tensor, top: int, span: int) -> tuple[
         return exact, scale
     steps = part.float() / scale
     open_groups = (~exact & ((steps - q).abs() <= 0.01 + q.abs() / 100).all(1)).nonzero()[:, 0]  # others are far off
-    held, finer = _refined(part[open_groups], q[open_groups], top, span)
+    held, finer = _refined(part[open_groups], scale[open_groups], top, span)
     exact[open_groups], scale = held, scale.clone()
     scale[open_groups[held]] = finer[held]
     return exact, scale
 
 
-def _refined(part: torch.Tensor, q: torch.Tensor, top: int, span: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of groups of 16-bit values whose scale is only roughly known, given by ``q``: which hold, and their scales."""
-    rough = _between_roundings(part, torch.where(q.abs() <= SURE, q, 0.0))  # large q may be off by one so far
+def _refined(part: torch.Tensor, scale: torch.Tensor, top: int, span: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of groups of 16-bit values whose scale is only roughly known: which hold, and their scales."""
+    middle = common_scale(part, scale)
+    q = _steps(part, middle)
+    near = q.amax(1).clamp(min=0) - q.amin(1).clamp(max=0) <= span
+    return near & ((q * middle).to(part.dtype) == part).all(1) & (q.abs().amax(1) <= top), middle
+
+
+def common_scale(part: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The scale [G, 1] near ``scale`` with which whole numbers round to every 16-bit value of a group [G, size], where
+    there is one. Small numbers are known first; they tell the scale well enough to know the large ones."""
+    q = (part.float() / scale).round()
+    rough = _between_roundings(part, torch.where(q.abs() <= SURE, q, 0.0))
     steps = part.float() / rough
     q = steps.round()
     finer = _between_roundings(part, torch.where((steps - q).abs() < CLEAR, q, 0.0))
-    q = _steps(part, finer)
-    middle = _between_roundings(part, q)
-    near = q.amax(1).clamp(min=0) - q.amin(1).clamp(max=0) <= span
-    return near & ((q * middle).to(part.dtype) == part).all(1) & (q.abs().amax(1) <= top), middle
+    return _between_roundings(part, _steps(part, finer))
 
 
 def _steps(part: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

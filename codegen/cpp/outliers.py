@@ -17,6 +17,7 @@ from sparsec.codegen.cpp import packer
 from sparsec.codegen.cpp.codes import BITS, LEVELS, codes_of
 from sparsec.errors import PatternMismatch
 from sparsec.formats import Format, value_kind
+from sparsec.grid import common_scale
 
 MOST = 0.03  # of a weight's values; more are no outliers, and a whole weight in their format costs less
 _TRIED = 1 << 22  # values that are looked at together
@@ -92,11 +93,12 @@ def _off_scale(part: torch.Tensor, scale: torch.Tensor, top: int) -> torch.Tenso
     found = off(scale)
     if part.dtype == torch.float32:
         others = [scale.nextafter(torch.full_like(scale, to)) for to in (torch.inf, -torch.inf)]
-    else:  # products of 16 bits were rounded: least squares over what is near
+    else:  # products of 16 bits were rounded: least squares over what is near, then what they all allow
         q = (wide / scale).round()
         near = (q.abs() <= top) & ((q * scale - wide).abs() <= wide.abs() * 2.0**-7)
         q = q * near
-        others = [(wide * q).sum(1, keepdim=True) / (q * q).sum(1, keepdim=True).clamp(min=1)]
+        fitted = (wide * q).sum(1, keepdim=True) / (q * q).sum(1, keepdim=True).clamp(min=1)
+        others = [common_scale(part.masked_fill(~near, 0.0), fitted)]
     for other in others:
         again = off(other.clamp(min=torch.finfo(torch.float32).tiny))
         found = torch.where(again.sum(1, keepdim=True) < found.sum(1, keepdim=True), again, found)

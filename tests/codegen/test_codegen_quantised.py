@@ -104,9 +104,9 @@ def quantised(
         signs = torch.randint(0, 2, (n, k), generator=generator) * 2 - 1
         return (signs * kept * torch.rand(n, 1, generator=generator)).to(dtype)
     if kind == "codebook":
-        levels = torch.randn(n, 15, generator=generator)
-        levels[:, 0] = -0.0
-        chosen = levels.gather(1, torch.randint(0, 15, (n, k), generator=generator))
+        levels = (torch.arange(16) - 8) * (0.5 + torch.rand(n, 1, generator=generator))
+        levels[:, 8] = -0.0
+        chosen = levels.gather(1, torch.randint(0, 16, (n, k), generator=generator))
         return torch.where(kept, chosen, 0.0).to(dtype)
     wide = torch.randn(n, k, generator=generator) * kept
     if not symmetric:
@@ -153,7 +153,7 @@ def with_outliers(weight: torch.Tensor, share: float, seed: int) -> tuple[torch.
     """(weight, where) with a share of its non-zeros replaced by large values."""
     generator = torch.Generator().manual_seed(seed)
     where = (torch.rand(weight.shape, generator=generator) < share) & (weight != 0)
-    large = (5 + torch.rand(weight.shape, generator=generator)).to(weight.dtype)
+    large = (50 + torch.rand(weight.shape, generator=generator)).to(weight.dtype)
     return torch.where(where, large, weight), where
 
 
