@@ -16,7 +16,7 @@ from sparsec.codegen.triton import LOOPS, kind_of, loops_of
 from sparsec.codegen.triton.census import Count, stored
 from sparsec.facts import WeightFact
 from sparsec.formats import VALUE_BYTES, Format, Pattern
-from sparsec.passes.decide.candidates import allowed
+from sparsec.passes.decide.candidates import allowed, formats_of
 from sparsec.passes.decide.candidates import patterns as patterns_of
 from sparsec.targets.base import DenseRate, KernelRate, Rates
 from sparsec.targets.cuda import GpuTarget
@@ -25,29 +25,32 @@ MS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
 CALL_S = 3e-6  # a kernel from launch to end with next to no work, inside a CUDA graph
 ISSUE = 0.8  # of the instruction slots that a well-filled SM uses
 HIDING = 0.25  # share of the bandwidth that a kernel loses whose instructions just keep up with memory
+HALVES = ("bf16", "fp16")  # of x, where values are codes: the kernels of tensor cores take no other
 TENSOR = 0.75  # of the data sheet's rate that dense products reach, by power and clock
 
 
 @functools.lru_cache(maxsize=256)
-def rates(target: GpuTarget, patterns: tuple[Pattern, ...]) -> Rates:
-    """Expected rates on ``target`` of dense and of every kernel for these patterns."""
+def rates(target: GpuTarget, patterns: tuple[Pattern, ...], codes: tuple[Format, ...] = ()) -> Rates:
+    """Expected rates on ``target`` of dense and of every kernel for these patterns, and for formats of codes."""
     return Rates(
         threads=target.cores,
         bandwidth=target.bandwidth * target.copy,
         overhead=CALL_S,
         dense=tuple(DenseRate(dtype, _dense(target, dtype)) for dtype in VALUE_BYTES),
-        kernels=tuple(
-            rate for pattern in patterns for dtype in VALUE_BYTES for rate in _kernels(target, pattern, dtype)
+        kernels=(
+            *(rate for p in patterns for dtype in VALUE_BYTES for rate in _kernels(target, Format(p, dtype), dtype)),
+            *(rate for format in codes for dtype in HALVES for rate in _kernels(target, format, dtype)),
         ),
         dense_overhead=CALL_S,
     )
 
 
 def rates_for(target: GpuTarget, fact: WeightFact, formats: tuple[str, ...] = ()) -> Rates:
-    """Those that deciding one weight needs: of the patterns that it holds and the policy allows."""
+    """Those that deciding one weight needs: of the patterns and codes that it holds and the policy allows."""
     usual = (Pattern("bitmap"), Pattern("index"), Pattern("nm", (2, 4)))  # asked about even where they do not hold
     held = dict.fromkeys((*usual, *patterns_of(fact)))
-    return rates(target, tuple(p for p in held if allowed(p, formats)))
+    codes = tuple(f for f in formats_of(fact, "") if f.values and allowed(f, formats))
+    return rates(target, tuple(p for p in held if allowed(p, formats)), codes)
 
 
 def _dense(target: GpuTarget, dtype: str) -> tuple[tuple[int, float], ...]:
@@ -56,19 +59,19 @@ def _dense(target: GpuTarget, dtype: str) -> tuple[tuple[int, float], ...]:
     return tuple((m, max(memory, 2 * m / (TENSOR * target.flops(dtype)))) for m in MS)
 
 
-def _kernels(target: GpuTarget, pattern: Pattern, dtype: str) -> Iterator[KernelRate]:
-    format = Format(pattern, dtype)
+def _kernels(target: GpuTarget, format: Format, dtype: str) -> Iterator[KernelRate]:
+    pattern, values = format.pattern, "" if format.values == dtype else format.values
     for kind, loop in loops_of(format):
         most = LOOPS[kind][loop]
         if loop in PREFILL:
-            yield from _prefill(target, loop, dtype)
+            yield from () if values else _prefill(target, loop, dtype)
         elif counts := _counts(format, kind, loop):
             points = tuple(_points(target, dtype, counts))
             first = counts[0]
             busy = min(first.per_unit / first.budget, 1.0)  # a kernel that issues all the time hides less of memory
             yield KernelRate(
                 str(pattern), loop, dtype, points, bandwidth=target.bandwidth * target.copy * (1 - HIDING * busy),
-                stored=(first.bytes_position, first.bytes_value), most=most,
+                stored=(first.bytes_position, first.bytes_value), most=most, values=values,
             )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sparsec.facts import Candidate, WeightFact
-from sparsec.formats import VALUE_BYTES, Format, Pattern, storage_bytes, stored_types, stored_values
+from sparsec.formats import DENSE, VALUE_BYTES, Format, Pattern, storage_bytes, stored_types, stored_values
 from sparsec.options import Policy
 from sparsec.passes.decide.cost import Cost, dense_cost, kernel_cost
 from sparsec.targets.base import KernelRate, Rates
@@ -103,8 +103,10 @@ def our_ways(
 
 def formats_of(fact: WeightFact, dtype: str) -> Iterator[Format]:
     """The formats that this weight holds: its patterns with values as they are, and as the codes they lie on."""
+    codes = stored_types(fact.values)
+    yield from (Format(DENSE, values) for values in codes)  # GPUs read dense codes in the order they have; CPUs panels
     for pattern in patterns(fact):
-        for values in (dtype, *stored_types(fact.values)):
+        for values in (dtype, *codes):
             yield Format(pattern, values)
 
 
