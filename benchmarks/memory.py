@@ -96,7 +96,9 @@ def loaded(case: str, file: Path) -> dict[str, Any]:
     import torch
 
     from sparsec import load
+    from sparsec.runtime import library
 
+    library.load()  # what any first use imports is not the file's
     model = model_of(case, "meta")
     before, private = resident(), resident("RssAnon")
     load(file, model)
