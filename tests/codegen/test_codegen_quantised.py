@@ -203,6 +203,15 @@ def test_every_bit_of_a_coded_weight_comes_back(pair: str, dtype: torch.dtype) -
         assert bool((packed.work.diff() > 0).all())
 
 
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_coded_weight_without_rows_or_columns_is_packed(pair: str) -> None:
+    format = Format.parse(pair)
+    for n, k in ((0, 0), (0, 128), (5, 0), (1, 1), (17, 129)):
+        weight = torch.zeros(n, k)
+        packed = pack_verified(weight, format, "")
+        assert torch.equal(family(format.pattern.kind).unpack(packed), weight)
+
+
 def test_zero_points_far_from_the_middle_are_stored_and_come_back() -> None:
     weight = torch.arange(16).repeat(16, 8).float() * 0.25  # codes 0 .. 15: no symmetric grid of 4 bits
     for pattern in ("panel", "bitmap", "block:1x16", "nm:2:4"):
