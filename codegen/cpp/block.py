@@ -37,7 +37,7 @@ def _pack_rows(weight: torch.Tensor, pattern: Pattern, values: str, source_key: 
     n, k = weight.shape
     tiles, runs = -(-n // packer.TILE), -(-k // RUN)
     wide, kept = (
-        torch.nn.functional.pad(t, (0, runs * RUN - k, 0, tiles * packer.TILE - n)).view(-1, runs, RUN)
+        torch.nn.functional.pad(t, (0, runs * RUN - k, 0, tiles * packer.TILE - n)).view(tiles * packer.TILE, runs, RUN)
         for t in (weight, numbers != 0)
     )
     kept = kept.any(2)

@@ -65,7 +65,7 @@ def _wide(table: torch.Tensor, group: int, k: int) -> torch.Tensor:
 
 
 def _stored(found: Codes, values: str) -> torch.Tensor:
-    if bits(values) == 8 or found.levels.numel():
+    if bits(values) == 8 or value_kind(values)[0] == "codebook":
         return found.q.view(torch.uint8)
     return (found.q.to(torch.int16) + _wide(found.zero.to(torch.int16), found.group, found.q.shape[1])).to(torch.uint8)
 
@@ -76,7 +76,12 @@ def _tiled(table: torch.Tensor, group: int, k: int) -> torch.Tensor:
     groups = -(-k // packer.CHUNK) * (packer.CHUNK // group) if group else 1
     wide = table.new_zeros(rows, groups)
     wide[: len(table), : table.shape[1]] = table
-    return wide.view(-1, packer.TILE, groups).transpose(1, 2).contiguous()
+    return wide.view(rows // packer.TILE, packer.TILE, groups).transpose(1, 2).contiguous()
+
+
+def _rows(tiled: torch.Tensor) -> torch.Tensor:
+    """The inverse of ``_tiled``, but for what it padded."""
+    return tiled.transpose(1, 2).flatten(0, 1)
 
 
 def _meaning(found: Codes, values: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,14 +99,16 @@ def decoded(
     """The weight [N, K] that stored codes stand for, where ``kept`` (everywhere if None), and its outliers."""
     (n, k), (kind, group) = stored.shape, value_kind(values)
     scale, zero = tail[:2]
+    if not stored.numel():
+        return torch.zeros(n, k, dtype=tail[4].dtype)
     if kind == "codebook":
         found = Codes(stored.view(torch.int8), torch.zeros(n, 0), zero, scale[:n], 0)
     else:
         groups = -(-k // group) if group else 1
-        scales = scale.transpose(1, 2).reshape(-1, scale.shape[1])[:n, :groups]
+        scales = _rows(scale)[:n, :groups]
         zeros = torch.full(scales.shape, _middle(values), dtype=torch.int16)
         if bits(values) == 4:
-            zeros = zero.transpose(1, 2).reshape(-1, zero.shape[1])[:n, :groups].to(torch.int16)
+            zeros = _rows(zero)[:n, :groups].to(torch.int16)
         q = stored.view(torch.int8) if bits(values) == 8 else (stored - _wide(zeros, group, k)).to(torch.int8)
         found = Codes(q, scales, zeros.to(torch.uint8), torch.zeros(n, 0), group)
     main = found.weight(tail[4].dtype)

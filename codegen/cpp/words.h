@@ -21,7 +21,7 @@ INLINE void dot_tile(const SparsecCall *call, int64_t tile, const Lane *x, int64
     F16 total[MB][kGroup];
     Group<Lane> values[kGroup];
     for (int r = 0; r < kGroup; ++r) {
-      values[r] = Group<Lane>(call, tile * kRows + g + r, 0);
+      if (!kGroupColumns) values[r] = Group<Lane>(call, tile * kRows + g + r, 0);
       for (int m = 0; m < MB; ++m) total[m][r] = zero16();
     }
     for (int64_t c = 0; c < chunks; ++c) {

@@ -14,7 +14,9 @@ def pack(weight: torch.Tensor, format: Format, source_key: str) -> Packed:
     found = coded.coded(weight, format, "words")
     (n, k), width = weight.shape, bits(format.values)
     wide = torch.nn.functional.pad(found.stored, (0, -k % packer.CHUNK, 0, -n % packer.TILE))
-    parts = wide.view(-1, packer.GROUP, wide.shape[1] // packer.CHUNK, packer.CHUNK).transpose(1, 2)
+    parts = wide.view(
+        wide.shape[0] // packer.GROUP, packer.GROUP, wide.shape[1] // packer.CHUNK, packer.CHUNK
+    ).transpose(1, 2)
     stream = coded.to_bytes(_elements(parts, width), width).flatten()
     data = packer.padded(stream.numel(), torch.uint8)
     data[: stream.numel()] = stream
@@ -35,5 +37,5 @@ def unpack(packed: Packed) -> torch.Tensor:
     codes = coded.from_bytes(data[: rows * chunks * size].view(rows // packer.GROUP, chunks, packer.GROUP, size), width)
     if width < 8:
         codes = codes.reshape(*codes.shape[:-1], 32, 4).transpose(-1, -2).flatten(-2)
-    stored = codes.transpose(1, 2).reshape(rows, -1)[:n, :k].contiguous()
+    stored = codes.transpose(1, 2).reshape(rows, chunks * packer.CHUNK)[:n, :k].contiguous()
     return coded.decoded(stored, None, tuple(tail), packed.format.values)

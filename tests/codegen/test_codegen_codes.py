@@ -32,6 +32,26 @@ def test_a_rounded_weight_comes_back(grid: tuple[int, int, bool], n: int, k: int
     assert int(stored.max()) < 2**bits
 
 
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    st.sampled_from([(8, 0), (8, 128), (4, 0), (4, 32)]), st.sampled_from([torch.bfloat16, torch.float16]),
+    st.booleans(), st.integers(0, 2**16),
+)  # fmt: skip
+def test_products_that_16_bits_rounded_still_tell_their_scale(
+    grid: tuple[int, int], dtype: torch.dtype, narrow: bool, seed: int
+) -> None:
+    bits, group = grid
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(40, 512, generator=generator) * 0.02 * (torch.rand(40, 512, generator=generator) < 0.5)
+    parts = weight.view(40, -1, group or 512)
+    scale = parts.abs().amax(2, keepdim=True) / (2 ** (bits - 1) - 1)
+    scale = scale.to(dtype).float() if narrow else scale
+    q = (parts / scale).round().clamp(1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1)
+    left = (q * scale).view(40, 512).to(dtype)
+    found = codes_of(left, Format.parse(f"panel+int{bits}" + (f"g{group}" if group else "")))
+    assert torch.equal(found.weight(dtype), left)
+
+
 def test_ternary_and_codebooks() -> None:
     torch.manual_seed(0)
     weight = torch.randint(-1, 2, (7, 33)) * torch.rand(7, 1)

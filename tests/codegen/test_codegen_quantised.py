@@ -203,6 +203,24 @@ def test_every_bit_of_a_coded_weight_comes_back(pair: str, dtype: torch.dtype) -
         assert bool((packed.work.diff() > 0).all())
 
 
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_coded_weight_without_rows_or_columns_is_packed(pair: str) -> None:
+    format = Format.parse(pair)
+    for n, k in ((0, 0), (0, 128), (5, 0), (1, 1), (17, 129)):
+        weight = torch.zeros(n, k)
+        packed = pack_verified(weight, format, "")
+        assert torch.equal(family(format.pattern.kind).unpack(packed), weight)
+
+
+@pytest.mark.parametrize("text", ["panel+int4g64 bf16 dot avx512 bf16_dot", "bitmap+int8g32 bf16 dot avx512 bf16_dot"])
+def test_without_columns_there_is_only_the_bias(text: str, runnable: Compiled) -> None:
+    spec = spec_of(text)
+    kernel = runnable(spec)
+    packed = pack_verified(torch.zeros(17, 0, dtype=torch.bfloat16), spec.format, "")
+    bias = torch.arange(17).bfloat16()
+    assert torch.equal(direct.linear(kernel, packed, torch.zeros(2, 0, dtype=torch.bfloat16), bias), bias.repeat(2, 1))
+
+
 def test_zero_points_far_from_the_middle_are_stored_and_come_back() -> None:
     weight = torch.arange(16).repeat(16, 8).float() * 0.25  # codes 0 .. 15: no symmetric grid of 4 bits
     for pattern in ("panel", "bitmap", "block:1x16", "nm:2:4"):
