@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import sparsec
+from sparsec.passes.quantize.contract import Grid
 from sparsec.runtime import gpu
 
 TARGET = {"target": "cuda:sm_90", "min_speedup": 0}
@@ -127,3 +128,18 @@ def test_no_room_for_a_pack_leaves_the_weight_dense(monkeypatch: pytest.MonkeyPa
         with pytest.warns(SparsecWarning, match="no room"):
             y = fast(x)
         torch.testing.assert_close(y, model(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("bits", "group", "format"), [(4, 128, "dense+int4g128"), (2, 0, "dense+ternary")])
+def test_weights_on_a_grid_run_from_their_codes(bits: int, group: int, format: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(256, 64).to(torch.bfloat16)
+    with torch.no_grad():
+        layer.weight.copy_(Grid(bits, group).nearest(layer.weight))
+    model = nn.Sequential(layer).eval()
+    fast = torch.compile(model, backend="sparsec", options={**TARGET, "formats": ["dense"], "verify": True})
+    x = torch.randn(2, 256).bfloat16()
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(x), model(x), atol=2e-2, rtol=2e-2)
+    (entry,) = (e for e in gpu.TABLE.entries.values() if e.weight() is layer.weight)
+    assert {str(route.packed.format) for route in entry.routes} == {format}
