@@ -24,6 +24,8 @@ SPECS = [
     "block:16x1+fp32 dot avx512",
     "block:1x16+fp32 outer avx512",
     "index+fp32 dot portable",
+    *("panel+int8 dot avx512 int8", "bitmap+int4g32 dot avx512 int8", "index+int8 dot avx512 int8"),
+    *("bitmap+int8 dot avx2 int8", "index+int4 dot avx2 int8", "block:4x1+int8 dot avx512 int8"),
 ]
 
 SCRIPT = """
@@ -57,8 +59,8 @@ cache, specs = Path(sys.argv[1]), json.loads(sys.argv[2])
 packer.load(cache)
 generator = torch.Generator().manual_seed(1)
 for text in specs:
-    format, loop, isa = text.split()
-    spec = KernelSpec(Format.parse(format), loop, Format.parse(format).values, isa)
+    format, loop, isa, *x = text.split()
+    spec = KernelSpec(Format.parse(format), loop, "fp32" if x else Format.parse(format).values, isa, x="".join(x))
     dtype = torch.float32 if spec.dtype == "fp32" else torch.bfloat16
     kernel = build(spec, cache)
     for n, k, m, density in [(16, 128, 1, 1.0), (17, 130, 3, 0.5), (33, 31, 20, 0.2), (5, 256, 2, 0.9)]:
@@ -67,12 +69,15 @@ for text in specs:
             weight = weight * torch.tensor([1, 0, 1, 0]).repeat(-(-k // 4))[:k]
         else:
             weight = weight * (torch.rand(n, k, generator=generator) < density)
-        packed = family(spec.format.pattern.kind).pack(weight, spec.format.pattern, spec.format.values, "")
+        packed = family(spec.format.pattern.kind, spec.x).pack(weight, spec.format.pattern, spec.format.values, "")
         edged = Packed(packed.format, 1, tuple(at_the_edge(t) for t in packed.tensors), packed.work, packed.shape, "")
         x = at_the_edge(torch.randint(-8, 9, (m, k), generator=generator).to(dtype))
         bias, y = at_the_edge(torch.ones(n, dtype=dtype)), at_the_edge(torch.empty(m, n, dtype=dtype))
         print(text, n, k, m, flush=True)
         direct.prepared(kernel, edged, x, bias, "", y)()
+        if spec.x:
+            assert torch.allclose(y, reference.int8_linear(x, weight, bias), rtol=1e-5, atol=1e-2), (text, n, k, m)
+            continue
         assert torch.equal(y, reference.linear(x, weight, bias)), (text, n, k, m)
 print("done")
 """
@@ -83,8 +88,9 @@ def test_no_kernel_reads_past_a_buffer(
 ) -> None:
     texts = []
     for text in SPECS:
-        format, loop, isa = text.split()
-        spec = KernelSpec(Format.parse(format), loop, Format.parse(format).values, isa)
+        format, loop, isa, *x = text.split()
+        values = "fp32" if x else Format.parse(format).values
+        spec = KernelSpec(Format.parse(format), loop, values, isa, x="".join(x))
         if can_run(spec):
             texts.append(text)
             compiled(spec)
