@@ -8,8 +8,8 @@ STAMP := $(VENV)/.installed
 # The CPU builds of torch; the default index would bring gigabytes of CUDA libraries on Linux.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-# Tests that compile kernels of GPUs, where there is none: two at a time, since they time nothing.
-OFFLINE := $(wildcard tests/codegen/test_triton_*.py tests/codegen/test_cuda_*.py tests/codegen/test_gated_*.py)
+# Tests that compile kernels and time nothing: two at a time.
+COMPILING := tests/codegen tests/passes
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check bench gpu-test gpu-bench accuracy readme clean
@@ -34,8 +34,8 @@ demo: $(STAMP) ## the first five minutes: a pruned real model against Inductor, 
 
 test: check ## make check, then every test; kernels of GPUs in Triton's interpreter, in a process of their own
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/codegen/triton
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(OFFLINE)
-	$(BIN)/python -m pytest -q $(OFFLINE:%=--ignore=%) $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(COMPILING) --ignore=tests/codegen/triton
+	$(BIN)/python -m pytest -q $(COMPILING:%=--ignore=%) $(ARGS)
 
 check: $(STAMP) ## ruff, mypy strict, layout tests
 	$(BIN)/ruff check .

@@ -120,6 +120,10 @@ def _others() -> list[Relation]:
             "pruned, then quantised ≤ quantised, then pruned", "Harma et al., 2024, a theorem", _orders(), hard=True
         ),
         Relation(
+            "SmoothQuant < W8A8 by rounding, where activations have outlier channels", "Xiao et al., 2023",
+            (Pair("wanda+smoothquant(planted) 50%", "wanda+rtn(W8A8)(planted) 50%"),),
+        ),
+        Relation(
             "an exact refit ≤ the OBS update", "a theorem for each layer alone",
             (Pair("wanda+reconstruct(exact) 2:4", "wanda+reconstruct 2:4", "no more"),),
         ),

@@ -132,6 +132,10 @@ def _fourth() -> Iterator[Row]:
         yield row(f"wanda+rtn({bits} bits) {label}", 4, mask("wanda", label), grid_step)
         first = {"allow_quantize_first": True}
         yield row(f"rtn({bits} bits)+wanda {label}", 4, grid_step, mask("wanda", label), top=first)
+    whole = {"method": "rtn", "bits": 8, "activations": "int8"}
+    for planted, kind in ((0.0, ""), (32.0, "(planted)")):
+        yield row(f"wanda+rtn(W8A8){kind} 50%", 5, mask("wanda", "50%"), whole, planted=planted)
+        yield row(f"wanda+smoothquant{kind} 50%", 5, mask("wanda", "50%"), "smoothquant", planted=planted)
     exact = {"method": "reconstruct", "exact": True}
     yield row("wanda+reconstruct(exact) 2:4", 5, mask("wanda", "2:4"), exact)
     yield row("time+wanda 50%", 5, {"method": "time", "sparsity": 0.5}, mask("wanda", "50%"))
