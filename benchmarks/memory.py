@@ -48,7 +48,7 @@ def model_of(case: str, device: str = "cpu") -> Any:
     # deepcopy: from_pretrained maps the file, and pages of it that were written to go only with its last tensor
     model = copy.deepcopy(load_model("minilm").model)
     if device == "meta":
-        return model
+        return model.to("meta")
     with torch.no_grad():
         for layer in (m for m in model.modules() if isinstance(m, torch.nn.Linear)):
             layer.weight.masked_fill_(torch.rand(layer.weight.shape) < zeros, 0)

@@ -41,7 +41,6 @@ from sparsec.runtime.store import STORE
 Progress = Callable[[int, int, str], None]  # layers done, of how many, name
 _BUDGET_S = 0.05  # for timing the decoding of a layer
 _decoding: dict[tuple[str, int, int], float] = {}  # format, tenths of density, threads -> least seconds a position
-_TRIM_EVERY = 64 << 20  # freed bytes after which the allocator is asked to give pages back
 
 
 @torch.no_grad()
@@ -71,7 +70,6 @@ def pack_(
     packer.load()
     kernels_in(policy.cache_dir)
     rows: list[PackRow] = []
-    freed = 0
     found = list(find_layers(model))
     for number, layer in enumerate(found):
         if on_progress is not None:
@@ -82,11 +80,7 @@ def pack_(
         else:
             row = _pack_layer(layer, policy)
         rows.append(row)
-        freed += row.dense_bytes if row.packed else 0
-        if freed >= _TRIM_EVERY:
-            trim()
-            freed = 0
-    trim()
+        trim()
     return PackReport(type(model).__name__, tuple(rows))
 
 
