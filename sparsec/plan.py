@@ -13,6 +13,8 @@ from sparsec.options import Policy
 
 RAW, PER_TOKEN, FIXED, GIVEN = range(4)  # the kinds of ``InputRule`` in ``runtime/inputs.h``
 
+OPS = 2  # changes with the arguments of the ops: caches of compiled graphs hash the plan's text, not the ops' schemas
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -51,7 +53,7 @@ class Plan:
 
     def encode(self) -> str:
         body = {"n": self.name, "k": self.kind, "a": self.act, "t": int(self.transposed), "m": self.m}
-        body |= {"x": self.x, "w": self.w}
+        body |= {"x": self.x, "w": self.w, "o": OPS}
         return json.dumps({**{k: v for k, v in body.items() if v}, "p": json.loads(self.policy.encode())})
 
     @classmethod
