@@ -1,7 +1,7 @@
 """Quantised weights in torch: what sparsec is given, and torch's own integer products.
 
-In: a ``Case`` with ``weights``. Out: a ``Built`` whose error is the difference to float torch on the same grid, with x as
-it is: so an engine that rounds more than others shows it.
+In: a ``Case`` with ``weights``. Out: a ``Built`` whose error is the difference to float torch on the same grid, with x
+as it is: so an engine that rounds more than others shows it.
 """
 
 from __future__ import annotations

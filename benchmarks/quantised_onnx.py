@@ -1,8 +1,8 @@
-"""Quantised weights in ONNX Runtime and OpenVINO: layers or a stack, each product in the form that an engine is fast at.
+"""Quantised weights in ONNX Runtime and OpenVINO: layers or a stack, each product in the form that is fast there.
 
-DynamicQuantizeMatMul: x to unsigned bytes, one scale for all tokens; weights must be signed, or it is many times slower.
-MatMulNBits: 2, 4 or 8 bits in blocks of 128; accuracy_level 4 rounds x block by block, without it 2 and 8 bits are slow.
-OpenVINO gets DequantizeLinear before MatMul, which it keeps packed.
+DynamicQuantizeMatMul: x to unsigned bytes, one scale for all tokens; weights must be signed, or it is many times
+slower. MatMulNBits: 2, 4 or 8 bits in blocks of 128; accuracy_level 4 rounds x block by block, without it 2 and 8 bits
+are slow. OpenVINO gets DequantizeLinear before MatMul, which it keeps packed.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def nbits(graph: Graph, case: Case, weight: Quantised) -> Emit:
 
 
 def packed(q: np.ndarray, bits: int) -> np.ndarray:
-    """q + 2^(bits - 1) as unsigned integers of ``bits``, the first in the lowest: uint8 [n, k / GROUP, GROUP * bits / 8]."""
+    """q + 2^(bits - 1) in ``bits`` each, the first in the lowest: uint8 [n, k / GROUP, GROUP * bits / 8]."""
     per = 8 // bits
     unsigned = (q.astype(np.int16) + (1 << bits - 1)).astype(np.uint8).reshape(-1, per)
     found = np.zeros(len(unsigned), np.uint8)
