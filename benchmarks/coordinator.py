@@ -160,6 +160,8 @@ def measure(
     """Prepare everywhere, then interleave. Stops after ``rounds`` or ``budget_s``, never before five rounds."""
     paths, declined, once, errors = {}, {}, {}, {}
     limit = 0.0
+    for name in [name for name in remotes if not ENGINES[name].takes(case)]:
+        remotes[name].ask(op="release")  # what it built for another case would only take memory
     remotes = {name: remote for name, remote in remotes.items() if ENGINES[name].takes(case)}
     for name, remote in remotes.items():
         step(f"{case.name}: {name} prepares")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -123,6 +124,20 @@ def through(layers: Any, x: Tensor) -> Tensor:
     gate = layers["gate"](n)
     y: Tensor = x + layers["down"](gate * torch.sigmoid(gate) * layers["up"](n))
     return y
+
+
+def float_bytes(case: Case) -> int:
+    """Of the weights of a stack as fp32."""
+    return 4 * case.blocks * (4 * case.k**2 + 3 * case.n * case.k)
+
+
+def available_bytes() -> float:
+    """Memory that can be had without swapping; no limit where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return float("inf")
+    return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), float("inf"))
 
 
 def stack(case: Case) -> nn.Module:

@@ -197,14 +197,39 @@ def test_peers_decline_what_they_have_no_product_for(name: str, case: Case, why:
         ENGINES[name].build(case)
 
 
-def test_an_engine_is_asked_only_for_cases_that_it_takes() -> None:
-    plain = Case("linear", 1, "fp32", 0.9, n=64, k=64)
-    refuses: dict[str, Any] = {"ort-int8": None, "ort-nbits": None, "torch-int": None}  # None cannot be asked
-    found = measure(plain, refuses, rounds=1, budget_s=0.0, step=lambda what: None)
-    assert not found.samples
-    assert not found.declined
-    asked: dict[str, Any] = {"eager": None, "csr": None, "freezing": None}
-    assert not measure(SMALL, asked, rounds=1, budget_s=0.0, step=lambda what: None).samples
+class Idle:
+    """A worker that only notes what it is asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        self.asked.append(request["op"])
+        return {"declined": "idle"}
+
+
+@pytest.mark.parametrize(
+    ("case", "taking", "others"),
+    [
+        (Case("linear", 1, "fp32", 0.9, n=64, k=64), {"eager", "csr"}, {"ort-int8", "ort-nbits", "torch-int"}),
+        (SMALL, {"ort-int8", "inductor", "sparsec"}, {"eager", "csr", "freezing"}),
+        (STACK, {"ort-nbits", "sparsec"}, {"inductor", "onnxruntime"}),
+    ],
+)
+def test_an_engine_prepares_only_cases_that_it_takes_and_frees_its_memory_for_others(
+    case: Case, taking: set[str], others: set[str]
+) -> None:
+    remotes: dict[str, Any] = {name: Idle() for name in taking | others}
+    found = measure(case, remotes, rounds=1, budget_s=0.0, step=lambda what: None)
+    assert set(found.declined) == taking
+    assert all(remotes[name].asked == ["prepare"] for name in taking)
+    assert all(remotes[name].asked == ["release"] for name in others)
+
+
+def test_a_stack_that_does_not_fit_into_memory_is_declined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.quantised_engines.available_bytes", lambda: 1e6)
+    with pytest.raises(Declines, match="GB of memory"):
+        on_grid(lambda module: module, STACK)
 
 
 def test_errors_of_rounding_are_shown_and_those_of_floats_are_refused() -> None:
