@@ -65,7 +65,8 @@ def notes(rows: Sequence[Row]) -> list[str]:
     """What the table means, and in what the peers differ; nothing without rows."""
     if not rows:
         return []
-    peers = ", ".join(name for name, engine in ENGINES.items() if engine.dense)
+    ran = {name for row in rows for name in row["engines"]}
+    peers = ", ".join(name for name, engine in ENGINES.items() if engine.dense and name in ran)
     return [
         f"Quantised: weights lie on a grid; x=int8 rounds x token by token. Peers ({peers}) read the same grid or its "
         "floats. Errors: largest difference to float torch on that grid with x as it is, over the largest value. "
