@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from benchmarks import cases
+from benchmarks import cases, quantised_cases
 from benchmarks.engines import ENGINES
 from sparsec.cli.common import console, progress
 from sparsec.errors import BadOptionValue, SparsecError, did_you_mean, listed
@@ -21,17 +21,20 @@ from sparsec.errors import BadOptionValue, SparsecError, did_you_mean, listed
 if TYPE_CHECKING:
     from benchmarks.coordinator import Result
 
-DEFAULT_MINUTES = 15.0
+PLAIN_S, QUANTISED_S = 4.0, 2.0  # of timing; quantised rows are many, and their calls short
+DEFAULT_MINUTES = 23.0  # fifteen for plain weights, eight for quantised ones
 
 
 def main(
-    quick: Annotated[bool, typer.Option("--quick", help="A few cases, about three minutes.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A few cases, about five minutes.")] = False,
     full: Annotated[bool, typer.Option("--full", help="The whole grid, hours.")] = False,
-    only: Annotated[str, typer.Option(help="Regular expression; keeps the cases whose name it matches.")] = "",
+    only: Annotated[
+        str, typer.Option(help="Regular expression; keeps the cases whose name it matches, for example quantised.")
+    ] = "",
     engines: Annotated[str, typer.Option(help="Names separated by commas; all by default.")] = "",
     threads: Annotated[int, typer.Option(help="Threads of every engine; 0: the cores, at most two.")] = 0,
     rounds: Annotated[int, typer.Option(help="Most rounds of a case.")] = 40,
-    budget: Annotated[float, typer.Option(help="Seconds of timing a case.")] = 0.0,
+    budget: Annotated[float, typer.Option(help="Seconds of timing a case; 0: two or four.")] = 0.0,
     minutes: Annotated[float, typer.Option(help="Start no case after this long; 0: never stop.")] = -1.0,
     tune: Annotated[str, typer.Option(help="The tune option of sparsec: quick or full; empty for its default.")] = "",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the report.")] = Path("bench_report"),
@@ -40,7 +43,8 @@ def main(
     """Time every engine on the same weights, in processes of their own that take turns round by round.
 
     The ratio is that of sparsec to the best dense peer of the same dtype: eager, Inductor, Inductor with freezing, ONNX
-    Runtime (fp32), OpenVINO where it is installed. Cold rows walk through more weights than the caches hold.
+    Runtime (fp32), OpenVINO where it is installed. Cold rows walk through more weights than the caches hold. Cases of
+    quantised weights have peers of their own: ONNX Runtime's int8 and MatMulNBits, torch's int8 and int4.
     """
     chosen = choose(quick, full, only, threads or cases.default_threads())
     if list_only:
@@ -56,7 +60,7 @@ def main(
     limit_s = 60 * (minutes if minutes >= 0 else 0.0 if full else DEFAULT_MINUTES) or float("inf")
     results: list[Result] = []
     try:
-        for result in run(chosen, names, rounds, budget or (2.0 if quick else 4.0), output, tune, started + limit_s):
+        for result in run(chosen, names, rounds, budget or (2.0 if quick else 0.0), output, tune, started + limit_s):
             results.append(result)
             write_report(results, chosen, names, time.perf_counter() - started, output)
     finally:  # whatever stops the run, what was measured is kept
@@ -67,12 +71,13 @@ def main(
 
 def choose(quick: bool, full: bool, only: str, threads: int) -> list[cases.Case]:
     """The grid, filtered and ordered so that dense engines keep what they built. Raises BadOptionValue."""
-    grid = cases.full if full else cases.quick if quick else cases.standard
+    name = "full" if full else "quick" if quick else "standard"
+    grid = [case for module in (cases, quantised_cases) for case in getattr(module, name)(threads)]
     try:
         wanted = re.compile(only)
     except re.error as error:
         raise BadOptionValue(key="--only", value=only, expected=f"it is no regular expression ({error})") from None
-    found = [case for case in grid(threads) if wanted.search(case.name)]
+    found = [case for case in grid if wanted.search(case.name)]
     if not found:
         raise BadOptionValue(key="--only", value=only, expected="it matches no case; see --list")
     return sorted(found, key=lambda c: -c.threads)
@@ -90,19 +95,26 @@ def names_of(engines: str) -> list[str]:
 def run(
     chosen: list[cases.Case], names: list[str], rounds: int, budget_s: float, folder: Path, tune: str, until: float
 ) -> Iterator[Result]:
-    """Measure case after case until the clock says ``until``; workers are started anew for another thread count."""
+    """Measure case after case until the clock says ``until``; workers are started anew for another thread count.
+
+    ``budget_s``: of timing a case; 0 for that of its kind.
+    """
     from benchmarks.coordinator import measure, workers
 
     done = 0
     with progress("bench") as step:
-        for threads, group in groupby(chosen, key=lambda c: c.threads):
+        for threads, found in groupby(chosen, key=lambda c: c.threads):
             if time.perf_counter() > until:
                 return
-            with workers(names, threads, folder, tune) as remotes:
+            group = list(found)
+            with workers(
+                [name for name in names if any(map(ENGINES[name].takes, group))], threads, folder, tune
+            ) as remotes:
                 for case in group:
                     if time.perf_counter() > until:
                         return
-                    yield measure(case, remotes, rounds, budget_s, partial(step, done, len(chosen)))
+                    seconds = budget_s or (QUANTISED_S if case.quantised else PLAIN_S)
+                    yield measure(case, remotes, rounds, seconds, partial(step, done, len(chosen)))
                     done += 1
 
 

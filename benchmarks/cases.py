@@ -1,5 +1,7 @@
 """What is measured: linear layers and the MiniLM encoder, and the speedups that the project set itself.
 
+Cases of quantised weights are listed in ``benchmarks.quantised_cases``.
+
 A ``Case`` is frozen and JSON-able; workers rebuild the same weights and inputs from it, by seed.
 """
 
@@ -14,11 +16,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quantised_targets import VALUE_BYTES, quantised_target
+
 SHAPES = ((4096, 4096), (11008, 4096))  # [N, K]: out_features, in_features
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 BYTES = {"fp32": 4, "bf16": 2}
 HOT_CALLS = 8  # one compiled function holds this many calls, so that calling it weighs little
 COLD_TIMES_L3 = 4
+QUANTISED_TIMES_L3 = 2  # walking in a circle through twice a cache finds nothing in it, and takes half as long to build
 MOST_MATRICES = 24
 ENCODER_SHAPES = ((1, 16), (1, 128), (32, 16))
 
@@ -37,8 +42,11 @@ ENCODER_FLOOR = 0.98
 @dataclass(frozen=True)
 class Case:
     """One row of the table. ``kind`` linear: x [m, k] times weight [n, k]. ``kind`` encoder: batch x tokens ids.
+    ``kind`` stack: ``blocks`` decoder blocks of hidden size k and intermediate size n, one token.
 
-    ``matrices``: most weights that one call walks through; 1 for hot. ``threads``: of every engine.
+    ``matrices``: most weights that one call walks through; 1 for hot. ``threads``: of every engine. ``weights``: the
+    grid they lie on (``int8`` and ``ternary`` by rows, ``int4g128``), "" for none; ``x8``: x is rounded to int8, too;
+    ``pattern``: ``block:16x16`` where zeros come in blocks.
     """
 
     kind: str
@@ -51,6 +59,14 @@ class Case:
     matrices: int = 1
     batch: int = 0
     tokens: int = 0
+    weights: str = ""
+    x8: bool = False
+    pattern: str = ""
+    blocks: int = 0
+
+    @property
+    def quantised(self) -> bool:
+        return bool(self.weights)
 
     @property
     def cold(self) -> bool:
@@ -59,22 +75,29 @@ class Case:
     @property
     def calls(self) -> int:
         """Layers (or encoders) that one call of the measured function runs."""
-        return 1 if self.kind == "encoder" else max(self.matrices, HOT_CALLS)
+        return max(self.matrices, HOT_CALLS) if self.kind == "linear" else 1
 
     def distinct(self, bytes_each: float) -> int:
         """Different weights for an engine that reads ``bytes_each`` of one: several caches full, or 1 for hot."""
         if not self.cold:
             return 1
-        return min(max(math.ceil(COLD_TIMES_L3 * l3_bytes() / bytes_each), 2), self.matrices)
+        times = QUANTISED_TIMES_L3 if self.quantised else COLD_TIMES_L3
+        return min(max(math.ceil(times * l3_bytes() / bytes_each), 2), self.matrices)
 
     @property
     def shape(self) -> str:
+        if self.kind == "stack":
+            return f"llama {self.blocks}x{self.k}/{self.n}"
         return f"minilm {self.batch}x{self.tokens}" if self.kind == "encoder" else f"{self.n}x{self.k}"
 
     @property
     def name(self) -> str:
         """Text for ``--only`` and progress, for example ``4096x4096 bf16 M=1 cold 80% t2``."""
-        rows = "" if self.kind == "encoder" else f" M={self.m} {'cold' if self.cold else 'hot'}"
+        rows = f" M={self.m} {'cold' if self.cold else 'hot'}" if self.kind == "linear" else ""
+        if self.quantised:
+            grid = f"{self.weights} {self.pattern}".strip()
+            x = "int8" if self.x8 else self.dtype
+            return f"quantised {self.shape} {grid} x={x}{rows} {self.sparsity:.0%} t{self.threads}"
         return f"{self.shape} {self.dtype}{rows} {self.sparsity:.0%} t{self.threads}"
 
     @property
@@ -88,6 +111,8 @@ class Case:
         if self.kind == "encoder":
             small = (self.batch, self.tokens) == (1, 16)
             return ENCODER_TARGETS.get(self.sparsity, ENCODER_FLOOR) if small else ENCODER_FLOOR
+        if self.quantised:
+            return quantised_target(self.kind, self.weights, self.pattern, self.x8, self.m, self.sparsity, self.cold)
         return TARGETS.get((self.dtype, self.m, self.sparsity)) if self.cold else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,9 +136,13 @@ def cold_matrices(n: int, k: int, dtype: str, l3: int) -> int:
     return min(max(math.ceil(COLD_TIMES_L3 * l3 / packed), 4), MOST_MATRICES)
 
 
-def packed_bytes(n: int, k: int, dtype: str, sparsity: float) -> float:
-    """The least that a sparse format reads: a bit a position, or about as much, and the kept values."""
-    return n * k * (1 / 8 + (1 - sparsity) * BYTES[dtype])
+def packed_bytes(n: int, k: int, values: str, sparsity: float) -> float:
+    """The least that is read: a bit a position, or about as much, and the kept values; all of them if they are small.
+
+    ``values``: a dtype of BYTES or a grid of VALUE_BYTES.
+    """
+    width = {**BYTES, **VALUE_BYTES}[values]
+    return n * k * min(1 / 8 + (1 - sparsity) * width, width)
 
 
 def linear(shape: tuple[int, int], dtype: str, m: int, sparsity: float, cold: bool, threads: int) -> Case:

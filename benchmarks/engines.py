@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.cases import Case, packed_bytes
+from benchmarks.cases import BYTES, Case, packed_bytes
+from benchmarks.quantised_targets import VALUE_BYTES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -41,16 +42,24 @@ class Declines(Exception):
 
 @dataclass(frozen=True)
 class Engine:
-    """``dense`` engines do the same work whatever the zeros, and are the peers that ratios are taken against."""
+    """``dense`` engines do the same work whatever the zeros, and are the peers that ratios are taken against.
+
+    ``takes``: cases that are any of its business; for others it is not even asked.
+    """
 
     name: str
     dense: bool
     build: Callable[[Case], Built]
     env: tuple[tuple[str, str], ...] = ()
+    takes: Callable[[Case], bool] = lambda case: not case.quantised
 
 
 def weights(case: Case, bytes_each: float = 0.0) -> list[Tensor]:
     """Tensors [n, k], as many as fill several caches at ``bytes_each`` (0: dense); ``case.calls`` layers share them."""
+    if case.quantised:
+        from benchmarks.quantised_weights import several
+
+        return [w.dense(DTYPES[case.dtype]) for w in several(case, bytes_each or case.n * case.k * BYTES[case.dtype])]
     rng = np.random.Generator(np.random.SFC64(case.n * 31 + case.k))
     first = rng.standard_normal((case.n, case.k), dtype=np.float32) * np.float32(case.k**-0.5)
     if case.sparsity > 0:
@@ -137,22 +146,28 @@ def build_sparsec(case: Case) -> Built:
         return torch.compile(module, backend="sparsec", options=options, dynamic=False)
 
     with recording() as records:
-        built = on_torch(compile_, "sparsec", lambda c: packed_bytes(c.n, c.k, c.dtype, c.sparsity))(case)
+        if case.quantised:
+            from benchmarks.quantised_engines import on_grid
+
+            built = on_grid(compile_, case)
+        else:
+            built = on_torch(compile_, "sparsec", lambda c: packed_bytes(c.n, c.k, c.dtype, c.sparsity))(case)
     for record in records:
         if record.failure:
             raise RuntimeError(f"sparsec fell back to dense: {record.failure}")
-    rows = case.m if case.kind == "linear" else case.batch * case.tokens
+    rows = case.batch * case.tokens if case.kind == "encoder" else case.m
     layers = [(layer.decision, layer.fact) for record in records for layer in record.layers]
     chosen = [f"{d.at(rows).format} {d.at(rows).kernel}".strip() for d, _ in layers]
     path = ", ".join(f"{chosen.count(c)} {c}" if len(set(chosen)) > 1 else c for c in dict.fromkeys(chosen))
-    return Built(built.call, path or "nothing taken", built.error, byte_limit(layers, rows))
+    width = VALUE_BYTES.get(case.weights, BYTES[case.dtype])
+    return Built(built.call, path or "nothing taken", built.error, byte_limit(layers, rows, width))
 
 
-def byte_limit(layers: list[tuple[Any, Any]], rows: int) -> float:
-    """Bytes of the dense weights over bytes of what was chosen."""
+def byte_limit(layers: list[tuple[Any, Any]], rows: int, width: float) -> float:
+    """Bytes of the dense weights, ``width`` each, over bytes of what was chosen."""
     dense = ours = 0.0
     for decision, fact in layers:
-        weight = fact.n * fact.k * (2 if fact.dtype == "bf16" else 4)
+        weight = fact.n * fact.k * width
         chosen = decision.at(rows).format
         dense += weight
         ours += next((c.bytes for c in decision.candidates if c.format == chosen), weight)
@@ -183,20 +198,50 @@ def build_onnxruntime(case: Case) -> Built:
 
 
 def build_openvino(case: Case) -> Built:
+    if case.quantised:
+        from benchmarks.quantised_onnx import build_openvino as build_quantised
+
+        return build_quantised(case)
     from benchmarks.onnx_engines import build_openvino
 
     return build_openvino(case)
+
+
+def build_ort_int8(case: Case) -> Built:
+    from benchmarks.quantised_onnx import build_int8
+
+    return build_int8(case)
+
+
+def build_ort_nbits(case: Case) -> Built:
+    from benchmarks.quantised_onnx import build_nbits
+
+    return build_nbits(case)
+
+
+def build_torch_int(case: Case) -> Built:
+    from benchmarks.quantised_engines import build_torch_int
+
+    return build_torch_int(case)
+
+
+def any_layer(case: Case) -> bool:
+    """Also quantised layers, as floats; a stack would not fit beside the others."""
+    return case.kind != "stack"
 
 
 ENGINES = {
     e.name: e
     for e in (
         Engine("eager", True, on_torch(lambda module: module, "torch eager")),
-        Engine("inductor", True, on_torch(inductor, "Inductor")),
+        Engine("inductor", True, on_torch(inductor, "Inductor"), takes=any_layer),
         Engine("freezing", True, on_torch(inductor, "Inductor, frozen"), env=(("TORCHINDUCTOR_FREEZING", "1"),)),
-        Engine("onnxruntime", True, build_onnxruntime),
-        Engine("openvino", True, build_openvino),
+        Engine("onnxruntime", True, build_onnxruntime, takes=any_layer),
+        Engine("ort-int8", True, build_ort_int8, takes=lambda case: case.quantised),
+        Engine("ort-nbits", True, build_ort_nbits, takes=lambda case: case.quantised),
+        Engine("torch-int", True, build_torch_int, takes=lambda case: case.quantised),
+        Engine("openvino", True, build_openvino, takes=lambda case: True),
         Engine("csr", False, build_csr),
-        Engine("sparsec", False, build_sparsec),
+        Engine("sparsec", False, build_sparsec, takes=lambda case: True),
     )
 }

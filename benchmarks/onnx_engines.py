@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 
 from benchmarks.cases import Case
 from benchmarks.engines import Built, Declines, difference, encoder, inputs, reference, weights
+
+NO_BF16 = "ONNX Runtime's CPU MatMul takes no bf16"
 
 
 def write_layers(case: Case, path: Path) -> tuple[dict[str, Any], list[torch.Tensor]]:
@@ -45,7 +48,16 @@ def write_encoder(case: Case, path: Path) -> tuple[dict[str, Any], torch.Tensor]
 
 def build_onnxruntime(case: Case) -> Built:
     if case.dtype != "fp32":
-        raise Declines("ONNX Runtime's CPU MatMul takes no bf16")
+        raise Declines(NO_BF16)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        feed, wanted = (write_encoder if case.kind == "encoder" else write_layers)(case, path)
+        call = on_onnxruntime(path, case, feed)
+    return Built(call, "ONNX Runtime", error_of(call(), wanted))
+
+
+def on_onnxruntime(path: Path, case: Case, feed: dict[str, Any]) -> Callable[[], Any]:
+    """A session of the file that runs with the threads of the case."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -53,30 +65,40 @@ def build_onnxruntime(case: Case) -> Built:
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.force_spinning_stop", "1")  # idle between rounds, fast inside one
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        feed, wanted = (write_encoder if case.kind == "encoder" else write_layers)(case, path)
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     feed = {i.name: feed[i.name] for i in session.get_inputs()}
 
     def call() -> Any:
         return session.run(None, feed)
 
-    return Built(call, "ONNX Runtime", error_of(call(), wanted))
+    return call
 
 
 def build_openvino(case: Case) -> Built:
-    try:
-        import openvino
-    except ImportError:
-        raise Declines("not installed; run: pip install 'sparsec[openvino]'") from None
+    needs_openvino()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         write = write_encoder if case.kind == "encoder" else write_layers
         feed, wanted = write(case_in_fp32(case), path)
-        core = openvino.Core()
-        hints = {"INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[case.dtype]}
-        compiled = core.compile_model(str(path), "CPU", {**hints, "INFERENCE_NUM_THREADS": case.threads})
+        call, inside = on_openvino(path, case, feed)
+    return Built(call, f"OpenVINO, {inside} inside", error_of(call(), wanted))
+
+
+def needs_openvino() -> None:
+    """Raises Declines where it is not installed."""
+    try:
+        import openvino  # noqa: F401
+    except ImportError:
+        raise Declines("not installed; run: pip install 'sparsec[openvino]'") from None
+
+
+def on_openvino(path: Path, case: Case, feed: dict[str, Any]) -> tuple[Callable[[], Any], str]:
+    """A request for the file, and the precision it calculates in: it may not follow the hint on every CPU."""
+    import openvino
+
+    core = openvino.Core()
+    hints = {"INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[case.dtype]}
+    compiled = core.compile_model(str(path), "CPU", {**hints, "INFERENCE_NUM_THREADS": case.threads})
     request = compiled.create_infer_request()
     for name, value in feed.items():
         request.set_tensor(name, openvino.Tensor(value))
@@ -85,8 +107,7 @@ def build_openvino(case: Case) -> Built:
         request.infer()
         return [request.get_output_tensor(i).data for i in range(len(compiled.outputs))]
 
-    inside = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()  # it may not follow the hint on every CPU
-    return Built(call, f"OpenVINO, {inside} inside", error_of(call(), wanted))
+    return call, compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
 
 
 def case_in_fp32(case: Case) -> Case:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import quantised_report
 from benchmarks.cases import Case
 from benchmarks.coordinator import Result
 
@@ -56,14 +57,30 @@ def cpu_name() -> str:
 
 
 REACHED = ("vs best dense", "vs Inductor", "target", "byte limit", "path")
-WIDTH = 175  # of the table in a pipe
+WIDTH = 260  # of the tables in a pipe
+LEFT = ("case", "quantised", "path", "peer's path", "target")
 NOISY = 1.6
 
 
 def columns(report: Mapping[str, Any]) -> list[str]:
     """Headers: the case, a time for each engine that ran at all, and what sparsec reached."""
-    ran = [name for name in report["engines"] if any(name in row["engines"] for row in report["rows"])]
+    rows = [row for row in report["rows"] if not quantised_report.is_quantised(row)]
+    ran = [name for name in report["engines"] if any(name in row["engines"] for row in rows)]
     return ["case", *ran, *REACHED]
+
+
+def tables(report: Mapping[str, Any]) -> list[list[list[str]]]:
+    """Headers and then the rows of each table: plain weights, quantised weights; those that have rows."""
+    plain = [row for row in report["rows"] if not quantised_report.is_quantised(row)]
+    grids = [row for row in report["rows"] if quantised_report.is_quantised(row)]
+    found = []
+    if plain:
+        headers = columns(report)
+        found.append([headers, *(cells(row, headers) for row in plain)])
+    if grids:
+        headers = quantised_report.columns(grids, report["engines"])
+        found.append([headers, *(quantised_report.cells(row, headers) for row in grids)])
+    return found
 
 
 def cells(row: Row, headers: Sequence[str]) -> list[str]:
@@ -89,9 +106,11 @@ def time_of(row: Row, name: str) -> str:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    headers = columns(report)
-    lines = [headers, ["---"] * len(headers), *(cells(row, headers) for row in report["rows"])]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n" + "\n".join(footer(report)) + "\n"
+    text = ""
+    for headers, *rows in tables(report):
+        lines = [headers, ["---"] * len(headers), *rows]
+        text += "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n"
+    return text + "\n".join(footer(report)) + "\n"
 
 
 def footer(report: Mapping[str, Any]) -> list[str]:
@@ -102,6 +121,7 @@ def footer(report: Mapping[str, Any]) -> list[str]:
         "Microseconds of one layer (or one encoder call), medians; * is the best dense peer. Ratios: its time over "
         "that of sparsec, round by round, with 95 % intervals. Byte limit: the ratio if reading weights were all. "
         "Targets: layers against the best dense peer, encoder against Inductor.",
+        *quantised_report.notes([row for row in report["rows"] if quantised_report.is_quantised(row)]),
         f"{env['cpu']} ({env['isa']}, {env['cores']} cores), torch {env['torch']}, onnxruntime {env['onnxruntime']}, "
         f"openvino {env['openvino']}, {report['seconds']:.0f} s.",
         *busy(report),
@@ -125,15 +145,15 @@ def busy(report: Mapping[str, Any]) -> list[str]:
 def print_report(report: Mapping[str, Any], console: Any) -> None:
     from rich.table import Table
 
-    headers = columns(report)
     if not console.is_terminal:
         console.width = WIDTH
-    table = Table(box=None, pad_edge=False)
-    for name in headers:
-        table.add_column(name, justify="left" if name in ("case", "path", "target") else "right", no_wrap=True)
-    for row in report["rows"]:
-        table.add_row(*cells(row, headers))
-    console.print(table)
+    for headers, *rows in tables(report):
+        table = Table(box=None, pad_edge=False)
+        for name in headers:
+            table.add_column(name, justify="left" if name in LEFT else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
     for line in footer(report):
         console.print(line, markup=False)
 
