@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 
 SAMPLED = 8
-CLEAR = 0.4  # of a step from the nearest integer: farther off, it may be the next one
-SURE = 40  # q up to here are known although the scale and the value are both rounded to bf16
+# How near to a whole number a value is taken for it, round by round: at first only where the interval leaves no other.
+CLEAR = (0.0, 0.0, 0.1, 0.3, 0.5)
+TRIES = 16
 
 Fit = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -91,21 +92,53 @@ def _fit(part: torch.Tensor, scale: torch.Tensor, top: int, span: int) -> tuple[
 
 def _refined(part: torch.Tensor, scale: torch.Tensor, top: int, span: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Of groups of 16-bit values whose scale is only roughly known: which hold, and their scales."""
-    middle = common_scale(part, scale)
-    q = _steps(part, middle)
+    held, found = _holding(part, common_scale(part, scale), top, span)
+    for step in range(-TRIES, TRIES + 1):  # few groups are left: two numbers were as near to a value
+        todo = (~held).nonzero()[:, 0]
+        if not len(todo):
+            break
+        near = scale[todo] * (1 + step / TRIES * 2**-8)
+        low, high = _allowed(part[todo], _steps(part[todo], near).abs().double())
+        held[todo], found[todo] = _holding(part[todo], ((low + high) / 2).nan_to_num(1, 1).float(), top, span)
+    return held, found
+
+
+def _holding(part: torch.Tensor, scale: torch.Tensor, top: int, span: int) -> tuple[torch.Tensor, torch.Tensor]:
+    q = _steps(part, scale)
     near = q.amax(1).clamp(min=0) - q.amin(1).clamp(max=0) <= span
-    return near & ((q * middle).to(part.dtype) == part).all(1) & (q.abs().amax(1) <= top), middle
+    return near & ((q * scale).to(part.dtype) == part).all(1) & (q.abs().amax(1) <= top), scale
+
+
+def _allowed(part: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The smallest and largest scale [G, 1] with which each number of ``q`` that is not 0 rounds to its value."""
+    size = part.abs()
+    up = (size.nextafter(torch.full_like(size, torch.inf)).double() + size.double()) / 2
+    down = (size.nextafter(torch.zeros_like(size)).double() + size.double()) / 2
+    low = torch.where(q > 0, down / q, 0.0).amax(1, keepdim=True)
+    return low, torch.where(q > 0, up / q, torch.inf).amin(1, keepdim=True)
 
 
 def common_scale(part: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """The scale [G, 1] near ``scale`` with which whole numbers round to every 16-bit value of a group [G, size], where
-    there is one. Small numbers are known first; they tell the scale well enough to know the large ones."""
-    q = (part.float() / scale).round()
-    rough = _between_roundings(part, torch.where(q.abs() <= SURE, q, 0.0))
-    steps = part.float() / rough
-    q = steps.round()
-    finer = _between_roundings(part, torch.where((steps - q).abs() < CLEAR, q, 0.0))
-    return _between_roundings(part, _steps(part, finer))
+    there is one.
+
+    A product rounds to a value between the middles of it and its neighbours, so a known number allows an interval of
+    scales. The largest number is known, since ``scale`` was made of it; as the interval narrows, others become so.
+    """
+    size = part.abs()
+    up = (size.nextafter(torch.full_like(size, torch.inf)).double() + size.double()) / 2
+    down = (size.nextafter(torch.zeros_like(size)).double() + size.double()) / 2
+    kept, low, high = size > 0, scale.double() * (1 - 2**-7), scale.double() * (1 + 2**-7)
+    known = kept & (size == size.amax(1, keepdim=True))
+    q = (size.double() / scale.double()).round()
+    for clear in (*CLEAR, 0.0):
+        lowest, highest = _allowed(part, torch.where(known, q, 0.0))
+        low, high = torch.maximum(low, lowest), torch.minimum(high, highest)
+        steps = 2 * size.double() / (low + high)
+        one = (down / high * (1 - 1e-12)).ceil() == (up / low * (1 + 1e-12)).floor()
+        q = torch.where(known, q, steps.round())
+        known |= kept & (q > 0) & (one | ((steps - q).abs() <= clear))
+    return torch.where(high >= low, (low + high) / 2, scale.double()).float()
 
 
 def _steps(part: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -117,17 +150,6 @@ def _steps(part: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     next_one = q + part.sign().float()
     wrong = (q * scale).to(part.dtype) != part
     return torch.where(wrong & ((next_one * scale).to(part.dtype) == part), next_one, q)
-
-
-def _between_roundings(part: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """The middle of the scales for which each q * scale rounds to its value of ``part``, if there are any."""
-    size = part.abs()
-    up = size.nextafter(torch.full_like(size, torch.inf)).double()
-    down = size.nextafter(torch.zeros_like(size)).double()
-    steps, exact = 2 * q.abs().double(), size.double()  # of thousands of values the last bits of fp32 matter
-    low = torch.where(steps > 0, (exact + down) / steps, 0.0).amax(1, keepdim=True)
-    high = torch.where(steps > 0, (exact + up) / steps, torch.inf).amin(1, keepdim=True)
-    return torch.where(high < torch.inf, (low + high) / 2, 1.0).float()
 
 
 def _each_on_some(part: torch.Tensor, largest: torch.Tensor, top: int, fit: Fit) -> bool:
