@@ -33,7 +33,7 @@ demo: $(STAMP) ## the first five minutes: a pruned real model against Inductor, 
 	$(BIN)/sparsec demo $(ARGS)
 
 test: check ## make check, then every test; kernels of GPUs in Triton's interpreter, in a process of their own
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/codegen/triton
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/codegen/triton
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(COMPILING) --ignore=tests/codegen/triton
 	$(BIN)/python -m pytest -q $(COMPILING:%=--ignore=%) $(ARGS)
 

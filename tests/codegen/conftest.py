@@ -51,6 +51,22 @@ def compiled(kernel_cache: Path) -> Callable[[KernelSpec], Kernel]:
     return lambda spec: build(spec, kernel_cache)
 
 
+@pytest.fixture
+def runnable(
+    can_run: Callable[[KernelSpec], bool], compiled: Callable[[KernelSpec], Kernel]
+) -> Callable[[KernelSpec], Kernel]:
+    """A compiled kernel, or a skipped test where this machine cannot run it."""
+
+    def get(spec: KernelSpec) -> Kernel:
+        kernel = compiled(spec)
+        if not can_run(spec):
+            what = " with bf16 dot" if spec.bf16_dot else " with integer dot products" if spec.x else ""
+            pytest.skip(f"compiled; this machine cannot run {spec.isa}{what}")
+        return kernel
+
+    return get
+
+
 @pytest.fixture(scope="session")
 def compile_all(kernel_cache: Path) -> Callable[[list[KernelSpec]], None]:
     """Compile many specs two at a time, ahead of the tests that use them."""

@@ -58,17 +58,6 @@ def every(test: Callable[..., None]) -> Callable[..., None]:
     return chosen
 
 
-@pytest.fixture
-def runnable(can_run: Callable[[KernelSpec], bool], compiled: Compiled) -> Compiled:
-    def get(spec: KernelSpec) -> Kernel:
-        kernel = compiled(spec)
-        if not can_run(spec):
-            pytest.skip(f"compiled; this machine cannot run {spec.isa} with integer dot products")
-        return kernel
-
-    return get
-
-
 def kept_by(format: Format, n: int, k: int, density: float, generator: torch.Generator) -> torch.Tensor:
     """bool [n, k] that holds the pattern."""
     pattern = format.pattern

@@ -62,17 +62,6 @@ def _compile_ahead(compile_all: Callable[[list[KernelSpec]], None]) -> None:
     compile_all(SPECS)
 
 
-@pytest.fixture
-def runnable(can_run: Callable[[KernelSpec], bool], compiled: Compiled) -> Compiled:
-    def get(spec: KernelSpec) -> Kernel:
-        kernel = compiled(spec)
-        if not can_run(spec):
-            pytest.skip(f"compiled; this machine cannot run {spec.isa}{' with bf16 dot' if spec.bf16_dot else ''}")
-        return kernel
-
-    return get
-
-
 def sparse_weight(format: Format, n: int, k: int, density: float, generator: torch.Generator) -> torch.Tensor:
     """[n, k] whole numbers of -8 .. 8 that hold the pattern: products and sums of them are exact in fp32."""
     weight = torch.randint(1, 9, (n, k), generator=generator) * (
