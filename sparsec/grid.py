@@ -118,27 +118,30 @@ def _allowed(part: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return low, torch.where(q > 0, up / q, torch.inf).amin(1, keepdim=True)
 
 
-def common_scale(part: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def common_scale(part: torch.Tensor, scale: torch.Tensor, of_largest: bool = True) -> torch.Tensor:
     """The scale [G, 1] near ``scale`` with which whole numbers round to every 16-bit value of a group [G, size], where
     there is one.
 
     A product rounds to a value between the middles of it and its neighbours, so a known number allows an interval of
-    scales. The largest number is known, since ``scale`` was made of it; as the interval narrows, others become so.
+    scales. ``of_largest``: the largest number is known, since ``scale`` was made of it. As the interval narrows, others
+    become so.
     """
     size = part.abs()
     up = (size.nextafter(torch.full_like(size, torch.inf)).double() + size.double()) / 2
     down = (size.nextafter(torch.zeros_like(size)).double() + size.double()) / 2
     kept, low, high = size > 0, scale.double() * (1 - 2**-7), scale.double() * (1 + 2**-7)
-    known = kept & (size == size.amax(1, keepdim=True))
+    known = kept & (size == size.amax(1, keepdim=True)) & of_largest
     q = (size.double() / scale.double()).round()
+    found = scale.double()
     for clear in (*CLEAR, 0.0):
         lowest, highest = _allowed(part, torch.where(known, q, 0.0))
         low, high = torch.maximum(low, lowest), torch.minimum(high, highest)
-        steps = 2 * size.double() / (low + high)
+        found = torch.where(high >= low, (low + high) / 2, found)  # empty: the round before took too much for known
+        steps = size.double() / found
         one = (down / high * (1 - 1e-12)).ceil() == (up / low * (1 + 1e-12)).floor()
         q = torch.where(known, q, steps.round())
         known |= kept & (q > 0) & (one | ((steps - q).abs() <= clear))
-    return torch.where(high >= low, (low + high) / 2, scale.double()).float()
+    return found.float()
 
 
 def _steps(part: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -98,7 +98,7 @@ def _off_scale(part: torch.Tensor, scale: torch.Tensor, top: int) -> torch.Tenso
         near = (q.abs() <= top) & ((q * scale - wide).abs() <= wide.abs() * 2.0**-7)
         q = q * near
         fitted = (wide * q).sum(1, keepdim=True) / (q * q).sum(1, keepdim=True).clamp(min=1)
-        others = [common_scale(part.masked_fill(~near, 0.0), fitted)]
+        others = [common_scale(part.masked_fill(~near, 0.0), fitted, of_largest=False)]
     for other in others:
         again = off(other.clamp(min=torch.finfo(torch.float32).tiny))
         found = torch.where(again.sum(1, keepdim=True) < found.sum(1, keepdim=True), again, found)

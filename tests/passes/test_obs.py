@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sparsec.errors import SingularHessian
@@ -356,6 +356,7 @@ def _rounded(group: torch.Tensor) -> torch.Tensor:
 @given(st.integers(1, 8), st.integers(2, 40), st.floats(0.1, 0.9), st.integers(0, 999))
 def test_no_other_values_on_a_mask_are_better_than_the_exact_ones(n: int, k: int, density: float, seed: int) -> None:
     weight, x = layer(n, k, seed)
+    assume(float(torch.linalg.cond(x.double())) < 1e3)  # beyond it fp32 cannot invert X X^T without damping
     keep = unstructured(1 - density)(torch.rand(n, k, generator=torch.Generator().manual_seed(seed)))
     exact, repaired = (Reconstruct(exact=e, damp=0.0).values(weight, x.t() @ x, keep) for e in (True, False))
     slack = 1e-5 * torch.linalg.vector_norm(x @ weight.t()).item()
