@@ -31,6 +31,7 @@ from sparsec.options import Policy
 from sparsec.passes.decide import decide
 from sparsec.passes.decide.candidates import ways_for
 from sparsec.passes.profile.weights import profile
+from sparsec.passes.quantize.contract import Grid
 from sparsec.targets import reference
 from sparsec.targets.base import DenseRate, KernelRate, Rates
 from sparsec.timing import Ratio, Samples
@@ -268,19 +269,20 @@ def test_values_may_be_stored_otherwise_than_x_is(
     """The format of a way, not the dtype of x, names the kernel that is tried."""
     asked: list[tuple[str, str]] = []
 
-    def texts(wanted: Format, dtype: str, target: Any) -> list[Text]:
+    def texts(wanted: Format, dtype: str, target: Any, x: str) -> list[Text]:
         asked.append((str(wanted), dtype))
         return [Text(KernelSpec(wanted, "dot", dtype, "portable"), f"text of {wanted}")]
 
     base = dataclasses.replace(reference.rates(1), overhead=0.0)
-    other = tuple(dataclasses.replace(k, values="bf16") for k in base.kernels if k.dtype == "fp32" and k.loop == "dot")
+    dots = [k for k in base.kernels if k.dtype == "fp32" and k.loop == "dot"]
+    other = tuple(dataclasses.replace(k, values="int8", stored=(0.125, 1.0)) for k in dots)
     monkeypatch.setattr(CPU, "rates_for", lambda *_: dataclasses.replace(base, kernels=other))
     monkeypatch.setattr(CPU, "kernel_texts", texts)
-    found = measure(a_weight(), policy(tmp_path), (1,))
+    found = measure(Grid(8).nearest(a_weight(density=0.3)), policy(tmp_path), (1,))
     assert found
-    assert all(name.endswith("+bf16") for name, _, _ in found)
+    assert all(name.endswith("+int8") for name, _, _ in found)
     assert {dtype for _, dtype in asked} == {"fp32"}
-    assert {(r.key.format.partition("+")[2], r.key.dtype) for r in Database(tmp_path).all()} == {("bf16", "fp32")}
+    assert {(r.key.format.partition("+")[2], r.key.dtype) for r in Database(tmp_path).all()} == {("int8", "fp32")}
 
 
 @pytest.mark.parametrize("values", ["int8", "int4", "ternary", "codebook"])
@@ -412,7 +414,7 @@ def test_only_patterns_that_hold_or_could_help_are_asked_for(
 ) -> None:
     asked: list[str] = []
 
-    def texts(pattern: Any, dtype: str, target: Any) -> list[Any]:
+    def texts(pattern: Any, dtype: str, target: Any, x: str) -> list[Any]:
         asked.append(str(pattern))
         return []
 
