@@ -98,7 +98,7 @@ def _refined(part: torch.Tensor, scale: torch.Tensor, top: int, span: int) -> tu
         if not len(todo):
             break
         near = scale[todo] * (1 + step / TRIES * 2**-8)
-        low, high = _allowed(part[todo], _steps(part[todo], near).abs().double())
+        low, high = _allowed(*_middles(part[todo]), _steps(part[todo], near).abs().double())
         held[todo], found[todo] = _holding(part[todo], ((low + high) / 2).nan_to_num(1, 1).float(), top, span)
     return held, found
 
@@ -109,11 +109,15 @@ def _holding(part: torch.Tensor, scale: torch.Tensor, top: int, span: int) -> tu
     return near & ((q * scale).to(part.dtype) == part).all(1) & (q.abs().amax(1) <= top), scale
 
 
-def _allowed(part: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The smallest and largest scale [G, 1] with which each number of ``q`` that is not 0 rounds to its value."""
+def _middles(part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Between which numbers a product rounds to the magnitude of each value: fp64, of ``part``'s shape."""
     size = part.abs()
-    up = (size.nextafter(torch.full_like(size, torch.inf)).double() + size.double()) / 2
-    down = (size.nextafter(torch.zeros_like(size)).double() + size.double()) / 2
+    down, up = (size.nextafter(torch.full_like(size, to)).double() for to in (0.0, torch.inf))
+    return (down + size.double()) / 2, (up + size.double()) / 2
+
+
+def _allowed(down: torch.Tensor, up: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The smallest and largest scale [G, 1] with which each number of ``q`` that is not 0 lies between the middles."""
     low = torch.where(q > 0, down / q, 0.0).amax(1, keepdim=True)
     return low, torch.where(q > 0, up / q, torch.inf).amin(1, keepdim=True)
 
@@ -127,14 +131,13 @@ def common_scale(part: torch.Tensor, scale: torch.Tensor, of_largest: bool = Tru
     become so.
     """
     size = part.abs()
-    up = (size.nextafter(torch.full_like(size, torch.inf)).double() + size.double()) / 2
-    down = (size.nextafter(torch.zeros_like(size)).double() + size.double()) / 2
+    down, up = _middles(part)
     kept, low, high = size > 0, scale.double() * (1 - 2**-7), scale.double() * (1 + 2**-7)
     known = kept & (size == size.amax(1, keepdim=True)) & of_largest
     q = (size.double() / scale.double()).round()
     found = scale.double()
     for clear in (*CLEAR, 0.0):
-        lowest, highest = _allowed(part, torch.where(known, q, 0.0))
+        lowest, highest = _allowed(down, up, torch.where(known, q, 0.0))
         low, high = torch.maximum(low, lowest), torch.minimum(high, highest)
         found = torch.where(high >= low, (low + high) / 2, found)  # empty: the round before took too much for known
         steps = size.double() / found
