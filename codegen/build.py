@@ -149,7 +149,7 @@ def build(spec: KernelSpec, cache: Path) -> Kernel:
 
 
 def _load(spec: KernelSpec, cache: Path) -> Kernel:
-    text = family(spec.format.pattern.kind, spec.x).text(spec)
+    text = family(spec.format.pattern.kind, spec.x, spec.loop).text(spec)
     path = compile_shared(text, spec.name, isa_flags(spec), cache)
     try:
         library = ctypes.CDLL(str(path))

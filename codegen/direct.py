@@ -9,6 +9,8 @@ from concurrent.futures import Executor
 
 import torch
 
+from sparsec.codegen import reference
+from sparsec.codegen.cpp import packer
 from sparsec.codegen.spec import ACTS, Kernel, Packed
 
 
@@ -28,6 +30,8 @@ class Call(ctypes.Structure):
         ("k", ctypes.c_int64),
         ("act", ctypes.c_int32),
         ("x_scale", ctypes.c_float),
+        ("active", ctypes.c_void_p),
+        ("active_count", ctypes.c_int64),
     )
 
 
@@ -50,17 +54,20 @@ def prepared(
     act: str,
     y: torch.Tensor,
     x_scale: float = 0.0,
+    active: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
 ) -> Callable[..., None]:
     """A function that runs the kernel once on these tensors. ``run(pool, cuts)`` hands the parts of the tiles between
     neighbouring cuts to a pool; without a pool they run one after the other.
 
-    x: [M, K] with unit inner stride, y: [M, N] likewise, bias [N] or None, all of the kernel's dtype. ``x_scale``: see
-    ``linear``.
+    x: [M, K] with unit inner stride, y: [M, N] likewise, bias [N] or None, all of the kernel's dtype. ``x_scale``,
+    ``active``: see ``linear``.
     """
     m, k = x.shape
     n = packed.shape[0]
     scratch = torch.empty(max(_sizes(kernel.scratch)(m, k), 1), dtype=torch.uint8)
-    pointers = (ctypes.c_void_p * len(packed.tensors))(*(t.data_ptr() for t in packed.tensors))
+    tensors = packed.tensors if weight is None or packed.tensors else (weight,)
+    pointers = (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
     call = Call(
         x=x.data_ptr(),
         x_stride=x.stride(0),
@@ -74,11 +81,13 @@ def prepared(
         k=k,
         act=ACTS.index(act),
         x_scale=x_scale,
+        active=None if active is None else active.data_ptr(),
+        active_count=0 if active is None else active.numel(),
     )
     prepare, tiles = _work(kernel.prepare), _work(kernel.run)
     units = _sizes(kernel.prepare_units)(m, k)
-    last = packed.work.numel() - 1
-    keep = (scratch, pointers, x, y, bias, packed)
+    last = packed.work.numel() - 1 if kernel.spec.loop != "gather" else -(-call.active_count // packer.TILE)
+    keep = (scratch, pointers, x, y, bias, packed, active, weight)
 
     def run(pool: Executor | None = None, cuts: Sequence[int] = ()) -> None:
         assert keep
@@ -100,11 +109,17 @@ def linear(
     bias: torch.Tensor | None = None,
     act: str = "",
     x_scale: float = 0.0,
+    active: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """act(x @ W.T + bias) by ``kernel`` on one thread: [M, K] -> [M, N], in x's dtype.
 
-    ``x_scale``: the static scale of a kernel that rounds x to int8; 0 lets every row of x have its own.
+    ``x_scale``: the static scale of a kernel that rounds x to int8; 0 lets every row of x have its own. ``active``: int32,
+    ascending, the outputs that a kernel of the loop ``gather`` computes, the others are 0; one that skips columns is told
+    those of x that are not zero. ``weight``: [N, K], for packs without tensors.
     """
-    y = torch.empty(x.shape[0], packed.shape[0], dtype=x.dtype)
-    prepared(kernel, packed, x, bias, act, y, x_scale)()
+    y = torch.zeros(x.shape[0], packed.shape[0], dtype=x.dtype)
+    if kernel.spec.loop == "skip":
+        active = reference.active_columns(x)
+    prepared(kernel, packed, x, bias, act, y, x_scale, active, weight)()
     return y

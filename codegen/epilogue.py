@@ -48,6 +48,17 @@ INLINE F16 gelu_tanh(F16 x) {
   return swish(x, mul(u, splat(2.f * 0.79788456080286536f)));
 }
 
+// sums[i] = act(sums[i])
+INLINE void activate(int32_t act, int rows, F16 *sums) {
+  switch (act) {
+    case 1: for (int i = 0; i < rows; ++i) sums[i] = max16(zero16(), sums[i]); break;
+    case 2: for (int i = 0; i < rows; ++i) sums[i] = gelu_erf(sums[i]); break;
+    case 3: for (int i = 0; i < rows; ++i) sums[i] = gelu_tanh(sums[i]); break;
+    case 4: for (int i = 0; i < rows; ++i) sums[i] = swish(sums[i], sums[i]); break;
+    default: break;
+  }
+}
+
 // y[row + i, n0 .. n0 + count) = act(sums[i] + bias) for each of `rows` rows, count <= 16. Not inlined: the kernels'
 // loops need the registers.
 template <class T>
@@ -58,13 +69,7 @@ __attribute__((noinline)) void finish(const SparsecCall *call, int64_t row, int 
     F16 bias = load_n(static_cast<const T *>(call->bias) + n0, count);
     for (int i = 0; i < rows; ++i) sums[i] = add(sums[i], bias);
   }
-  switch (call->act) {
-    case 1: for (int i = 0; i < rows; ++i) sums[i] = max16(zero16(), sums[i]); break;
-    case 2: for (int i = 0; i < rows; ++i) sums[i] = gelu_erf(sums[i]); break;
-    case 3: for (int i = 0; i < rows; ++i) sums[i] = gelu_tanh(sums[i]); break;
-    case 4: for (int i = 0; i < rows; ++i) sums[i] = swish(sums[i], sums[i]); break;
-    default: break;
-  }
+  activate(call->act, rows, sums);
   T *y = static_cast<T *>(call->y) + row * call->y_stride + n0;
   for (int i = 0; i < rows; ++i) store_n(y + i * call->y_stride, count, sums[i]);
 }

@@ -56,6 +56,11 @@ def linear(
     return ACT[act](y).to(x.dtype)
 
 
+def active_columns(x: torch.Tensor) -> torch.Tensor:
+    """int32 [count], ascending: the columns of x [M, K] that hold something other than zero (a NaN, too)."""
+    return (x != 0).any(0).nonzero()[:, 0].to(torch.int32)
+
+
 def gated_linear(
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -3,7 +3,8 @@
 The C interface (``codegen/cpp/abi.h`` holds the same struct) has no torch header in it::
 
     struct Call { const void *x; int64_t x_stride; void *y; int64_t y_stride; const void *bias;
-                  const void *const *pack; void *scratch; int64_t m, n, k; int32_t act; float x_scale; };
+                  const void *const *pack; void *scratch; int64_t m, n, k; int32_t act; float x_scale;
+                  const int32_t *active; int64_t active_count; };
     int64_t sparsec_scratch(int64_t m, int64_t k);                           // bytes of scratch for a call, may be 0
     int64_t sparsec_prepare_units(int64_t m, int64_t k);                     // units of work of prepare, may be 0
     void    sparsec_prepare(const Call *, int64_t begin, int64_t end);       // e.g. transpose x into scratch
@@ -14,7 +15,9 @@ spec's dtype; ``bias`` has n elements of the same dtype or is null; ``pack`` poi
 in order. Kernels hold no state and start no thread: the caller splits tiles over torch's own pool, by the prefix sums
 in ``Packed.work``. Accumulation is fp32; products of int8 are summed in int32, exactly, and the sums of groups that
 have a scale of their own in fp32. ``x_scale`` is for kernels that round x (``KernelSpec.x``): 0 means a scale for each
-row of x, a positive number is the one scale of all, a negative one the least that a row's may be.
+row of x, a positive number is the one scale of all, a negative one the least that a row's may be. ``active`` is for the
+loops of activation sparsity: ascending columns of x that have a value other than zero in some row (``skip``), or rows
+of the weight whose outputs are wanted (``gather``, which writes no others).
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ class KernelSpec:
     """Everything that shapes a kernel's text.
 
     ``loop``: ``dot`` (rows of x against rows of W; small M) or ``outer`` (x transposed, M in the vector; larger M);
+    ``skip`` reads only the columns of W that meet a value of x, ``gather`` only the rows whose outputs are wanted;
     ``unpack`` writes the dense weight and reads no x (``cpp/unpack.h``); every layout with an outer loop has it.
     ``dtype``: of x, y and bias, ``fp32`` or ``bf16``. ``bf16_dot``: the machine has bf16 dot products.
     ``x``: "" takes x as it is, ``int8`` quantises it first (``reference.quantised``). ``int_dot``: what its kernels use
@@ -92,6 +96,7 @@ class Packed:
     shape: tuple[int, int]
     source_key: str
     x: str = ""  # of the kernels that read it, as in KernelSpec
+    loop: str = ""  # of the kernels that read it, where only those of one loop do
 
     @property
     def bytes(self) -> int:

@@ -21,10 +21,19 @@ FAMILIES = {kind: f"sparsec.codegen.cpp.{kind}:FAMILY" for kind in ("panel", "bi
 INTEGER_FAMILIES = dict.fromkeys(FAMILIES, "sparsec.codegen.cpp.integer:FAMILY")
 
 
+# Those of loops that read a layout of their own.
+_KINDS = ("panel", "bitmap", "nm", "block")
+LOOP_FAMILIES = {
+    "skip": dict.fromkeys(_KINDS, "sparsec.codegen.cpp.columns:FAMILY"),
+    "gather": dict.fromkeys(_KINDS, "sparsec.codegen.cpp.rows_of:FAMILY"),
+}
+
+
 @functools.cache
-def family(kind: str, x: str = "") -> Family:
-    """The family of a pattern kind, a key of ``FAMILIES``, for activations ``x``. Raises KeyError for any other."""
-    module, _, name = {"": FAMILIES, "int8": INTEGER_FAMILIES}[x][kind].partition(":")
+def family(kind: str, x: str = "", loop: str = "") -> Family:
+    """The family of a pattern kind, a key of ``FAMILIES``, for activations ``x`` and a loop; KeyError for any other."""
+    known = LOOP_FAMILIES.get(loop) or {"": FAMILIES, "int8": INTEGER_FAMILIES}[x]
+    module, _, name = known[kind].partition(":")
     return cast(Family, getattr(importlib.import_module(module), name))
 
 
@@ -36,12 +45,12 @@ def loops_of(format: Format, x: str = "") -> tuple[str, ...]:
 
 
 def pack_verified(
-    weight: torch.Tensor, format: Format, source_key: str, cache: Path | None = None, x: str = ""
+    weight: torch.Tensor, format: Format, source_key: str, cache: Path | None = None, x: str = "", loop: str = ""
 ) -> Packed:
     """Pack a [N, K] CPU weight and prove it: unpacking must give every bit back, except that -0.0 may become 0.0.
 
     ``cache``: where the packer is compiled when it is first used; the user's cache directory unless given. ``x``: what
-    the kernels that read it do to activations, as in ``KernelSpec``.
+    the kernels that read it do to activations, as in ``KernelSpec``; ``loop``: theirs.
     Raises PatternMismatch, RoundTripMismatch, NoCompiler, CompileFailed; ValueError for a dtype that is not the
     format's.
     """
@@ -50,8 +59,10 @@ def pack_verified(
     from sparsec.codegen.cpp import packer
 
     packer.load(cache)
-    chosen = family(format.pattern.kind, x)
+    chosen = family(format.pattern.kind, x, loop)
     packed = chosen.pack(weight, format.pattern, format.values, source_key)
+    if not packed.tensors:  # the kernel reads the weight itself
+        return packed
     back = chosen.unpack(packed)
     bits = torch.int32 if weight.element_size() == 4 else torch.int16
     before, after = weight.detach().contiguous().view(bits), back.view(bits)

@@ -13,4 +13,6 @@ struct SparsecCall {
   int64_t m, n, k;
   int32_t act;
   float x_scale;
+  const int32_t *active;
+  int64_t active_count;
 };

@@ -111,6 +111,14 @@ INLINE B32 expand32(uint32_t mask, const bf16 *v) {
   return {_mm256_set_m128i(q[1], q[0]), _mm256_set_m128i(q[3], q[2])};
 }
 
+// 32 values as floats, in the order of their columns
+INLINE F32 numbers(const F32 &v) { return v; }
+INLINE F32 numbers(B32 v) {
+  alignas(32) bf16 wide[32];
+  _mm256_store_si256(reinterpret_cast<__m256i *>(wide), v.a), _mm256_store_si256(reinterpret_cast<__m256i *>(wide + 16), v.b);
+  return {load16(wide), load16(wide + 16)};
+}
+
 INLINE F16 mac32(F16 acc, const F32 &w, const F32 &x) { return fma(w.b, x.b, fma(w.a, x.a, acc)); }
 INLINE F16 even(B32 v) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(v.a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(v.b, 16))};

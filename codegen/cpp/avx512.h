@@ -69,6 +69,10 @@ INLINE B32 expand32(uint32_t mask, const bf16 *v) {
   return _mm512_mask_expand_epi16(a, mask, all);
 }
 
+// 32 values as floats, in the order of their columns
+INLINE F32 numbers(const F32 &v) { return v; }
+INLINE F32 numbers(B32 v) { return {widen(_mm512_castsi512_si256(v)), widen(_mm512_extracti64x4_epi64(v, 1))}; }
+
 INLINE F16 mac32(F16 acc, const F32 &w, const F32 &x) { return fma(w.b, x.b, fma(w.a, x.a, acc)); }
 INLINE F16 even(B32 v) { return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16)); }
 INLINE F16 odd(B32 v) { return _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(-65536))); }

@@ -43,7 +43,11 @@ INLINE F16 values16(const Stored *v, const Group<float> &group) {
 // Where the next values are after `n` of them that are read together.
 INLINE const Stored *after(const Stored *v, int64_t n) { return v + (n * kBits + 7) / 8; }
 
-// ---- the layout "sliced": each lane is a row, so there are no levels to look up, and zero is the middle of the range
+// ---- layouts whose lanes are rows ("sliced", "columns"): scales are joined to sums, and zero is the middle of the range
+
+INLINE Lut<float> middle_lut() {
+  return kBits == 2 ? Lut<float>::ternary() : kBits == 4 ? Lut<float>::whole(-8) : Lut<float>();
+}
 
 constexpr int kPerStep = 1;
 constexpr int kStarts = 3, kPositions = 2;

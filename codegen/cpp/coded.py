@@ -20,6 +20,9 @@ from sparsec.errors import PatternMismatch
 from sparsec.formats import Format, value_kind
 
 
+LANES_ARE_ROWS = ("sliced", "columns", "columns_bitmap")
+
+
 @dataclass(frozen=True)
 class Coded:
     """A weight [N, K] without its outliers, as ``codes``; ``stored``: uint8 [N, K], a code in the low bits of each."""
@@ -40,8 +43,8 @@ def coded(weight: torch.Tensor, format: Format, layout: str) -> Coded:
     weight = weight.detach().contiguous()
     main, aside = outliers.split(weight, format)
     found = _empty(main, format) if not main.numel() else codes_of(main, format)
-    if layout == "sliced" and bool((found.zero != _middle(format.values)).any()):
-        raise PatternMismatch(format=str(format), detail="its zero points differ; bitmap takes them")
+    if layout in LANES_ARE_ROWS and bool((found.zero != _middle(format.values)).any()):
+        raise PatternMismatch(format=str(format), detail="its zero points differ; bitmap with another loop takes them")
     return Coded(main, found, _stored(found, format.values), (*_meaning(found, format.values), *outliers.stream(aside)))
 
 

@@ -3,9 +3,6 @@
 struct I16 {
   int32_t code[16];
 };
-struct F32 {
-  F16 a, b;
-};
 INLINE F16 mac32(F16 acc, const F32 &w, Columns<float> x) {
   return fma(w.b, load16(x.x + 16), fma(w.a, load16(x.x), acc));
 }
@@ -71,6 +68,17 @@ INLINE F16 mac32(F16 acc, const KeptCodes<BITS> &w, Columns<float> x) {
   }
   acc.a += V4{sum[0], sum[1], 0.f, 0.f};
   return acc;
+}
+
+template <int BITS>
+INLINE F32 numbers(const KeptCodes<BITS> &w) {
+  float wide[32] = {};
+  int i = 0;
+  for (uint32_t left = w.mask; left; left &= left - 1, ++i) {
+    int32_t code = code_at(w.v, i);
+    wide[__builtin_ctz(left)] = BITS == 8 ? static_cast<float>(code) : w.lut->t[code];
+  }
+  return {load16(wide), load16(wide + 16)};
 }
 
 // 128 codes of a dense row (words.h says where each is), of which word(j) are those of columns 32j to 32j + 31.

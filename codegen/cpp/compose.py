@@ -10,9 +10,10 @@ from sparsec.codegen.cpp.values import bits, is_coded, refusal
 from sparsec.codegen.cpp.values import constants as coded_constants
 from sparsec.codegen.spec import KernelSpec
 from sparsec.errors import PatternMismatch
+from sparsec.formats import VALUE_BYTES
 
 VALUE_TYPES = {"fp32": "float", "bf16": "bf16"}
-_TENSORS = {"panel": 1, "words": 1, "bitmap": 3, "rows": 3, "sliced": 5}  # of a layout, before those of its values
+_TENSORS = {"panel": 1, "words": 1, "bitmap": 3, "rows": 3, "sliced": 5, "columns": 1, "columns_bitmap": 2, "row_plain": 1, "row_words": 1, "row_bitmap": 2}  # of a layout, before those of its values
 
 
 def part(name: str) -> str:
@@ -36,7 +37,9 @@ def unit(spec: KernelSpec, layout: str, constants: Mapping[str, int]) -> str:
         meaning = (f"coded_{spec.isa}.h", "coded.h", "outliers.h")
     else:
         stored = VALUE_TYPES[values]
-    lines = [f"using X = {VALUE_TYPES[spec.dtype]};  // of x, y, bias and outliers"]
+    known["kValueBits"] = bits(values) if is_coded(values) else 8 * VALUE_BYTES[values]
+    lines = [f"#define CODED {int(is_coded(values))}"]
+    lines += [f"using X = {VALUE_TYPES[spec.dtype]};  // of x, y, bias and outliers"]
     lines += [f"using Lane = {_lane(spec, layout)};  // what x and W are multiplied as"]
     lines += [f"using Stored = {stored};"]
     lines += [f"constexpr bool kWide = {'true' if spec.isa == 'avx512' else 'false'};  // registers for 4 rows of x"]
@@ -57,16 +60,20 @@ def unit(spec: KernelSpec, layout: str, constants: Mapping[str, int]) -> str:
 def _lane(spec: KernelSpec, layout: str) -> str:
     """Codes of up to 4 bits become bf16 as soon as float; products of bf16 are worth it where the machine has them."""
     values = spec.format.values
+    if spec.loop == "skip":
+        return "float"
     if not is_coded(values):
         return VALUE_TYPES[spec.dtype]
-    in_pairs = spec.bf16_dot and bits(values) < 8 and layout in ("bitmap", "words") and spec.loop == "dot"
+    in_pairs = spec.bf16_dot and bits(values) < 8 and spec.loop in ("dot", "gather")
     return "bf16" if in_pairs else "float"
 
 
 def _loop_parts(loop: str, layout: str) -> Sequence[str]:
     if layout == "panel":
         return ("panel.h",)
-    if loop == "dot":
-        return (f"{layout}.h", "dot.h")
+    if loop == "skip":
+        return (f"{layout}.h", "skip.h")
+    if loop in ("dot", "gather"):
+        return ("dot_x.h", f"{layout}.h", f"{loop}.h")
     shared = ("sliced.h",) if layout == "sliced" else ()
     return ("list.h", *shared, f"{layout}_list.h", f"{loop}.h")

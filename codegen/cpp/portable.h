@@ -68,6 +68,9 @@ INLINE void store_n(bf16 *p, int n, F16 v) {
 
 // ---- 32 columns of x or of a row of W
 
+struct F32 {
+  F16 a, b;
+};
 template <class T>
 struct Columns {
   const T *x;
@@ -91,6 +94,14 @@ template <class T>
 INLINE Kept<T> expand32(uint32_t mask, const T *v) {
   return {mask, v};
 }
+// 32 values as floats, in the order of their columns
+INLINE F32 numbers(const F32 &v) { return v; }
+template <class T>
+INLINE F32 numbers(Kept<T> w) {
+  float wide[32] = {};
+  for (uint32_t left = w.mask; left; left &= left - 1) wide[__builtin_ctz(left)] = to_float(*w.v++);
+  return {load16(wide), load16(wide + 16)};
+}
 // Not spread over lanes: writing 32 places one by one and reading them as vectors would stall.
 template <class T>
 INLINE F16 mac32(F16 acc, Kept<T> w, Columns<T> x) {
@@ -103,6 +114,10 @@ INLINE F16 mac32(F16 acc, Kept<T> w, Columns<T> x) {
   }
   acc.a += V4{even, odd, 0.f, 0.f};
   return acc;
+}
+template <class T>
+INLINE F16 mac32(F16 acc, Columns<T> w, Columns<T> x) {
+  return fma(load16(w.x + 16), load16(x.x + 16), fma(load16(w.x), load16(x.x), acc));
 }
 
 // out[i] = sum of the 16 lanes of v[i]

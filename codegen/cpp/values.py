@@ -30,6 +30,8 @@ def refusal(layout: str, values: str) -> str:
         return f"groups of {group} are none of 32, 64 and 128"
     if layout == "sliced" and kind == "codebook":
         return f"a {kind} would be looked up by a gather for each value; bitmap takes it"
+    if layout.startswith("columns") and kind == "codebook":
+        return "its lanes are rows, and each row of a codebook has levels of its own"
     if layout == "sliced" and group not in (0, 128):
         return f"its slices of 128 columns have one scale a row, not one for {group} columns; bitmap takes them"
     return ""

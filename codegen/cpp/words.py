@@ -17,16 +17,21 @@ def pack(weight: torch.Tensor, format: Format, source_key: str) -> Packed:
     parts = wide.view(
         wide.shape[0] // packer.GROUP, packer.GROUP, wide.shape[1] // packer.CHUNK, packer.CHUNK
     ).transpose(1, 2)
-    stream = coded.to_bytes(_elements(parts, width), width).flatten()
+    stream = coded.to_bytes(elements(parts, width), width).flatten()
     data = packer.padded(stream.numel(), torch.uint8)
     data[: stream.numel()] = stream
     work = torch.arange(wide.shape[0] // packer.TILE + 1) * (packer.TILE * wide.shape[1] + 1)
     return Packed(format, 1, (data, *found.tail), work, (n, k), source_key)
 
 
-def _elements(parts: torch.Tensor, width: int) -> torch.Tensor:
+def elements(parts: torch.Tensor, width: int) -> torch.Tensor:
     """[..., 128]: the codes of an element follow each other, where they are not bytes."""
     return parts if width == 8 else parts.reshape(*parts.shape[:-1], 4, 32).transpose(-1, -2).flatten(-2)
+
+
+def from_elements(codes: torch.Tensor, width: int) -> torch.Tensor:
+    """The inverse of ``elements``."""
+    return codes if width == 8 else codes.reshape(*codes.shape[:-1], 32, 4).transpose(-1, -2).flatten(-2)
 
 
 def unpack(packed: Packed) -> torch.Tensor:
@@ -35,7 +40,6 @@ def unpack(packed: Packed) -> torch.Tensor:
     rows, chunks = -(-n // packer.TILE) * packer.TILE, -(-k // packer.CHUNK)
     size = packer.CHUNK * width // 8
     codes = coded.from_bytes(data[: rows * chunks * size].view(rows // packer.GROUP, chunks, packer.GROUP, size), width)
-    if width < 8:
-        codes = codes.reshape(*codes.shape[:-1], 32, 4).transpose(-1, -2).flatten(-2)
+    codes = from_elements(codes, width)
     stored = codes.transpose(1, 2).reshape(rows, chunks * packer.CHUNK)[:n, :k].contiguous()
     return coded.decoded(stored, None, tuple(tail), packed.format.values)

@@ -1,0 +1,44 @@
+// Loop "gather": only the outputs that somebody reads: call->active lists rows of W, and no other output is written.
+// Expects dot_x.h, and from the layout: kMostRows and
+//   template <int MB> void dot_row(const SparsecCall *, int64_t row, const Lane *x, int64_t stride, F16 *acc);
+// where the lanes of acc[i] sum up to the output of row i of x. A tile is 16 entries of the list.
+
+template <int MB>
+__attribute__((noinline)) void gather_rows(const SparsecCall *call, int64_t begin, int64_t row) {
+  int64_t left = call->active_count - begin, stride = dot_stride(call->k);
+  int count = left < kRows ? static_cast<int>(left) : kRows;
+  const int32_t *wanted = call->active + begin;
+  const Lane *x = static_cast<const Lane *>(call->scratch) + row * stride;
+  alignas(64) float out[MB][kRows] = {}, bias[kRows] = {};
+  for (int i = 0; i < count; i += 4) {
+    F16 acc[MB][4];
+    for (int e = 0; e < 4; ++e) {
+      F16 sums[MB];
+      for (int r = 0; r < MB; ++r) sums[r] = zero16();
+      if (i + e < count) dot_row<MB>(call, wanted[i + e], x, stride, sums);
+      for (int r = 0; r < MB; ++r) acc[r][e] = sums[r];
+    }
+    for (int r = 0; r < MB; ++r) sums4(acc[r], out[r] + i);
+  }
+  if (call->bias)
+    for (int i = 0; i < count; ++i) bias[i] = to_float(static_cast<const X *>(call->bias)[wanted[i]]);
+  for (int r = 0; r < MB; ++r) {
+    F16 y = add(load16(out[r]), load16(bias));
+    activate(call->act, 1, &y);
+    alignas(64) X last[kRows];
+    store_n(last, kRows, y);
+    X *to = static_cast<X *>(call->y) + (row + r) * call->y_stride;
+    for (int i = 0; i < count; ++i) to[wanted[i]] = last[i];
+  }
+}
+
+EXPORT void sparsec_run(const SparsecCall *call, int64_t tile_begin, int64_t tile_end) {
+  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+    int64_t row = 0;
+    if constexpr (kMostRows >= 4)
+      for (; row + 4 <= call->m; row += 4) gather_rows<4>(call, tile * kRows, row);
+    if constexpr (kMostRows >= 2)
+      for (; row + 2 <= call->m; row += 2) gather_rows<2>(call, tile * kRows, row);
+    for (; row < call->m; ++row) gather_rows<1>(call, tile * kRows, row);
+  }
+}
