@@ -172,7 +172,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Range:
-    """For ``m_lo <= M <= m_hi`` (None: no bound) run ``format`` with ``kernel``. Times in seconds at ``m_lo``."""
+    """For ``m_lo <= M <= m_hi`` (None: no bound) run ``format`` with ``kernel``. Times in seconds at ``m_lo``.
+
+    ``below``: only calls of which at most this share of columns (or wanted rows) is left by the zeros of activations.
+    """
 
     m_lo: int
     m_hi: int | None
@@ -180,6 +183,7 @@ class Range:
     kernel: str
     dense_s: float
     ours_s: float
+    below: float = 1.0
 
     def holds(self, m: int) -> bool:
         return self.m_lo <= m and (self.m_hi is None or m <= self.m_hi)
@@ -191,6 +195,7 @@ class Decision:
 
     ``break_even``: sparsity from which the best sparse candidate would win at M=1 on this target (None: never).
     ``source``: ``model`` (cost model), ``measured`` (tuned), ``forced`` (min_speedup=0), ``fallback`` (a failure).
+    ``gated``: what serves calls whose activations are sparse enough, before ``ranges`` are asked.
     """
 
     ranges: tuple[Range, ...]
@@ -200,6 +205,7 @@ class Decision:
     candidates: tuple[Candidate, ...] = ()
     near: str = ""  # "near 2:4 (97.3 % of groups; 1812 break it)"
     help: str = ""  # what the user could change, e.g. "2:4 would give 1.7x"
+    gated: tuple[Range, ...] = ()
 
     def at(self, m: int) -> Range:
         return next((r for r in self.ranges if r.holds(m)), self.ranges[-1])
@@ -207,4 +213,4 @@ class Decision:
     @property
     def ours(self) -> bool:
         """Some M runs on one of our kernels: a sparse format, or dense weights in panels."""
-        return any(r.format != "dense" for r in self.ranges)
+        return bool(self.gated) or any(r.format != "dense" for r in self.ranges)

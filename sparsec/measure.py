@@ -30,6 +30,7 @@ from sparsec.formats import Format, Pattern
 from sparsec.measure_calls import best_seconds, best_seconds_alone_too, cold_bytes, plausible, thread_count, tune_log
 from sparsec.measure_kernels import TORCH, Text, compile_all, direct, kernel_texts, measure_kernel
 from sparsec.passes.decide.candidates import allowed, formats_of, patterns
+from sparsec.passes.decide.gates import KINDS
 from sparsec.quiet import wait_for_cores
 from sparsec.targets import reference
 from sparsec.targets.base import DenseRate, KernelRate, Rates, Target
@@ -90,11 +91,18 @@ def _named(name: str, dtype: str) -> Format:
 
 
 def rates_for(
-    fact: WeightFact, dtype: str, target: Target, threads: int, cache: Path, formats: tuple[str, ...] = (), x: str = ""
+    fact: WeightFact,
+    dtype: str,
+    target: Target,
+    threads: int,
+    cache: Path,
+    formats: tuple[str, ...] = (),
+    x: str = "",
+    loops: tuple[str, ...] = (),
 ) -> Rates:
     """The rates that deciding one weight needs: of the formats it holds and the policy allows, with x of one dtype.
 
-    ``x``: "int8" where the graph rounds x to it.
+    ``x``: "int8" where the graph rounds x to it. ``loops``: those of activation sparsity that may serve it.
     """
     if isinstance(target, GpuTarget):
         return gpu_rates.rates_for(target, fact, formats)
@@ -102,6 +110,8 @@ def rates_for(
     wanted = [str(p) for p in held if allowed(p, formats)]
     codes = [str(f) for f in formats_of(fact, dtype) if f.values != dtype and allowed(f, formats)]
     wanted += [*codes, *(f"{name}/{x}" for name in codes if x and not name.endswith("codebook"))]
+    parts = [f for f in formats_of(fact, dtype) if f.pattern.kind in KINDS and allowed(f, formats)]
+    wanted += [f"{f}/{loop}" for f in parts for loop in loops]
     return rates(target, threads, cache, (dtype,) if dtype in TORCH else (), wanted)
 
 

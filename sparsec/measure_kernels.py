@@ -22,6 +22,7 @@ from sparsec.codegen.spec import KernelSpec, Packed
 from sparsec.errors import BuildError, PackError
 from sparsec.formats import Format, Pattern, value_kind
 from sparsec.measure_calls import best_seconds, best_seconds_alone_too, cold_bytes, plausible, thread_count, tune_log
+from sparsec.passes.decide.candidates import PARTS_OF_WEIGHT
 from sparsec.passes.graph import DTYPES
 from sparsec.runtime.direct import Direct
 from sparsec.targets.base import KernelRate, Target
@@ -31,9 +32,10 @@ TORCH = {name: dtype for dtype, name in DTYPES.items()}
 _SMALL = (256, 2048)  # fits the second-level cache in most formats, while x of many rows does not fit the first
 _LARGE = (2048, 2048)
 _LEAST_S = 1e-3  # of one timing; shorter calls are repeated
-_LOOP_MS = {"dot": (1, 2, 4, 8, 16, 64), "outer": (8, 16, 64, 256)}
+_LOOP_MS = {"dot": (1, 2, 4, 8, 16, 64), "outer": (8, 16, 64, 256), **dict.fromkeys(PARTS_OF_WEIGHT, (1, 2, 4, 8))}
 _OTHER_MS = (1, 8, 64)
 _DENSITIES = (0.5, 0.2, 0.05)
+_LEFT = 0.25  # share of columns or rows that kernels of activation sparsity are measured with
 
 _log = tune_log()
 
@@ -58,13 +60,15 @@ class Text:
 def kernel_texts(wanted: Format | Pattern, dtype: str, target: Target, x: str = "") -> list[Text]:
     """The C++ text of every loop of a format; none where its family does not take these parameters or values.
 
-    ``dtype``: of x, and of the values of a bare pattern. ``x``: what the kernels round x to.
+    ``dtype``: of x, and of the values of a bare pattern. ``x``: what the kernels round x to, or the one loop that is
+    wanted of those that read a part of the weight.
     """
     format = wanted if isinstance(wanted, Format) else Format(wanted, dtype)
     found = []
+    part, x = (x, "") if x in PARTS_OF_WEIGHT else ("", x)
     try:
-        family = cpp.family(format.pattern.kind, x)
-        for loop in cpp.loops_of(format, x):
+        family = cpp.family(format.pattern.kind, x, part)
+        for loop in (part,) if part else cpp.loops_of(format, x):
             spec = KernelSpec.on(target, format, loop, dtype, x)
             found.append(Text(spec, family.text(spec)))
     except (KeyError, ValueError, PackError) as error:
@@ -104,11 +108,12 @@ def measure_kernel(t: Text, target: Target, overhead: float, cache: Path) -> tup
     for rows, density in [(16, densities[-1]), *((n, density) for density in densities)]:
         weight, stored = sample(t.pattern, rows, k, density, t.values)
         run = direct(weight.to(TORCH[t.spec.dtype]), t.spec, target, cache)
+        left = _LEFT if t.spec.loop in PARTS_OF_WEIGHT else 1.0
         packs.append((rows * k, stored, run.packed.bytes))
         for m in _LOOP_MS.get(t.spec.loop, _OTHER_MS):
             name = f"{rows}/{density}/{m}"
-            calls[name] = partial(run, torch.randn(m, k).to(TORCH[t.spec.dtype]))
-            sizes[name] = (k, rows * k, stored, m)
+            calls[name] = partial(run, torch.randn(m, k).to(TORCH[t.spec.dtype]), *_part(t, rows, k))
+            sizes[name] = (k, round(rows * k * left), round(stored * left), m)
     with thread_count(1):
         seconds, busy = best_seconds(calls, budget_s=0.5, min_call_s=_LEAST_S)
     taken = [(*sizes[name], max(s - overhead, 0.1 * s)) for name, s in seconds.items()]
@@ -117,6 +122,15 @@ def measure_kernel(t: Text, target: Target, overhead: float, cache: Path) -> tup
     read = _bytes_of(packs[1:]) if t.values else (0.0, 0.0)
     rate = KernelRate(str(t.pattern), t.spec.way, t.spec.dtype, points, bandwidth, read, values=t.values)
     return rate, busy or busy_too
+
+
+def _part(t: Text, n: int, k: int) -> tuple[torch.Tensor, ...]:
+    """For kernels that read a part of the weight, which: _LEFT of the columns or rows, spread at random."""
+    if t.spec.loop not in PARTS_OF_WEIGHT:
+        return ()
+    size = k if t.spec.loop == "skip" else n
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
+    return (order[: max(round(size * _LEFT), 1)].sort().values.to(torch.int32),)
 
 
 def _bytes_of(packs: list[tuple[int, int, int]]) -> tuple[float, float]:
@@ -138,13 +152,15 @@ def _streamed(t: Text, target: Target, overhead: float, cache: Path) -> tuple[fl
     copies = max(2, -(-cold_bytes(target) // max(first.packed.bytes, 1)))
     packs = [replace(first.packed, tensors=tuple(p.clone() for p in first.packed.tensors)) for _ in range(copies)]
     runs = itertools.cycle([direct(weight, t.spec, target, cache, packed) for packed in packs])
+    part = _part(t, *_LARGE)
+    read = first.packed.bytes * (_LEFT if part else 1.0)
     x = torch.randn(_LOOP_MS.get(t.spec.loop, _OTHER_MS)[0], _LARGE[1]).to(TORCH[t.spec.dtype])
-    seconds, _, busy = best_seconds_alone_too({"cold": partial(_call_next, runs, x)}, budget_s=0.3)
-    return first.packed.bytes / max(seconds["cold"] - overhead, 1e-9), busy
+    seconds, _, busy = best_seconds_alone_too({"cold": partial(_call_next, runs, x, *part)}, budget_s=0.3)
+    return read / max(seconds["cold"] - overhead, 1e-9), busy
 
 
-def _call_next(runs: Iterator[Direct], x: torch.Tensor) -> torch.Tensor:
-    return next(runs)(x)
+def _call_next(runs: Iterator[Direct], x: torch.Tensor, *part: torch.Tensor) -> torch.Tensor:
+    return next(runs)(x, *part)
 
 
 def sample(pattern: Pattern, n: int, k: int, density: float, values: str = "") -> tuple[torch.Tensor, int]:

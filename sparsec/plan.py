@@ -13,7 +13,7 @@ from sparsec.options import Policy
 
 RAW, PER_TOKEN, FIXED, GIVEN = range(4)  # the kinds of ``InputRule`` in ``runtime/inputs.h``
 
-OPS = 2  # changes with the arguments of the ops: caches of compiled graphs hash the plan's text, not the ops' schemas
+OPS = 3  # changes with the arguments of the ops: caches of compiled graphs hash the plan's text, not the ops' schemas
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class Plan:
 
     ``transposed``: the weight is stored [K, N]. ``m``: rows of x when the graph was made (0: dynamic). ``x``: how x is
     quantised, as ``Site.x`` says it. ``w``: how the weight is computed (``expression.encode``); "": it is a tensor.
+    ``gates``: the loops that activation sparsity allows, ``skip`` and ``gather``, each with ``=`` and the share that is
+    left where the graph says it.
     """
 
     name: str
@@ -32,6 +34,13 @@ class Plan:
     m: int = 0
     x: str = ""
     w: str = ""
+    gates: str = ""
+
+    @property
+    def loops(self) -> tuple[tuple[str, float | None], ...]:
+        """(loop, share left or None) of ``gates``."""
+        parts = (part.partition("=") for part in self.gates.split() if part)
+        return tuple((loop, float(share) if share else None) for loop, _, share in parts)
 
     @property
     def x_rule(self) -> tuple[int, float]:
@@ -53,7 +62,7 @@ class Plan:
 
     def encode(self) -> str:
         body = {"n": self.name, "k": self.kind, "a": self.act, "t": int(self.transposed), "m": self.m}
-        body |= {"x": self.x, "w": self.w, "o": OPS}
+        body |= {"x": self.x, "w": self.w, "g": self.gates, "o": OPS}
         return json.dumps({**{k: v for k, v in body.items() if v}, "p": json.loads(self.policy.encode())})
 
     @classmethod
@@ -62,4 +71,4 @@ class Plan:
         body = json.loads(text)
         policy = Policy.decode(json.dumps(body.get("p", {})))
         act, transposed, m = body.get("a", ""), bool(body.get("t")), body.get("m", 0)
-        return cls(body.get("n", ""), body["k"], policy, act, transposed, m, body.get("x", ""), body.get("w", ""))
+        return cls(body.get("n", ""), body["k"], policy, act, transposed, m, body.get("x", ""), body.get("w", ""), body.get("g", ""))

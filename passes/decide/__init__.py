@@ -26,8 +26,11 @@ from sparsec.passes.decide.candidates import (
     ways_for,
 )
 from sparsec.passes.decide.cost import NEVER_S, turning_points
+from sparsec.passes.decide.gates import gated
 from sparsec.passes.decide.measured import Measured, bucket, by_measurement
 from sparsec.targets.base import Rates, Target
+
+Gates = tuple[tuple[str, float | None], ...]
 
 __all__ = ["MODEL_MARGIN", "bucket", "decide", "dense_decision"]
 
@@ -40,11 +43,13 @@ def decide(
     policy: Policy,
     measured: Measured | None = None,
     x: str = "",
+    gates: Gates = (),
 ) -> Decision:
     """Decide one weight for x of ``dtype`` (``fp32`` or ``bf16``) on ``target``.
 
     ``x``: "int8" where the graph rounds x to it. ``measured``: (format name, loop, M bucket) -> times
-    faster than dense; see ``bucket``. Never raises for a weight: what cannot run sparse is a dense decision with its
+    faster than dense; see ``bucket``. ``gates``: loops that may skip a part of the weight, and the share that the zeros of
+    activations leave (None: not known). Never raises for a weight: what cannot run sparse is a dense decision with its
     reason.
     """
     asked = _Question(fact, dtype, rates, policy, x)
@@ -52,10 +57,32 @@ def decide(
         return dense_decision(f"no kernel for {dtype} on {target.name} yet", "model")
     plain = _by_model(replace(fact, key="", thumbnail=(), row_hist=()), dtype, rates, policy, x)
     if not measured or len(plain.candidates) == 1 or asked.refusal():
-        return plain
+        return _with_gates(asked, plain, gates)
     ranges = by_measurement(plain.ranges, asked.dense, asked.ways(), measured, policy.min_speedup)
     decision = replace(plain, ranges=ranges, source="measured")
-    return replace(decision, reason=_measured_reason(asked, plain, decision, measured))
+    return _with_gates(asked, replace(decision, reason=_measured_reason(asked, plain, decision, measured)), gates)
+
+
+def _with_gates(asked: _Question, decision: Decision, gates: Gates) -> Decision:
+    """The decision with what serves calls that activation sparsity makes cheap, and a sentence about it."""
+    if not gates or asked.fact.nonfinite:
+        return decision
+    assert asked.dense is not None
+    ways = {(w.format, w.kernel): w for w in (asked.dense, *asked.ways())}
+
+    def other(m: int) -> float:
+        now = decision.at(m)
+        way = ways.get((now.format, now.kernel))
+        return way.cost.at(m) if way else now.ours_s
+
+    found: list[Range] = []
+    said = []
+    for loop, left in gates:
+        ranges = gated(asked.fact, asked.dtype, asked.rates, asked.policy, loop, left, other)
+        found += ranges
+        said.append(words.gate(loop, left, ranges[0] if ranges else None))
+    reason = "; ".join(part for part in (decision.reason, *said) if part)
+    return replace(decision, gated=tuple(found), reason=reason)
 
 
 def dense_decision(reason: str, source: str = "fallback") -> Decision:

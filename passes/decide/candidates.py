@@ -23,6 +23,7 @@ FULLEST_BLOCKS = 0.9  # likewise for the share of blocks that hold anything
 # A second kernel for the same pack takes seconds to compile; a second format also doubles the memory of the packs.
 SWITCH_LOOP = 1.02
 SWITCH_FORMAT = 1.05
+PARTS_OF_WEIGHT = ("skip", "gather")  # loops of activation sparsity
 _PLAIN_PANELS = tuple(f"panel+{values}" for values in VALUE_BYTES)
 
 
@@ -161,12 +162,14 @@ def patterns(fact: WeightFact) -> Iterator[Pattern]:
             yield Pattern("block", (b.rows, b.cols))
 
 
-def kernel_rates(rates: Rates, pattern: Pattern, dtype: str, values: str = "") -> list[KernelRate]:
+def kernel_rates(rates: Rates, pattern: Pattern, dtype: str, values: str = "", loop: str = "") -> list[KernelRate]:
     """The measured loops of a pattern: those of exactly its parameters, else those of a relative of its family.
 
-    ``values``: how they are stored, where not in ``dtype``.
+    ``values``: how they are stored, where not in ``dtype``. ``loop``: one that reads a part of the weight; without it
+    those that read all.
     """
-    kind = [r for r in rates.kernels if r.dtype == dtype and r.values == values]
+    parts = (loop,) if loop else PARTS_OF_WEIGHT
+    kind = [r for r in rates.kernels if r.dtype == dtype and r.values == values and (r.loop in parts) == bool(loop)]
     family = [r for r in kind if r.pattern.partition(":")[0] == pattern.kind]
     exact = [r for r in family if r.pattern == str(pattern)]
     return exact or [r for r in family if r.pattern == family[0].pattern]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparsec.facts import WeightFact
+from sparsec.facts import Range, WeightFact
 
 NO_ZEROS = "no zeros"
 NO_KERNELS = "no sparse kernel can be made here; sparsec doctor says why"
@@ -80,3 +80,12 @@ def would_give(gains: list[tuple[str, float]]) -> str:
     (what, gain), *rest = gains
     more = "".join(f", {other} {value:.1f}x" for other, value in rest)
     return f"{what} would give {gain:.1f}x at M=1{more}"
+
+
+def gate(loop: str, left: float | None, found: Range | None) -> str:
+    """What activation sparsity brings: ``columns of zeros in x (88 %) are skipped, from 31 % zeros on``."""
+    what = "columns that meet zeros of x" if loop == "skip" else "rows whose outputs are multiplied by zero"
+    known = f" ({zero(1 - left)})" if left is not None else ""
+    if found is None:
+        return f"{what}{known} are too few to skip" if left is not None else f"{what} would not pay here"
+    return f"{what}{known} are skipped, from {zero(1 - found.below)} on"

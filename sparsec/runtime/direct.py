@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from sparsec import targets
@@ -11,7 +13,7 @@ from sparsec.codegen.spec import ACTS, KernelSpec, Packed
 from sparsec.formats import Format
 from sparsec.passes.graph import DTYPES
 from sparsec.runtime import library
-from sparsec.runtime.parts import FOREVER, route
+from sparsec.runtime.parts import FOREVER, LOOPS, route
 
 
 class Direct:
@@ -36,12 +38,16 @@ class Direct:
         machine = targets.resolve(target)
         dtype = DTYPES[weight.dtype]
         spec = KernelSpec.on(machine, format, loop, dtype)
-        self.packed = packed or cpp.pack_verified(weight.detach(), format, "direct", x=spec.x)
+        part = spec.loop if spec.loop in LOOPS else ""
+        self.packed = packed or cpp.pack_verified(weight.detach(), format, "direct", x=spec.x, loop=part)
         self.kernel = build.build(spec, cache_dir(cache))
         self.bias, self.act, self.n = bias, ACTS.index(act), int(weight.shape[0])
-        self._tensors = [*self.packed.tensors, self.packed.work]
-        self._route = route(0, FOREVER, self.kernel, self.packed, 0)
+        own = [] if self.packed.tensors else [weight.detach().contiguous()]  # kernels that read the weight itself
+        self._tensors = [*self.packed.tensors, *own, self.packed.work]
+        packed = replace(self.packed, tensors=(*self.packed.tensors, *own))
+        self._route = route(0, FOREVER, self.kernel, packed, 0)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = torch.ops.sparsec.direct(x, self.bias, self._tensors, self._route, self.n, self.act)
+    def __call__(self, x: torch.Tensor, active: torch.Tensor | None = None) -> torch.Tensor:
+        """``active``: int32, ascending; of kernels that read a part of the weight the columns or rows to read."""
+        y: torch.Tensor = torch.ops.sparsec.direct(x, self.bias, self._tensors, self._route, self.n, self.act, active)
         return y

@@ -25,7 +25,7 @@ def load(chosen_cache: str = "") -> None:
     if _python_half:
         return
     text = (_HERE / "op.cpp").read_text()
-    headers = (_HERE / name for name in ("table.h", "inputs.h", "packed.h"))
+    headers = (_HERE / name for name in ("active.h", "table.h", "inputs.h", "packed.h"))
     for header in (*headers, Path(build.__file__).parent / "cpp" / "abi.h"):
         inside = header.read_text().replace("#pragma once", "")
         text = text.replace(f'#include "{header.name}"', inside)  # one text, so that one hash names the library
@@ -49,6 +49,7 @@ def _register_python_half() -> None:
     _python_half.append(library)
     torch.library.register_fake("sparsec::linear", _linear_shape, lib=library)
     torch.library.register_fake("sparsec::linear_codes", _codes_shape, lib=library)
+    torch.library.register_fake("sparsec::linear_needed", _needed_shape, lib=library)
     torch.library.register_fake("sparsec::linear_group", _group_shapes, lib=library)
     torch.library.register_fake("sparsec::conv1x1", _conv_shape, lib=library)
     packed.register(library)
@@ -73,6 +74,17 @@ def _codes_shape(
     from sparsec.runtime import parts
 
     return _linear_shape(x, parts.computed(codes, plan), bias, plan)
+
+
+def _needed_shape(
+    x: torch.Tensor,
+    parts: list[torch.Tensor],
+    bias: torch.Tensor | None,
+    needed: torch.Tensor,
+    plan: str,
+    x_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return _codes_shape(x, parts, bias, plan) if len(parts) > 1 else _linear_shape(x, parts[0], bias, plan)
 
 
 def _group_shapes(

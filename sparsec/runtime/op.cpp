@@ -16,7 +16,9 @@
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
 #include <ATen/ops/relu.h>
+#include <ATen/ops/index_select.h>
 #include <ATen/ops/silu.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -24,6 +26,7 @@
 #include <string>
 #include <vector>
 
+#include "active.h"
 #include "table.h"
 
 namespace {
@@ -56,6 +59,8 @@ struct Job {
   const Route *route = nullptr;
   SparsecCall call{};
   Tensor scratch;
+  const void *own = nullptr;  // the pack of a kernel that reads the weight itself
+  int64_t tiles = 0, cost = 0;
 };
 
 Job make_job(const Route &route, int64_t act, const Tensor &rows, const std::optional<Tensor> &b, Tensor &y,
@@ -70,11 +75,21 @@ Job make_job(const Route &route, int64_t act, const Tensor &rows, const std::opt
   c.pack = route.pack.data();
   c.act = static_cast<int32_t>(act);
   c.x_scale = x_scale;
+  job.tiles = route.tiles, job.cost = c.m * route.work[route.tiles];
   if (int64_t bytes = route.scratch(c.m, c.k)) {
     job.scratch = at::empty({bytes}, rows.options().dtype(at::kByte));
     c.scratch = job.scratch.mutable_data_ptr();
   }
   return job;
+}
+
+// The job on a part of the weight: `active` columns of it, or rows.
+void narrow(Job &job, const Active &active) {
+  const Route &route = *job.route;
+  int64_t whole = route.loop == kSkip ? job.call.k : job.call.n;
+  job.call.active = active.data(), job.call.active_count = active.count;
+  job.cost = static_cast<int64_t>(static_cast<double>(job.cost) * active.count / std::max<int64_t>(whole, 1));
+  if (route.loop == kGather) job.tiles = (active.count + 15) / 16;
 }
 
 // Less work than this (kept weights times rows, about) is done before another thread has woken up.
@@ -96,7 +111,9 @@ void prepare(Job &job) {
 }
 
 // First tile of share t of `threads`, so that shares cost alike.
-int64_t share(const Route &r, int64_t t, int64_t threads) {
+int64_t share(const Job &job, int64_t t, int64_t threads) {
+  const Route &r = *job.route;
+  if (r.loop == kGather) return job.tiles * t / threads;
   int64_t goal = r.work[r.tiles] / threads * t + r.work[r.tiles] % threads * t / threads;
   return t >= threads ? r.tiles : std::lower_bound(r.work, r.work + r.tiles, goal) - r.work;
 }
@@ -106,16 +123,17 @@ void run(std::vector<Job> &jobs) {
   int64_t cost = 0;
   for (Job &job : jobs) {
     prepare(job);
-    cost += job.call.m * job.route->work[job.route->tiles];
+    if (job.own) job.call.pack = &job.own;
+    cost += job.cost;
   }
   int64_t threads = thread_count(cost);
   if (threads <= 1) {
-    for (Job &job : jobs) job.route->run(&job.call, 0, job.route->tiles);
+    for (Job &job : jobs) job.route->run(&job.call, 0, job.tiles);
     return;
   }
   at::parallel_for(0, threads, 1, [&](int64_t t0, int64_t t1) {
     for (Job &job : jobs) {
-      int64_t begin = share(*job.route, t0, threads), end = share(*job.route, t1, threads);
+      int64_t begin = share(job, t0, threads), end = share(job, t1, threads);
       if (begin < end) job.route->run(&job.call, begin, end);
     }
   });
@@ -135,14 +153,18 @@ Tensor shaped(Tensor y, const Tensor &x) {
   return y.view(sizes);
 }
 
-void verify(const Entry &e, const Tensor &rows, at::TensorList parts, const std::optional<Tensor> &b, const Tensor &y,
+void verify(const Entry &e, const Tensor &rows, const Tensor &weight, const std::optional<Tensor> &b, const Tensor &y,
             const InputRule &rule) {
   if (!e.verify || !rule.sane()) return;
   static auto check = c10::Dispatcher::singleton()
                           .findSchemaOrThrow("sparsec::verify", "")
                           .typed<void(const Tensor &, const Tensor &, const std::optional<Tensor> &, const Tensor &,
                                       c10::string_view, double)>();
-  check.call(rows, weight_of(e, parts), b, y, e.plan, rule.code());
+  check.call(rows, weight, b, y, e.plan, rule.code());
+}
+void verify(const Entry &e, const Tensor &rows, at::TensorList parts, const std::optional<Tensor> &b, const Tensor &y,
+            const InputRule &rule) {
+  if (e.verify) verify(e, rows, weight_of(e, parts), b, y, rule);
 }
 
 void check_shapes(const Tensor &x, const Tensor &w, const Entry &e) {
@@ -160,11 +182,24 @@ struct Way {
     route = rule.sane() ? e.at(m) : nullptr;
   }
   bool rounds_here() const { return !rule.raw() && !(route && route->rounds_x); }
+
+  // Takes the kernel that skips columns, where there is one and these rows have zeros enough. `active`: what they leave,
+  // found once (`looked`) for all weights that read them.
+  void skip(const Entry &e, const Tensor &rows, Active &active, bool &looked) {
+    const Route *skips = rule.sane() && rows.size(0) <= kMostActiveRows ? e.at(rows.size(0), kSkip) : nullptr;
+    if (!skips) return;
+    if (!looked) active = active_columns(rows), looked = true;
+    e.meter.note(active.count <= skips->most, active.count, e.k);
+    if (active.count <= skips->most) route = skips;
+  }
 };
 
 Tensor rows_through(const Entry &e, const Tensor &rows, at::TensorList parts, const std::optional<Tensor> &b,
                     const std::optional<Tensor> &x_scale) {
   Way way(e, x_scale, rows.size(0));
+  Active active;
+  bool looked = false;
+  way.skip(e, rows, active, looked);
   Tensor read = way.rounds_here() ? quantised_rows(rows, way.rule) : rows;
   Tensor y;
   if (!way.route) {
@@ -173,9 +208,36 @@ Tensor rows_through(const Entry &e, const Tensor &rows, at::TensorList parts, co
     y = at::empty({rows.size(0), e.n}, rows.options());
     std::vector<Job> jobs;
     jobs.push_back(make_job(*way.route, e.act, read, b, y, way.rule.code()));
+    if (way.route->loop == kSkip) narrow(jobs[0], active);
     run(jobs);
   }
   verify(e, rows, parts, b, y, way.rule);
+  return y;
+}
+
+// Only the outputs in whose place some row of `needed` [M, N] holds no zero; what else y holds is nobody's business.
+Tensor needed_through(const Entry &e, const Tensor &rows, const Tensor &needed, at::TensorList parts,
+                      const std::optional<Tensor> &b, const std::optional<Tensor> &x_scale) {
+  const Route *route = rows.size(0) <= kMostActiveRows ? e.at(rows.size(0), kGather) : nullptr;
+  InputRule rule = e.input.with(x_scale);
+  if (!route || !rule.sane()) return rows_through(e, rows, parts, b, x_scale);
+  Active active = active_columns(needed);
+  bool skips = active.count <= route->most;
+  e.meter.note(skips, active.count, e.n);
+  if (!skips) return rows_through(e, rows, parts, b, x_scale);
+  Tensor read = rule.raw() ? rows : quantised_rows(rows, rule);
+  Tensor y = at::zeros({rows.size(0), e.n}, rows.options());
+  std::vector<Job> jobs;
+  jobs.push_back(make_job(*route, e.act, read, b, y));
+  if (route->pack.empty()) jobs[0].own = parts[0].const_data_ptr();
+  narrow(jobs[0], active);
+  run(jobs);
+  if (e.verify && active.count) {
+    Tensor list = active.list.narrow(0, 0, active.count);
+    Tensor bias = b && b->defined() ? b->index_select(0, list) : Tensor();
+    verify(e, rows, weight_of(e, parts).index_select(0, list), bias.defined() ? std::optional(bias) : std::nullopt,
+           y.index_select(1, list), rule);
+  }
   return y;
 }
 
@@ -191,6 +253,20 @@ Tensor linear_of(const Tensor &x, at::TensorList parts, const std::optional<Tens
 Tensor linear(const Tensor &x, const Tensor &w, const std::optional<Tensor> &b, c10::string_view plan,
               const std::optional<Tensor> &x_scale) {
   return linear_of(x, w, b, plan, x_scale);
+}
+
+// As linear, where nobody reads the outputs that meet only zeros of `needed` [..., N].
+Tensor linear_needed(const Tensor &x, at::TensorList parts, const std::optional<Tensor> &b, const Tensor &needed,
+                     c10::string_view plan, const std::optional<Tensor> &x_scale) {
+  at::AutoDispatchBelowADInplaceOrView guard;  // inference only: no autograd bookkeeping for the calls inside
+  auto entry = lookup(parts, plan);
+  check_shapes(x, parts[0], *entry);
+  TORCH_CHECK(needed.dim() >= 1 && needed.size(-1) == entry->n && needed.numel() / entry->n == x.numel() / entry->k,
+              "sparsec::linear_needed: x gives other outputs than ", needed.sizes());
+  bool one = x.dim() == 1;
+  Tensor y = needed_through(*entry, as_rows(one ? x.unsqueeze(0) : x), as_rows(one ? needed.unsqueeze(0) : needed),
+                            parts, b, x_scale);
+  return one ? y.squeeze(0) : shaped(std::move(y), x);
 }
 
 // The weight is computed from `codes` (integers, scales, zero points), as the plan says.
@@ -221,16 +297,20 @@ std::vector<Tensor> linear_group(const Tensor &x, at::TensorList weights, const 
   std::vector<Tensor> ys(weights.size()), reads(weights.size());
   std::vector<Job> jobs;
   Rounded rounded;
+  Active active;
+  bool looked = false;
   jobs.reserve(weights.size());
   for (size_t i = 0; i < weights.size(); ++i) {
     entries.push_back(lookup(weights[i], plans[i]));
     const Entry &e = *entries[i];
     check_shapes(x, weights[i], e);
-    const Way &way = ways.emplace_back(e, x_scales.get(i), m);
+    Way &way = ways.emplace_back(e, x_scales.get(i), m);
+    way.skip(e, rows, active, looked);
     reads[i] = way.rounds_here() ? rounded.of(rows, way.rule) : rows;
     if (!way.route) continue;
     ys[i] = at::empty({m, e.n}, rows.options());
     jobs.push_back(make_job(*way.route, e.act, reads[i], biases.get(i), ys[i], way.rule.code()));
+    if (way.route->loop == kSkip) narrow(jobs.back(), active);
   }
   run(jobs);
   for (size_t i = 0; i < weights.size(); ++i) {
@@ -257,12 +337,13 @@ Tensor conv1x1(const Tensor &x, const Tensor &w, const std::optional<Tensor> &b,
 
 // One kernel on one packed weight, without a table: for tuning and tests.
 Tensor direct(const Tensor &x, const std::optional<Tensor> &b, at::TensorList tensors, at::IntArrayRef route,
-              int64_t n, int64_t act, double x_scale) {
+              int64_t n, int64_t act, const std::optional<Tensor> &active, double x_scale) {
   auto routes = routes_from(tensors, route);
   Tensor rows = as_rows(x);
-  Tensor y = at::empty({rows.size(0), n}, rows.options());
+  Tensor y = active ? at::zeros({rows.size(0), n}, rows.options()) : at::empty({rows.size(0), n}, rows.options());
   std::vector<Job> jobs;
   jobs.push_back(make_job(routes.at(0), act, rows, b, y, static_cast<float>(x_scale)));
+  if (active) narrow(jobs[0], {*active, active->numel()});
   run(jobs);
   return shaped(std::move(y), x);
 }
@@ -273,6 +354,8 @@ TORCH_LIBRARY_FRAGMENT(sparsec, lib) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag, at::Tag::needs_exact_strides};
   lib.def("linear(Tensor x, Tensor weight, Tensor? bias, str plan, Tensor? x_scale=None) -> Tensor", tags);
   lib.def("linear_codes(Tensor x, Tensor[] codes, Tensor? bias, str plan, Tensor? x_scale=None) -> Tensor", tags);
+  lib.def("linear_needed(Tensor x, Tensor[] parts, Tensor? bias, Tensor needed, str plan, Tensor? x_scale=None) "
+          "-> Tensor", tags);
   lib.def("linear_group(Tensor x, Tensor[] weights, Tensor?[] biases, str[] plans, Tensor?[] x_scales) -> Tensor[]",
           tags);
   lib.def("conv1x1(Tensor x, Tensor weight, Tensor? bias, str plan) -> Tensor", tags);
@@ -283,13 +366,15 @@ TORCH_LIBRARY_FRAGMENT(sparsec, lib) {
           "Tensor? dense) -> ()");
   lib.def("forget(int impl) -> int", forget);
   lib.def("uses(int impl, str plan) -> int", uses);
-  lib.def("direct(Tensor x, Tensor? bias, Tensor[] tensors, int[] route, int n, int act, float x_scale=0.0) "
-          "-> Tensor");
+  lib.def("meters() -> (str[], int[])", meters);
+  lib.def("direct(Tensor x, Tensor? bias, Tensor[] tensors, int[] route, int n, int act, "
+          "Tensor? active=None, float x_scale=0.0) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(sparsec, CPU, lib) {
   lib.impl("linear", linear);
   lib.impl("linear_codes", linear_codes);
+  lib.impl("linear_needed", linear_needed);
   lib.impl("linear_group", linear_group);
   lib.impl("conv1x1", conv1x1);
   lib.impl("install", install);

@@ -20,12 +20,23 @@ from sparsec.plan import Plan
 from sparsec.targets.base import Target
 
 FOREVER = 2**62  # rows of x that no call has
+LOOPS = ("", "skip", "gather")  # the positions are the numbers of ``Loop`` in ``table.h``
 
 
 def needed(decision: Decision, plan: Plan) -> list[Range]:
     """The ranges that run on our kernels; of a graph made for one M only that one, so that nothing else is packed."""
     ranges = [decision.at(plan.m)] if plan.m else decision.ranges
-    return [r for r in ranges if r.format != "dense"]
+    return [*gated(decision, plan), *(r for r in ranges if r.format != "dense")]
+
+
+def gated(decision: Decision, plan: Plan) -> list[Range]:
+    """The ranges that serve calls whose activations are sparse; of a graph made for one M only that one."""
+    return [r for r in decision.gated if not plan.m or r.holds(plan.m)]
+
+
+def part_of_weight(part: Range) -> str:
+    """The loop of a range, where its kernels read a part of the weight from a layout of their own."""
+    return part.kernel if part.kernel in LOOPS else ""
 
 
 def runs_dense(decision: Decision, plan: Plan) -> bool:
@@ -48,7 +59,7 @@ def pack_key(part: Range, target: Target) -> str:
     """What ranges must have in common to share a pack: the format, what its kernels do to x, and on GPUs the family
     that reads it."""
     if not target.gpu:
-        return f"{part.format}/{rounds(part)}"
+        return f"{part.format}/{rounds(part)}/{part_of_weight(part)}"
     return f"{part.format} {triton.kind_of(Format.parse(part.format), part.kernel)}"
 
 
@@ -64,8 +75,10 @@ def matrix(weight: torch.Tensor, plan: Plan) -> torch.Tensor:
     return weight.detach().reshape(weight.shape[0], -1)
 
 
-def route(m_lo: int, m_hi: int, kernel: Kernel, packed: Packed, first: int) -> list[int]:
-    """The ten integers of a route in ``table.h``."""
+def route(m_lo: int, m_hi: int, kernel: Kernel, packed: Packed, first: int, most: int = 0) -> list[int]:
+    """The twelve integers of a route in ``table.h``. ``most``: columns or rows up to which activation sparsity pays."""
     tiles = packed.work.numel() - 1
     addresses = [kernel.run, kernel.prepare, kernel.prepare_units, kernel.scratch]
-    return [m_lo, m_hi, *addresses, first, len(packed.tensors), tiles, int(kernel.spec.x == "int8")]
+    loop = LOOPS.index(kernel.spec.loop) if kernel.spec.loop in LOOPS else 0
+    x8 = int(kernel.spec.x == "int8")
+    return [m_lo, m_hi, *addresses, first, len(packed.tensors), tiles, x8, loop, most]

@@ -31,7 +31,7 @@ from sparsec.passes.profile.weights import profile
 from sparsec.plan import Plan
 from sparsec.records import CompileRecord, LayerRecord
 from sparsec.runtime import gpu
-from sparsec.runtime.parts import FOREVER, computed, matrix, needed, pack_key, rounds, route, runs_dense, target_of
+from sparsec.runtime.parts import FOREVER, computed, matrix, needed, pack_key, part_of_weight, rounds, route, runs_dense, target_of
 from sparsec.targets.base import Rates, Target
 from sparsec.targets.cuda import GpuTarget
 
@@ -135,7 +135,7 @@ class Store:
         """By the cost model, with the rates of this machine."""
         target, dtype = target_of(weight, plan.policy), DTYPES[weight.dtype]
         rates = _rates(fact, dtype, target, plan)
-        return decide(fact, dtype, target, rates, plan.policy, x=plan.x_type)
+        return decide(fact, dtype, target, rates, plan.policy, x=plan.x_type, gates=gates_of(fact, plan))
 
     def tuned(self, weight: torch.Tensor, fact: WeightFact, decision: Decision, plan: Plan) -> Decision:
         """The decision again, by measurements on this very weight; unchanged where the policy does not tune."""
@@ -147,7 +147,8 @@ class Store:
         target, dtype = target_of(weight, policy), DTYPES[weight.dtype]
         ms = (plan.m,) if plan.m else ()
         measured = measured_for(matrix(weight, plan), fact, dtype, target, policy, ms, plan.x_type)
-        return decide(fact, dtype, target, _rates(fact, dtype, target, plan), policy, measured, plan.x_type)
+        rates, gates = _rates(fact, dtype, target, plan), gates_of(fact, plan)
+        return decide(fact, dtype, target, rates, policy, measured, plan.x_type, gates)
 
     def install(
         self,
@@ -183,7 +184,8 @@ class Store:
             packed = packs[pack_key(part, target)]
             kernel = self.kernel(part, weight.dtype, plan.policy)
             hi = FOREVER if part.m_hi is None else part.m_hi
-            table += route(part.m_lo, hi, kernel, packed, len(tensors))
+            most = int(part.below * (fact.k if part.kernel == "skip" else fact.n))
+            table += route(part.m_lo, hi, kernel, packed, len(tensors), most)
             tensors += [*packed.tensors, packed.work]
         dense = weight if plan.w and (plan.policy.verify or runs_dense(decision, plan)) else None
         self._put(owners, plan_text, weight, tensors, table, dense=dense)
@@ -198,7 +200,7 @@ class Store:
         if target.gpu:
             packed = triton.pack_verified(weight, format, fact.key, part.kernel)
         else:
-            packed = cpp.pack_verified(weight.detach(), format, fact.key, x=rounds(part))
+            packed = cpp.pack_verified(weight.detach(), format, fact.key, x=rounds(part), loop=part_of_weight(part))
         self._packs[key] = packed
         self.packed_count += 1
         return packed
@@ -327,7 +329,13 @@ def _rates(fact: WeightFact, dtype: str, target: Target, plan: Plan) -> Rates:
     from sparsec.measure import rates_for  # it runs kernels, so it imports this package
 
     cache, threads = cache_dir(plan.policy.cache_dir), torch.get_num_threads()
-    return rates_for(fact, dtype, target, threads, cache, plan.policy.formats, plan.x_type)
+    loops = tuple(loop for loop, _ in plan.loops)
+    return rates_for(fact, dtype, target, threads, cache, plan.policy.formats, plan.x_type, loops)
+
+
+def gates_of(fact: WeightFact, plan: Plan) -> tuple[tuple[str, float | None], ...]:
+    """(loop, share left) of each loop that the plan allows: as calibrated for this weight, else as the graph says."""
+    return plan.loops
 
 
 def invalidate(model: torch.nn.Module | torch.Tensor) -> int:

@@ -20,8 +20,12 @@ using at::Tensor;
 using RunFn = void (*)(const SparsecCall *, int64_t, int64_t);
 using SizeFn = int64_t (*)(int64_t, int64_t);
 
-// One range of M and the kernel that serves it. `pack` points into tensors that the Entry keeps alive. `rounds_x`: the
-// kernel quantises x by itself; others are given rows that are quantised already.
+// What a kernel reads of the weight: all of it, the columns that meet values of x, or the rows whose outputs are wanted.
+enum Loop : int64_t { kAll, kSkip, kGather };
+
+// One range of M and the kernel that serves it. `pack` points into tensors that the Entry keeps alive, and is empty
+// where the kernel reads the weight itself. `rounds_x`: the kernel quantises x by itself; others are given rows that are
+// quantised already. `most`: of kSkip and kGather, how many columns or rows may be left for it to be worth while.
 struct Route {
   int64_t m_lo, m_hi;
   RunFn run, prepare;
@@ -30,6 +34,8 @@ struct Route {
   const int64_t *work;
   int64_t tiles;
   bool rounds_x;
+  Loop loop;
+  int64_t most;
 };
 
 // A tensor as it was when it was looked at; held weakly, so that its address cannot be reused.
@@ -47,6 +53,19 @@ struct Part {
   bool unchanged(const Tensor &t) const { return data == t.const_data_ptr() && version == version_of(t); }
 };
 
+// What activation sparsity brought: calls that were looked at, those that skipped, and in all of them the columns (or
+// rows) that were left, of how many.
+struct Meter {
+  std::atomic<int64_t> calls{0}, skipped{0}, left{0}, of{0};
+
+  void note(bool skips, int64_t count, int64_t whole) {
+    calls.fetch_add(1, std::memory_order_relaxed);
+    if (skips) skipped.fetch_add(1, std::memory_order_relaxed);
+    left.fetch_add(count, std::memory_order_relaxed);
+    of.fetch_add(whole, std::memory_order_relaxed);
+  }
+};
+
 // What was decided for one weight under one plan. No route: dense. `retry_after` > 0: a weight that changes faster
 // than packing pays is served dense for that many calls, whatever its version, and then looked at again.
 // `parts`: the weight itself; or, where it is computed in the graph, what it is computed from (`codes`). `dense`: what
@@ -62,6 +81,7 @@ struct Entry {
   std::vector<Tensor> keep;
   Tensor dense;
   mutable std::atomic<int64_t> uses{0};
+  mutable Meter meter;
 
   Entry(at::TensorList tensors, std::string p) : parts(tensors.begin(), tensors.end()), plan(std::move(p)) {}
 
@@ -88,9 +108,9 @@ struct Entry {
       if (part.impl._unsafe_get_target() == impl) return true;
     return false;
   }
-  const Route *at(int64_t m) const {
+  const Route *at(int64_t m, Loop loop = kAll) const {
     for (const Route &r : routes)
-      if (r.m_lo <= m && m <= r.m_hi) return &r;
+      if (r.loop == loop && r.m_lo <= m && m <= r.m_hi) return &r;
     return nullptr;
   }
 };
@@ -133,8 +153,8 @@ Tensor weight_of(const Entry &e, at::TensorList parts) {
 
 // ---------------------------------------------------------------------------------------------- installed by Python
 
-// m_lo, m_hi, run, prepare, prepare_units, scratch, first tensor, tensors, tiles, rounds_x
-constexpr size_t kRouteInts = 10;
+// m_lo, m_hi, run, prepare, prepare_units, scratch, first tensor, tensors, tiles, rounds_x, loop, most
+constexpr size_t kRouteInts = 12;
 
 std::vector<Route> routes_from(at::TensorList tensors, at::IntArrayRef table) {
   TORCH_CHECK(table.size() % kRouteInts == 0, "sparsec: a route has ", kRouteInts, " integers");
@@ -142,7 +162,7 @@ std::vector<Route> routes_from(at::TensorList tensors, at::IntArrayRef table) {
   for (size_t i = 0; i < table.size(); i += kRouteInts) {
     const int64_t *t = table.data() + i;
     Route r{t[0], t[1], reinterpret_cast<RunFn>(t[2]), reinterpret_cast<RunFn>(t[3]), reinterpret_cast<SizeFn>(t[4]),
-            reinterpret_cast<SizeFn>(t[5]), {}, nullptr, t[8], t[9] != 0};
+            reinterpret_cast<SizeFn>(t[5]), {}, nullptr, t[8], t[9] != 0, static_cast<Loop>(t[10]), t[11]};
     for (int64_t j = t[6]; j < t[6] + t[7]; ++j) r.pack.push_back(tensors[j].const_data_ptr());
     r.work = tensors[t[6] + t[7]].const_data_ptr<int64_t>();  // the prefix sums follow the packed tensors
     routes.push_back(std::move(r));
@@ -181,6 +201,21 @@ int64_t forget(int64_t impl) {
     it = it->second.empty() ? table.erase(it) : std::next(it);
   }
   return uses;
+}
+
+// Of every weight whose activations were looked at: its plan, and four numbers of its meter.
+std::tuple<std::vector<std::string>, std::vector<int64_t>> meters() {
+  std::shared_lock lock(table_mutex);
+  std::vector<std::string> plans;
+  std::vector<int64_t> numbers;
+  for (const auto &[_, entries] : table)
+    for (const auto &entry : entries) {
+      const Meter &m = entry->meter;
+      if (!m.calls.load()) continue;
+      plans.push_back(entry->plan);
+      for (const auto *n : {&m.calls, &m.skipped, &m.left, &m.of}) numbers.push_back(n->load());
+    }
+  return {plans, numbers};
 }
 
 int64_t uses(int64_t impl, c10::string_view plan) {

@@ -1,0 +1,95 @@
+"""Where activation sparsity pays: at most which share of columns (or rows) may be left for a kernel that skips the rest.
+
+In: what is known of the weight and of the zeros of x (or of who reads y), and the decision for calls without zeros.
+Out: ranges with ``below``; the op counts at each call and takes the kernel where no larger share is left. A kernel that
+skips costs ``overhead + Max(bytes * share / bandwidth, column * K + arithmetic * share)``, linear in the share, so the
+share at which it meets the other way is solved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from sparsec.facts import Range, WeightFact
+from sparsec.formats import Format, stored_values
+from sparsec.options import Policy
+from sparsec.passes.decide.candidates import allowed, formats_of, kernel_rates, read_bytes
+from sparsec.targets.base import KernelRate, Rates
+
+MARGIN = 1.1  # of the model at the crossover: the shares of skipped calls are spread around it
+UNKNOWN = 0.3  # share left that is expected where nothing was measured; ReLU models leave 5 to 30 %
+KINDS = ("panel", "bitmap", "nm", "block")  # of patterns that have such kernels
+_MS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Skipper:
+    """A format and loop that read only a share of the weight."""
+
+    format: Format
+    rate: KernelRate
+    read: int
+    stored: int
+
+    def seconds(self, share: float, m: int, rates: Rates, n: int, k: int) -> float:
+        memory, fixed, per = self._parts(m, rates, n, k)
+        return rates.overhead + max(memory * share, fixed + per * share)
+
+    def share(self, seconds: float, m: int, rates: Rates, n: int, k: int) -> float:
+        """The largest share that takes no longer than ``seconds``; 0 where none does, 1 at most."""
+        memory, fixed, per = self._parts(m, rates, n, k)
+        left = seconds - rates.overhead
+        by_memory = left / memory if memory > 0 else 1.0
+        by_work = (left - fixed) / per if per > 0 else float(left >= fixed)
+        return max(0.0, min(by_memory, by_work, 1.0))
+
+    def _parts(self, m: int, rates: Rates, n: int, k: int) -> tuple[float, float, float]:
+        _, column, position, value = min((p for p in self.rate.points if p[0] >= m), default=self.rate.points[-1])
+        return self.read / (self.rate.bandwidth or rates.bandwidth), column * k, position * n * k + value * self.stored
+
+
+def gated(
+    fact: WeightFact,
+    dtype: str,
+    rates: Rates,
+    policy: Policy,
+    loop: str,
+    left: float | None,
+    other: Callable[[int], float],
+) -> tuple[Range, ...]:
+    """Ranges of M, 1 to 8, in which a kernel of ``loop`` (``skip`` or ``gather``) serves calls with few columns left.
+
+    ``left``: the share that is left, as calibrated; None: not known. ``other``: seconds at M of the way that serves all
+    other calls. Empty where nothing is expected to be gained.
+    """
+    expected = UNKNOWN if left is None else left
+    least = (policy.min_speedup or 1.0) * MARGIN
+    best: tuple[float, Skipper] | None = None
+    for skipper in _skippers(fact, dtype, rates, policy, loop):
+        seconds = skipper.seconds(expected, 1, rates, fact.n, fact.k)
+        if best is None or seconds < best[0]:
+            best = seconds, skipper
+    if best is None or (policy.min_speedup and best[0] * least > other(1)):
+        return ()
+    ranges = []
+    for i, m in enumerate(_MS):
+        below = best[1].share(other(m) / MARGIN, m, rates, fact.n, fact.k) if policy.min_speedup else 1.0
+        if below <= 0.02:
+            break
+        first = 1 if i == 0 else _MS[i - 1] + 1
+        ours = best[1].seconds(min(expected, below), m, rates, fact.n, fact.k)
+        ranges.append(Range(first, m, str(best[1].format), loop, other(m), ours, below=below))
+    return tuple(ranges)
+
+
+def _skippers(fact: WeightFact, dtype: str, rates: Rates, policy: Policy, loop: str) -> Iterator[Skipper]:
+    for format in formats_of(fact, dtype):
+        pattern = format.pattern
+        if pattern.kind not in KINDS or not allowed(format, policy.formats):
+            continue
+        values = "" if format.values == dtype else format.values
+        for rate in kernel_rates(rates, pattern, dtype, values, loop):
+            stored = fact.nnz if pattern.kind != "panel" else stored_values(pattern, fact)
+            yield Skipper(format, rate, read_bytes(rate, format, fact), stored)
+
