@@ -6,7 +6,7 @@ layout (HF ``Conv1D`` and ``x @ W`` keep it as [K, N]; ``Site.transposed`` says 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,64 @@ class Declined:
 
 
 @dataclass(frozen=True)
+class ActFact:
+    """What is known of the zeros of an activation from the graph alone: top > nonnegative > likely > exact.
+
+    ``state``: ``top`` nothing; ``nonnegative`` no value below zero (NaN aside); ``likely`` an operation puts exact
+    zeros where the data says, how many is not known; ``exact`` how many, at least, is known by construction.
+    ``origin``: what makes the zeros, in words: ``relu``, ``threshold``, ``top-k``, ``2:4 of activations``, ``mask``,
+    ``product with relu(gate_proj)``. ``node``: the node that makes them, of the same shape: where it is zero, the value
+    is. ``pattern``: "" anywhere; ``topk:64`` at most 64 kept in each row of the last dimension; ``nm:2:4`` at most 2
+    kept in each 4 of it; ``channels`` the same places in every row. ``rate``: share of zeros, at least, 0 to 1; None
+    where construction does not say. ``nonnegative``: beside whatever the state says of zeros.
+    """
+
+    state: str = "top"
+    origin: str = ""
+    node: str = ""
+    pattern: str = ""
+    rate: float | None = None
+    nonnegative: bool = False
+
+    @property
+    def zeros(self) -> bool:
+        """Something puts exact zeros there: ``likely`` or ``exact``."""
+        return self.state in ("likely", "exact")
+
+    @property
+    def depth(self) -> int:
+        """Place in the order: 0 for top, 3 for exact."""
+        return ACT_STATES.index(self.state)
+
+    def meet(self, other: ActFact) -> ActFact:
+        """What is known where both statements hold; of two alike, the one that knows more, then the first."""
+        best = max(self, other, key=lambda f: (f.depth, bool(f.pattern), f.rate or 0.0))
+        return replace(best, nonnegative=self.nonnegative or other.nonnegative).settled()
+
+    def join(self, other: ActFact) -> ActFact:
+        """What is known where only one of both holds, and nobody knows which."""
+        nonnegative = self.nonnegative and other.nonnegative
+        if not (self.zeros and other.zeros):
+            return ActFact(nonnegative=nonnegative).settled()
+        rates = [f.rate for f in (self, other) if f.rate is not None]
+        pattern = self.pattern if self.pattern == other.pattern else ""
+        rate = min(rates) if len(rates) == 2 else None
+        origin = self.origin if self.origin == other.origin else f"{self.origin} or {other.origin}"
+        node = self.node if self.node == other.node else ""
+        both = self.state == other.state == "exact" and (pattern or rate is not None)
+        return ActFact("exact" if both else "likely", origin, node, pattern, rate, nonnegative)
+
+    def settled(self) -> ActFact:
+        """The same, with the state between top and nonnegative that its sign says where it knows of no zeros."""
+        return (
+            self if self.zeros else ActFact("nonnegative" if self.nonnegative else "top", nonnegative=self.nonnegative)
+        )
+
+
+ACT_STATES = ("top", "nonnegative", "likely", "exact")
+
+
+@dataclass(frozen=True)
 class Site:
     """One linear-type operation of the graph that can be rewritten.
 
@@ -33,6 +91,10 @@ class Site:
     (no scale less than that), ``int8:0.05`` (one scale), ``int8:given`` (one scale, which is a graph input).
     ``w``: how the weight is computed from stored tensors, as text; "" where it is one. ``weight`` is the first of them
     then, and ``parts`` are all. ``reads``: the node of x, before it is quantised.
+    ``gate``: what the graph says of the zeros of x (None: of no zeros). ``needed``: a node whose zeros are places of
+    the result that nobody reads, "" where all may be read; its last size is N, its others are those of the result or
+    broadcast to them, and it may come after the site in the graph, though it does not depend on it. ``needed_fact``:
+    what is known of its zeros.
     """
 
     node: str
@@ -51,6 +113,9 @@ class Site:
     w: str = ""
     parts: tuple[str, ...] = ()
     reads: str = ""
+    gate: ActFact | None = None
+    needed: str = ""
+    needed_fact: ActFact | None = None
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from sparsec import compat, dump, targets
 from sparsec.facts import Decision, Declined, Site, WeightFact
 from sparsec.options import Options, Policy
 from sparsec.passes.graph import View, erase_unused
+from sparsec.passes.profile.activations import annotated
 from sparsec.passes.rewrite import RULES
 from sparsec.passes.rewrite.activation import activation_of
 from sparsec.passes.rewrite.contract import Rule
@@ -85,7 +86,7 @@ def capture(c: Compilation) -> int:
     c.nodes = {n.name: n for n in c.gm.graph.nodes}
     names = {name for s, _ in c.sites for name in (s.weight, *s.parts)}
     c.weights = {name: part_of(name, c.nodes, view) for name in names}
-    c.sites = _with_groups(c)
+    c.sites = _with_activations(_with_groups(c), c.gm.graph, view)
     c.plans = [_plan(s, c.options.policy) for s, _ in c.sites]
     return len(c.sites)
 
@@ -302,6 +303,13 @@ def _with_groups(c: Compilation) -> list[tuple[Site, Rule]]:
             readers.setdefault(site.reads, []).append(site)
     names = {s.node: group[0].node for group in readers.values() if len(group) > 1 for s in group}
     return [(replace(site, group=names.get(site.node, "")), rule) for site, rule in c.sites]
+
+
+def _with_activations(found: list[tuple[Site, Rule]], graph: torch.fx.Graph, view: View) -> list[tuple[Site, Rule]]:
+    """The sites with what the graph says of zeros of x, and of results that nobody reads."""
+    with compat.real_tensors():
+        sites = annotated([site for site, _ in found], graph, view)
+    return [(site, rule) for site, (_, rule) in zip(sites, found, strict=True)]
 
 
 def _refusal(c: Compilation) -> str:

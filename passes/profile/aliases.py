@@ -1,0 +1,84 @@
+"""Values that something writes to after they were computed: what was known of them does not hold to the end.
+
+``F.relu(x, inplace=True)``, ``x += y``, ``x[i] = 0`` and ``scatter_`` change a tensor that other nodes may show parts
+of. Nothing here knows in which order readers and writers see it; a value with a reader after a writer is given up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch.fx import Graph, Node
+
+from sparsec.passes.graph import describe, value_of, writes
+from sparsec.passes.profile.call import words
+
+# Operations whose result is a new tensor, whatever they are called on; of any other, it may be a view.
+_FRESH = frozenset(
+    words(
+        "linear add sub mul div truediv matmul mm bmm addmm conv1d conv2d layer_norm rms_norm batch_norm softmax where "
+        "masked_fill pow square abs neg exp sqrt rsqrt sum mean amax sigmoid tanh relu silu gelu gt ge lt le eq ne "
+        "scatter gather topk cat stack zeros_like zeros scaled_dot_product_attention embedding clone round"
+    )
+)
+
+
+def written(node: Node) -> Node | None:
+    """The node whose tensor a call changes, if it changes one."""
+    if node.op not in ("call_function", "call_method"):
+        return None
+    out = node.kwargs.get("out")
+    if isinstance(out, Node):
+        return out
+    target = node.args[0] if node.args else node.kwargs.get("input")
+    if not isinstance(target, Node):
+        return None
+    return target if writes(node) or in_place(node) else None
+
+
+def in_place(node: Node) -> bool:
+    """``F.relu(x, inplace=True)`` and ``F.dropout(x, 0.1, False, True)``."""
+    if value_of(node) is None or not str(getattr(node.target, "__module__", "")).startswith("torch.nn.functional"):
+        return False
+    place = {"dropout": 3, "hardtanh": 3, "leaky_relu": 2, "elu": 2, "celu": 2, "_threshold": 3}.get(describe(node), 1)
+    return node.kwargs.get("inplace", node.args[place] if len(node.args) > place else False) is True
+
+
+def overwritten(graph: Graph) -> set[Node]:
+    """Nodes that are read after something wrote to what they show."""
+    nodes = list(graph.nodes)
+    writers = [(node, target) for node in nodes if (target := written(node)) is not None]
+    if not writers:
+        return set()
+    place = {node: i for i, node in enumerate(nodes)}
+    lost = set()
+    for writer, target in writers:
+        at = place[writer]
+        for node in _family(target):
+            if place[node] < at and any(place[user] > at for user in node.users):
+                lost.add(node)
+    return lost
+
+
+def _family(node: Node) -> set[Node]:
+    """All nodes that may show the same memory."""
+    found, todo = {node}, [node]
+    while todo:
+        for near in _neighbours(todo.pop()):
+            if near not in found:
+                found.add(near)
+                todo.append(near)
+    return found
+
+
+def _neighbours(node: Node) -> Iterator[Node]:
+    if _may_show(node):
+        yield from node.all_input_nodes
+    yield from (user for user in node.users if _may_show(user))
+
+
+def _may_show(node: Node) -> bool:
+    """Whether the result may be a view of an argument, or the argument itself."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    return describe(node) not in _FRESH or written(node) is not None
