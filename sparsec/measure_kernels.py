@@ -149,11 +149,12 @@ def _streamed(t: Text, target: Target, overhead: float, cache: Path) -> tuple[fl
     """Bytes per second of a call whose weight is in no cache."""
     weight = sample(t.pattern, *_LARGE, _densities(t.pattern)[0], t.values)[0].to(TORCH[t.spec.dtype])
     first = direct(weight, t.spec, target, cache)
-    copies = max(2, -(-cold_bytes(target) // max(first.packed.bytes, 1)))
+    size = first.packed.bytes or weight.nbytes  # no pack: the kernel reads the weight itself
+    copies = max(2, -(-cold_bytes(target) // max(size, 1)))
     packs = [replace(first.packed, tensors=tuple(p.clone() for p in first.packed.tensors)) for _ in range(copies)]
-    runs = itertools.cycle([direct(weight, t.spec, target, cache, packed) for packed in packs])
+    runs = itertools.cycle([direct(weight.clone(), t.spec, target, cache, packed) for packed in packs])
     part = _part(t, *_LARGE)
-    read = first.packed.bytes * (_LEFT if part else 1.0)
+    read = size * (_LEFT if part else 1.0)
     x = torch.randn(_LOOP_MS.get(t.spec.loop, _OTHER_MS)[0], _LARGE[1]).to(TORCH[t.spec.dtype])
     seconds, _, busy = best_seconds_alone_too({"cold": partial(_call_next, runs, x, *part)}, budget_s=0.3)
     return read / max(seconds["cold"] - overhead, 1e-9), busy

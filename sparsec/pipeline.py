@@ -25,6 +25,7 @@ from sparsec.passes.rewrite.activation import activation_of
 from sparsec.passes.rewrite.contract import Rule
 from sparsec.passes.rewrite.expression import evaluate, part_node, part_of
 from sparsec.passes.rewrite.group import group_calls
+from sparsec.passes.rewrite.gates import only_needed
 from sparsec.passes.rewrite.inputs import Inputs, quantised_inputs, unrounded
 from sparsec.plan import Plan
 from sparsec.records import CompileRecord, LayerRecord, StageRecord
@@ -87,7 +88,7 @@ def capture(c: Compilation) -> int:
     names = {name for s, _ in c.sites for name in (s.weight, *s.parts)}
     c.weights = {name: part_of(name, c.nodes, view) for name in names}
     c.sites = _with_activations(_with_groups(c), c.gm.graph, view)
-    c.plans = [_plan(s, c.options.policy) for s, _ in c.sites]
+    c.plans = [_plan(s, c.options.policy, c.target) for s, _ in c.sites]
     return len(c.sites)
 
 
@@ -125,6 +126,7 @@ def rewrite(c: Compilation) -> int:
     graph = c.gm.graph
     view = View.of(c.gm, c.example_inputs, c.target.device)
     ops = torch.ops.sparsec if not c.target.gpu else torch.ops.sparsec_gpu
+    now: dict[str, torch.fx.Node] = {}  # what stands in the place of a node that is gone
     for i, (site, rule) in enumerate(c.sites):
         node = c.nodes[site.node]
         if _left_alone(c, i):
@@ -137,6 +139,7 @@ def rewrite(c: Compilation) -> int:
         last = folded[0] if folded else node
         new.meta = dict(last.meta)
         last.replace_all_uses_with(new)
+        now |= {gone.name: new for gone in (last, node)}
         if folded:
             graph.erase_node(last)
         graph.erase_node(node)
@@ -149,6 +152,8 @@ def rewrite(c: Compilation) -> int:
             erase_unused(graph, weight)
         if site.x:
             unrounded(graph, new, view)
+    if not c.target.gpu:
+        only_needed(graph, [(now[s.node], now.get(s.needed) or c.nodes[s.needed]) for s in _gathering(c) if s.node in now])
     if not c.target.gpu:
         group_calls(graph)
     graph.lint()
@@ -282,12 +287,26 @@ def _with_inputs(c: Compilation, site: Site, node: torch.fx.Node, view: View) ->
     return replace(site, x=found.x, reads=found.raw.name) if isinstance(found, Inputs) else site
 
 
-def _plan(s: Site, policy: Policy) -> Plan:
-    return Plan(s.fqn, s.kind, policy, transposed=s.transposed, m=_rows(s.x_shape, s.kind), x=s.x, w=s.w)
+def _plan(s: Site, policy: Policy, target: Target) -> Plan:
+    gates = "" if target.gpu else _gates(s)
+    return Plan(s.fqn, s.kind, policy, transposed=s.transposed, m=_rows(s.x_shape, s.kind), x=s.x, w=s.w, gates=gates)
+
+
+def _gates(s: Site) -> str:
+    """The loops of ``Plan.gates``. Rows are gathered from the weight as it is stored, so not from a transposed one."""
+    loops = [f"skip={1 - s.gate.rate:g}" if s.gate.rate else "skip"] if s.gate and s.gate.zeros else []
+    loops += ["gather"] if s.needed and s.kind == "linear" and not s.w else []
+    return " ".join(loops)
 
 
 def _left_alone(c: Compilation, i: int) -> bool:
     return bool(c.sites[i][0].w) and not needed(c.decisions[i], c.plans[i])
+
+
+def _gathering(c: Compilation) -> list[Site]:
+    """The sites of which only the rows are computed whose outputs somebody reads."""
+    found = zip(c.sites, c.plans, strict=True)
+    return [site for (site, _), plan in found if any(loop == "gather" for loop, _ in plan.loops)]
 
 
 def _note_layers(c: Compilation) -> None:

@@ -15,6 +15,7 @@
 #include <ATen/ops/eye.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
+#include <ATen/ops/ne.h>
 #include <ATen/ops/relu.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/silu.h>
@@ -261,10 +262,13 @@ Tensor linear_needed(const Tensor &x, at::TensorList parts, const std::optional<
   at::AutoDispatchBelowADInplaceOrView guard;  // inference only: no autograd bookkeeping for the calls inside
   auto entry = lookup(parts, plan);
   check_shapes(x, parts[0], *entry);
-  TORCH_CHECK(needed.dim() >= 1 && needed.size(-1) == entry->n && needed.numel() / entry->n == x.numel() / entry->k,
-              "sparsec::linear_needed: x gives other outputs than ", needed.sizes());
+  TORCH_CHECK(needed.dim() >= 1 && needed.size(-1) == entry->n, "sparsec::linear_needed: there are ", entry->n,
+              " outputs, and what says which are needed is ", needed.sizes());
   bool one = x.dim() == 1;
-  Tensor y = needed_through(*entry, as_rows(one ? x.unsqueeze(0) : x), as_rows(one ? needed.unsqueeze(0) : needed),
+  auto kind = needed.scalar_type();
+  bool known = kind == at::kFloat || kind == at::kBFloat16 || kind == at::kBool;
+  Tensor wanted = known ? needed : needed.ne(0);  // [.., N], or [N] for all rows
+  Tensor y = needed_through(*entry, as_rows(one ? x.unsqueeze(0) : x), as_rows(wanted.dim() == 1 ? wanted.unsqueeze(0) : wanted),
                             parts, b, x_scale);
   return one ? y.squeeze(0) : shaped(std::move(y), x);
 }
