@@ -1,26 +1,27 @@
-// Layout "columns": every position, zeros too, column by column: tile of kSpan rows of W, column, row of the tile. Codes
-// are in the order of words.h. pack: values.
-constexpr int64_t kColumnBytes = kSpan * kValueBits / 8;
+// Layout "columns": the weight transposed, [K][N rounded up to kChunk]; codes of kChunk rows are in the order of words.h.
+// pack: values. Work is split into tiles of one chunk of rows.
+INLINE int64_t tile_chunks(const SparsecCall *) { return 1; }
+constexpr int kBlockChunks = 16;  // chunks of rows whose sums stay in the first-level cache
+constexpr int64_t kChunkSize = kChunk * kValueBits / 8;
 
 struct Column {
   const char *at;
-  MEMBER Column(const SparsecCall *call, int64_t tile, int64_t column)
-      : at(pack_of<char>(call, 0) + (tile * call->k + column) * kColumnBytes) {}
-  MEMBER void fetch() const {
-    for (int64_t b = 0; b < kColumnBytes; b += 64) __builtin_prefetch(at + b);
-  }
-  // f(i, values of rows 32 i to 32 i + 31 of the tile) for each i
+  MEMBER Column() {}
+  MEMBER Column(const SparsecCall *call, int64_t chunk, int64_t column)
+      : at(pack_of<char>(call, 0) + (column * ceil_div(call->n, kChunk) + chunk) * kChunkSize) {}
+  // f(i, values of rows 32 i to 32 i + 31) of the next chunk of rows
   template <class F>
-  MEMBER void each(F f) const {
+  MEMBER void next(F f) {
     auto *v = reinterpret_cast<const Stored *>(at);
+    at += kChunkSize;
 #if CODED
     Chunk<kBits, float> codes(v);
     const Lut<float> lut = middle_lut();
 #pragma GCC unroll 4
-    for (int i = 0; i < kSpan / 32; ++i) f(i, codes.word(i, lut));
+    for (int i = 0; i < kChunk / 32; ++i) f(i, codes.word(i, lut));
 #else
 #pragma GCC unroll 4
-    for (int i = 0; i < kSpan / 32; ++i) f(i, F32{load16(v + 32 * i), load16(v + 32 * i + 16)});
+    for (int i = 0; i < kChunk / 32; ++i) f(i, F32{load16(v + 32 * i), load16(v + 32 * i + 16)});
 #endif
   }
 };

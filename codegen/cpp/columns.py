@@ -18,8 +18,8 @@ from sparsec.codegen.cpp.words import elements, from_elements
 from sparsec.codegen.spec import KernelSpec, Packed
 from sparsec.formats import VALUE_BYTES, Format, Pattern
 
-SPAN = packer.CHUNK  # rows of W in a tile
-MOST_ROWS = 8  # of x
+CHUNK = packer.CHUNK  # rows of W that are worked on together
+MOST_CHUNKS = 16  # of rows in a tile of kept values: shorter pieces of a column cost as much as what is between them
 
 
 def layout(pattern: Pattern) -> str:
@@ -41,7 +41,7 @@ class Columns:
         n, k = whole.shape
         if pattern.kind == "panel":
             tensors: tuple[torch.Tensor, ...] = (_dense(whole, values),)
-            work = torch.full((-(-n // SPAN),), SPAN * k + 1)
+            work = torch.full((-(-n // CHUNK),), CHUNK * k + 1)
         else:
             tensors, sizes = masked.pack(zip(_tiles(whole), _tiles(kept), strict=True), format)
             work = sizes + 1
@@ -56,46 +56,60 @@ class Columns:
         return coded.decoded(whole, kept, packed.tensors[1 if dense else 2 :], values)
 
     def text(self, spec: KernelSpec) -> str:
-        return unit(spec, layout(spec.format.pattern), {"kSpan": SPAN})
+        return unit(spec, layout(spec.format.pattern), {})
 
 
 FAMILY = Columns()
+_AT_ONCE = 1024  # columns that are turned together
+
+
+def _span(n: int) -> int:
+    """Rows of a tile of kept values."""
+    return min(-(-n // CHUNK), MOST_CHUNKS) * CHUNK
 
 
 def _tiles(whole: torch.Tensor) -> Iterator[torch.Tensor]:
-    """[N, K] as pieces [K, SPAN], the last padded with zeros."""
-    for rows in whole.split(SPAN) if len(whole) else ():
-        yield torch.nn.functional.pad(rows, (0, 0, 0, SPAN - len(rows))).t().contiguous()
+    """[N, K] as tiles [K, span], the last padded with zeros."""
+    span = _span(len(whole))
+    for rows in whole.split(span) if span else ():
+        yield torch.nn.functional.pad(rows, (0, 0, 0, span - len(rows))).t().contiguous()
 
 
 def _dense(whole: torch.Tensor, values: str) -> torch.Tensor:
     n, k = whole.shape
     width = bits(values) if is_coded(values) else 8 * VALUE_BYTES[values]
-    size = k * SPAN * width // 8
-    out = packer.padded(-(-n // SPAN) * size, torch.uint8)
-    for t, piece in enumerate(_tiles(whole)):
-        stored = coded.to_bytes(elements(piece, width), width) if is_coded(values) else piece.view(torch.uint8)
-        out[t * size : (t + 1) * size] = stored.flatten()
+    rows = -(-n // CHUNK) * CHUNK
+    out = packer.padded(k * rows * width // 8, torch.uint8)
+    data = out[: k * rows * width // 8].view(k, rows * width // 8)
+    for at, columns in zip(range(0, k, _AT_ONCE), whole.split(_AT_ONCE, 1), strict=False) if n else ():
+        piece = torch.nn.functional.pad(columns.t(), (0, rows - n)).contiguous()
+        if is_coded(values):
+            chunks = elements(piece.view(len(piece), rows // CHUNK, CHUNK), width)
+            data[at : at + len(piece)] = coded.to_bytes(chunks, width).flatten(1)
+        else:
+            data[at : at + len(piece)] = piece.view(torch.uint8)
     return out
 
 
 def _dense_back(packed: Packed) -> torch.Tensor:
     (n, k), values = packed.shape, packed.format.values
     width = bits(values) if is_coded(values) else 8 * VALUE_BYTES[values]
-    tiles, size = packed.work.numel() - 1, k * SPAN * width // 8
-    data = packed.tensors[0][: tiles * size].view(tiles, k, SPAN * width // 8)
+    rows = -(-n // CHUNK) * CHUNK
+    data = packed.tensors[0][: k * rows * width // 8].view(k, rows * width // 8)
     if is_coded(values):
-        data = from_elements(coded.from_bytes(data, width), width)
+        codes = coded.from_bytes(data.view(k, rows // CHUNK, CHUNK * width // 8), width)
+        whole = from_elements(codes, width).reshape(k, rows)
     else:
-        data = data.contiguous().view(packer.VALUE_DTYPES[values])
-    return data.transpose(1, 2).reshape(tiles * SPAN, k)[:n].contiguous()
+        whole = data.reshape(-1).view(packer.VALUE_DTYPES[values]).view(k, rows)
+    return whole[:, :n].t().contiguous()
 
 
 def _kept_back(packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
     (n, k), tiles = packed.shape, packed.work.numel() - 1
 
     def rows(ordered: torch.Tensor) -> torch.Tensor:
-        return ordered.view(tiles, k, SPAN).transpose(1, 2).reshape(tiles * SPAN, k)[:n].contiguous()
+        return ordered.view(tiles, k, span).transpose(1, 2).reshape(tiles * span, k)[:n].contiguous()
 
-    whole, kept = masked.unpack(packed, SPAN)
+    span = _span(n)
+    whole, kept = masked.unpack(packed, span)
     return rows(whole), rows(kept)

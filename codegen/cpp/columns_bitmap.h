@@ -1,19 +1,27 @@
-// Layout "columns_bitmap": the kept values of a column of W beside each other: tile of kSpan rows of W, column. A column
-// of a tile is kSpan / 32 masks and then its values, where codes of each 32 rows start in a new byte. pack: those bytes,
-// and where each column begins, in units of 4 bytes (int32).
+// Layout "columns_bitmap": the kept values of a column of W beside each other: tile of up to kBlockChunks chunks of rows,
+// column. A column of a tile is its masks and then its values, where codes of each 32 rows start in a new byte. pack:
+// those bytes, and where each column of each tile begins, in units of 4 bytes (int32).
+constexpr int kBlockChunks = 16;
+INLINE int64_t tile_chunks(const SparsecCall *call) {
+  int64_t all = ceil_div(call->n, kChunk);
+  return all < kBlockChunks ? all : kBlockChunks;
+}
+
 struct Column {
+  const uint32_t *mask;
+  const Stored *v;
   const char *at;
-  MEMBER Column(const SparsecCall *call, int64_t tile, int64_t column)
-      : at(pack_of<char>(call, 0) + 4 * static_cast<int64_t>(pack_of<int32_t>(call, 1)[tile * call->k + column])) {}
-  MEMBER void fetch() const {
-    for (int64_t b = 0; b < 192; b += 64) __builtin_prefetch(at + b);
+  MEMBER Column() {}
+  MEMBER Column(const SparsecCall *call, int64_t chunk, int64_t column) {
+    int64_t chunks = tile_chunks(call), start = pack_of<int32_t>(call, 1)[chunk / chunks * call->k + column];
+    at = pack_of<char>(call, 0) + 4 * start;
+    mask = reinterpret_cast<const uint32_t *>(at);
+    v = reinterpret_cast<const Stored *>(at + chunks * kChunk / 8);
   }
   template <class F>
-  MEMBER void each(F f) const {
-    auto *mask = reinterpret_cast<const uint32_t *>(at);
-    auto *v = reinterpret_cast<const Stored *>(at + kSpan / 8);
+  MEMBER void next(F f) {
 #pragma GCC unroll 4
-    for (int i = 0; i < kSpan / 32; ++i) {
+    for (int i = 0; i < kChunk / 32; ++i) {
 #if CODED
       const Lut<float> lut = middle_lut();
       f(i, numbers(expand32(mask[i], v, lut)));
@@ -22,5 +30,6 @@ struct Column {
 #endif
       v = after(v, __builtin_popcount(mask[i]));
     }
+    mask += kChunk / 32;
   }
 };

@@ -1,11 +1,11 @@
-// Loop "skip": x has zeros, and columns of W that meet none of its values are not read. Lanes are rows of W; the columns
-// to read are known beforehand (call->active), so that what comes next is fetched without guessing. prepare puts the
-// values of x beside each other as floats: [active column][row of x]. Expects Column from the layout.
-constexpr int kTileVectors = kSpan / 16;
+// Loop "skip": x has zeros, and columns of W that meet none of its values are not read. Lanes are rows of W. Several
+// columns are read at once, each from one long piece of memory, as the hardware's prefetcher follows it; pieces of a few
+// lines cost as much as reading what is between them. prepare puts the values of x beside each other as floats:
+// [active column][row of x]. Expects Column from the layout.
+constexpr int kVectors16 = kChunk / 16;   // vectors of a chunk of rows
 constexpr int kMostRows = kWide ? 2 : 1;  // rows of x whose sums fit the registers
-constexpr int64_t kAtOnce = 64;           // columns that stay in the first-level cache while all rows of x pass by
-constexpr int64_t kNext = 8;              // columns between a prefetch and its use
 constexpr int kMostSums = 8;              // rows of x that the kernel takes
+constexpr int kAtOnce = 8;                // columns
 
 EXPORT int64_t sparsec_scratch(int64_t m, int64_t k) { return m * k * 4 + 64; }
 EXPORT int64_t sparsec_prepare_units(int64_t, int64_t) { return 1; }
@@ -16,60 +16,81 @@ EXPORT void sparsec_prepare(const SparsecCall *call, int64_t, int64_t) {
     for (int64_t r = 0; r < call->m; ++r) *out++ = to_float(x[r * call->x_stride + call->active[i]]);
 }
 
-// sums[v][r] += columns [begin, end) of the list, for MB rows of x from `row` on
-template <int MB>
-__attribute__((noinline)) void add_columns(const SparsecCall *call, int64_t tile, int64_t begin, int64_t end,
-                                           int64_t row, F16 *sums) {
-  const float *x = static_cast<const float *>(call->scratch) + row;
-  F16 acc[MB][kTileVectors];
-  for (int r = 0; r < MB; ++r)
-    for (int v = 0; v < kTileVectors; ++v) acc[r][v] = sums[v * kMostSums + row + r];
-  for (int64_t i = begin; i < end; ++i) {
-    int64_t next = i + kNext < call->active_count ? i + kNext : i;
-    Column(call, tile, call->active[next]).fetch();
-    Column(call, tile, call->active[i]).each([&](int j, const F32 &w) __attribute__((always_inline)) {
-      for (int r = 0; r < MB; ++r) {
-        F16 xs = splat(x[i * call->m + r]);
-        acc[r][2 * j] = fma(w.a, xs, acc[r][2 * j]);
-        acc[r][2 * j + 1] = fma(w.b, xs, acc[r][2 * j + 1]);
-      }
-    });
+// sums[row of x][vector of rows of W] += `count` columns of the list from `begin` on, for MB rows of x from `row` on
+template <int MB, int COUNT>
+INLINE void add_columns(const SparsecCall *call, int64_t chunk, int chunks, int64_t begin, int64_t row, F16 *sums) {
+  const float *x = static_cast<const float *>(call->scratch) + begin * call->m + row;
+  Column column[COUNT];
+  for (int c = 0; c < COUNT; ++c) column[c] = Column(call, chunk, call->active[begin + c]);
+  for (int i = 0; i < chunks; ++i, sums += kVectors16) {
+    F16 acc[MB][kVectors16];
+    for (int r = 0; r < MB; ++r)
+      for (int v = 0; v < kVectors16; ++v) acc[r][v] = sums[r * kBlockChunks * kVectors16 + v];
+    for (int c = 0; c < COUNT; ++c)
+      column[c].next([&](int j, const F32 &w) __attribute__((always_inline)) {
+        for (int r = 0; r < MB; ++r) {
+          F16 xs = splat(x[c * call->m + r]);
+          acc[r][2 * j] = fma(w.a, xs, acc[r][2 * j]);
+          acc[r][2 * j + 1] = fma(w.b, xs, acc[r][2 * j + 1]);
+        }
+      });
+    for (int r = 0; r < MB; ++r)
+      for (int v = 0; v < kVectors16; ++v) sums[r * kBlockChunks * kVectors16 + v] = acc[r][v];
   }
-  for (int r = 0; r < MB; ++r)
-    for (int v = 0; v < kTileVectors; ++v) sums[v * kMostSums + row + r] = acc[r][v];
 }
 
-// The end of the columns from `begin` on that are worked on together: of one group of scales, and kAtOnce at most.
-INLINE int64_t stretch(const SparsecCall *call, int64_t begin, int64_t last) {
-  int64_t end = begin + kAtOnce < last ? begin + kAtOnce : last;
+template <int MB>
+__attribute__((noinline)) void add_group(const SparsecCall *call, int64_t chunk, int chunks, int64_t begin, int64_t end,
+                                         int64_t row, F16 *sums) {
+  for (int64_t c = end; c < end + kAtOnce && c < call->active_count; ++c)  // the first lines of what comes next
+    for (int b = 0; b < 256; b += 64) __builtin_prefetch(Column(call, chunk, call->active[c]).at + b);
+  if (end - begin == kAtOnce) return add_columns<MB, kAtOnce>(call, chunk, chunks, begin, row, sums);
+  for (; begin < end; ++begin) add_columns<MB, 1>(call, chunk, chunks, begin, row, sums);
+}
+
+// The end of the columns from `begin` on that are read together: kAtOnce, and of one group of scales.
+INLINE int64_t together(const SparsecCall *call, int64_t begin) {
+  int64_t end = begin + kAtOnce < call->active_count ? begin + kAtOnce : call->active_count;
   while (kGroupColumns && part_of(call->active[end - 1]) != part_of(call->active[begin])) --end;
   return end;
 }
 
-EXPORT void sparsec_run(const SparsecCall *call, int64_t tile_begin, int64_t tile_end) {
+// The outputs of `chunks` chunks of rows of W.
+INLINE void run_block(const SparsecCall *call, int64_t chunk, int chunks, F16 *sums, F16 *total) {
   int64_t last = call->active_count, m = call->m;
-  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-    F16 sums[kTileVectors * kMostSums], total[kTileVectors * kMostSums];
-    for (int i = 0; i < kTileVectors * kMostSums; ++i) sums[i] = total[i] = zero16();
-    for (int64_t begin = 0, end; begin < last; begin = end) {
-      end = stretch(call, begin, last);
-      int64_t row = 0;
-      if constexpr (kMostRows == 2)
-        for (; row + 2 <= m; row += 2) add_columns<2>(call, tile, begin, end, row, sums);
-      for (; row < m; ++row) add_columns<1>(call, tile, begin, end, row, sums);
-      int64_t part = part_of(call->active[begin]);
-      if (end < last && (!kGroupColumns || part_of(call->active[end]) == part)) continue;
-      for (int v = 0; v < kTileVectors && tile * kSpan + 16 * v < call->n; ++v)
-        for (int64_t r = 0; r < m; ++r) {
-          F16 &to = total[v * kMostSums + r], &from = sums[v * kMostSums + r];
-          to = joined_rows(call, tile * kTileVectors + v, part, to, from), from = zero16();
-        }
-    }
-    for (int v = 0; v < kTileVectors; ++v) {
-      int64_t n0 = tile * kSpan + 16 * v;
-      if (n0 >= call->n) break;
-      add_outliers(call, 0, static_cast<int>(m), tile * kTileVectors + v, total + v * kMostSums);
-      finish<X>(call, 0, static_cast<int>(m), n0, total + v * kMostSums);
-    }
+  constexpr int64_t kRow = kBlockChunks * kVectors16;
+  for (int64_t i = 0; i < m * kRow; ++i) sums[i] = total[i] = zero16();
+  int vectors = static_cast<int>(ceil_div(call->n - chunk * kChunk, 16));
+  vectors = vectors < chunks * kVectors16 ? vectors : chunks * kVectors16;
+  for (int64_t begin = 0, end; begin < last; begin = end) {
+    end = together(call, begin);
+    int64_t row = 0;
+    if constexpr (kMostRows == 2)
+      for (; row + 2 <= m; row += 2) add_group<2>(call, chunk, chunks, begin, end, row, sums + row * kRow);
+    for (; row < m; ++row) add_group<1>(call, chunk, chunks, begin, end, row, sums + row * kRow);
+    int64_t part = part_of(call->active[begin]);
+    if (end < last && (!kGroupColumns || part_of(call->active[end]) == part)) continue;
+    for (int64_t r = 0; r < m; ++r)
+      for (int v = 0; v < vectors; ++v) {
+        F16 &to = total[r * kRow + v], &from = sums[r * kRow + v];
+        to = joined_rows(call, chunk * kVectors16 + v, part, to, from), from = zero16();
+      }
+  }
+  for (int v = 0; v < vectors; ++v) {
+    F16 out[kMostSums];
+    for (int64_t r = 0; r < m; ++r) out[r] = total[r * kRow + v];
+    add_outliers(call, 0, static_cast<int>(m), chunk * kVectors16 + v, out);
+    finish<X>(call, 0, static_cast<int>(m), chunk * kChunk + 16 * v, out);
+  }
+}
+
+EXPORT void sparsec_run(const SparsecCall *call, int64_t tile_begin, int64_t tile_end) {
+  alignas(64) F16 sums[kMostSums * kBlockChunks * kVectors16], total[kMostSums * kBlockChunks * kVectors16];
+  int64_t chunk = tile_begin * tile_chunks(call), last = tile_end * tile_chunks(call), all = ceil_div(call->n, kChunk);
+  if (last > all) last = all;
+  while (chunk < last) {
+    int chunks = static_cast<int>(last - chunk < kBlockChunks ? last - chunk : kBlockChunks);
+    run_block(call, chunk, chunks, sums, total);
+    chunk += chunks;
   }
 }
