@@ -209,15 +209,15 @@ def _notes(found: list[CalibratedLayer], tokens: int) -> Iterator[str]:
     dead = [one.name for one in found if one.never_activated]
     if dead:
         yield (
-            f"{_some(dead)} read nothing but zeros in {tokens} tokens; its rate is not kept, for other data may "
-            "activate it: look at the data, or at the layer before"
+            f"{_some(dead)} read nothing but zeros in {tokens} tokens; no rate is kept of that, for other data may "
+            "activate more: look at the data, or at the layer before"
         )
     broken = [one.name for one in found if one.nonfinite]
     if broken:
-        yield f"{_some(broken)} read NaN or infinite values; its rate is not kept: find out where they come from first"
+        yield f"{_some(broken)} read NaN or infinite values; no rate is kept of that: find where they come from first"
     uncalled = [one.name for one in found if not one.tokens]
     if uncalled:
-        yield f"{_some(uncalled)} was not called by these samples, so nothing is known of it"
+        yield f"{_some(uncalled)} got no call from these samples, so nothing is known there"
     if not any(one.zeros for one in found):
         yield (
             "no layer reads exact zeros, so there is nothing to skip: use a model with ReLU, or put thresholds before "

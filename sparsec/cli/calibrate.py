@@ -10,13 +10,17 @@ import typer
 from sparsec.cli.common import console, emit_json, progress
 
 EXAMPLE = """\
-sparsec calibrate tiny:opt --data notes.txt --samples 4 --seqlen 64
-sparsec explain tiny:opt"""
+sparsec calibrate tiny:opt --samples 4 --seqlen 64
+sparsec calibrate MODEL --data text.txt
+sparsec explain MODEL --tokens 1"""
 
 
 def command(
     model: Annotated[str, typer.Argument(help="A Hugging Face folder or hub id, file.py:factory, minilm, tiny:opt.")],
-    data: Annotated[str, typer.Option("--data", "-d", help="A .txt or .jsonl file, or the name of a dataset.")],
+    data: Annotated[
+        str,
+        typer.Option("--data", help="A .txt or .jsonl file, or a dataset's name; else Python's language reference."),
+    ] = "",
     samples: Annotated[int, typer.Option("--samples", help="Segments of text, at most.", min=1)] = 16,
     seqlen: Annotated[int, typer.Option("--seqlen", help="Tokens of a segment.", min=1)] = 512,
     seed: Annotated[int, typer.Option("--seed", help="Which segments are drawn.")] = 0,
@@ -32,6 +36,7 @@ def command(
     import warnings
 
     from sparsec.calibrate import calibrate
+    from sparsec.cli.eval import text_of
     from sparsec.errors import SparsecWarning
     from sparsec.models import load_model
 
@@ -42,7 +47,7 @@ def command(
             warnings.simplefilter("ignore", SparsecWarning)  # the report has every note
             report = calibrate(
                 loaded.model,
-                data,
+                data or [text_of(None)[0]],
                 samples=samples,
                 seqlen=seqlen,
                 seed=seed,
