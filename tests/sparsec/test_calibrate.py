@@ -52,7 +52,7 @@ def data(samples: int = 4, tokens: int = 96) -> list[torch.Tensor]:
 
 def quietly(model: nn.Module, samples: Any, **said: Any) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", SparsecWarning)
         return calibrate(model, samples, **said)
 
 
@@ -241,7 +241,7 @@ def test_a_damaged_file_is_a_sentence_and_ignored(damage: str) -> None:
     with pytest.warns(SparsecWarning, match=r"activation rates in .* are damaged .* sparsec.calibrate\(model, data\)"):
         assert rate_of(key) is None
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", SparsecWarning)
         assert rate_of(key) is None  # said once
     keep(RATES)
     assert rate_of("abc") == RATES
@@ -259,7 +259,7 @@ def test_processes_that_write_at_the_same_time_leave_a_whole_file(tmp_path: Path
         process.start()
     while any(process.is_alive() for process in processes):
         with warnings.catch_warnings():
-            warnings.simplefilter("error")
+            warnings.simplefilter("error", SparsecWarning)
             found = rate_of("same", cache=str(tmp_path))
         assert found is None or found.channels == (found.tokens / 10,) * 512
     assert all(process.exitcode == 0 for process in processes)
