@@ -12,6 +12,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sparsec.calibrate import calibrate
     from sparsec.explain import Explanation, explain
     from sparsec.io import load, save
     from sparsec.pack import pack_, unpack_
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Explanation": "sparsec.explain",
     "Report": "sparsec.sparsify",
+    "calibrate": "sparsec.calibrate",
     "explain": "sparsec.explain",
     "invalidate": "sparsec.runtime.store",
     "load": "sparsec.io",
@@ -39,6 +41,7 @@ __all__ = [
     "Explanation",
     "Report",
     "__version__",
+    "calibrate",
     "explain",
     "invalidate",
     "load",

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from sparsec.errors import BadOptionValue, OptionError, SparsecError
 from sparsec.options import Options
 from sparsec.records import CompileRecord, StageRecord
+from sparsec.report_activation import with_rates
 from sparsec.report_data import Cost, Layer, Measured, Whole, layers_of
 from sparsec.report_fold import Group, Refusal, fold, not_taken, total
 
@@ -201,7 +202,7 @@ def build(
         stages[stage.name] = StageRecord(stage.name, before.ms + stage.ms, before.changed + stage.changed)
     return Explanation(
         model="",
-        layers=layers_of(records, batches, given),
+        layers=with_rates(layers_of(records, batches, given), records, options.policy.cache_dir),
         refusals=not_taken(d for record in records for d in record.declined),
         batches=tuple(batches),
         failures=tuple(dict.fromkeys(record.failure for record in records if record.failure)),

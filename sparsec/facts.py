@@ -77,6 +77,32 @@ class ActFact:
         )
 
 
+@dataclass(frozen=True)
+class Rates:
+    """Shares of zeros, 0 to 1, that ``sparsec.calibrate`` counted in what one weight [N, K] reads. ``key``: as in
+    ``WeightFact``. ``zeros``: of all values, so what one token can skip. ``rows``: (M, share of channels that are zero
+    in all of M tokens in a row) for a few M. ``channels``: by channel, K of them, rounded down to 4 digits.
+    """
+
+    key: str
+    origin: str
+    tokens: int
+    zeros: float
+    rows: tuple[tuple[int, float], ...] = ()
+    channels: tuple[float, ...] = ()
+    when: float = 0.0  # seconds since 1970
+
+    def at(self, rows: int) -> float:
+        """The share of channels that M = ``rows`` tokens can skip together; beyond what was counted, as if tokens
+        were independent of each other, and never more than was counted."""
+        counted = ((1, self.zeros), *self.rows)
+        larger = next((share for m, share in counted if m >= rows), None)
+        if larger is not None:
+            return larger
+        alone = sum(share**rows for share in self.channels) / max(len(self.channels), 1)
+        return min(alone, counted[-1][1])
+
+
 ACT_STATES = ("top", "nonnegative", "likely", "exact")
 
 
@@ -93,8 +119,8 @@ class Site:
     then, and ``parts`` are all. ``reads``: the node of x, before it is quantised.
     ``gate``: what the graph says of the zeros of x (None: of no zeros). ``needed``: a node whose zeros are places of
     the result that nobody reads, "" where all may be read; its last size is N, its others are those of the result or
-    broadcast to them, and it may come after the site in the graph, though it does not depend on it. ``needed_fact``:
-    what is known of its zeros.
+    broadcast to them (of a conv1x1 its shape is the result's), and it may come after the site in the graph, though it
+    does not depend on it. ``needed_fact``: what is known of its zeros.
     """
 
     node: str

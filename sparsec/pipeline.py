@@ -245,18 +245,29 @@ def inspect(
     """
     options = placed(options, model)
     prepare(options)
-    records: list[CompileRecord] = []
+    return [c.record for c in _looked_at(model, args, kwargs, options, "tune")]
+
+
+def sites_of(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> list[Site]:
+    """The sites of every graph of ``model(*args, **kwargs)``, as in ``inspect``; no weight is read."""
+    found = _looked_at(model, args, kwargs, placed(options, model), "capture")
+    return [site for c in found for site, _ in c.sites]
+
+
+def _looked_at(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, stop_after: str
+) -> list[Compilation]:
+    seen: list[Compilation] = []
 
     def look(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        c = Compilation(gm, example_inputs, options)
-        records.append(c.record)
-        run(c, stop_after="tune")
+        seen.append(Compilation(gm, example_inputs, options))
+        run(seen[-1], stop_after=stop_after)
         return gm.forward
 
     with compat.looking_only():
         looked_at: Any = torch.compile(compat.own_frame(model), backend=look)
         looked_at(*args, **kwargs)
-    return records
+    return seen
 
 
 def _with_real_tensors(stage: Callable[[Compilation], int], c: Compilation) -> int:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from sparsec.facts import Candidate, Decision, Range, Site, WeightFact
+from sparsec.facts import Candidate, Decision, Range, Rates, Site, WeightFact
 from sparsec.formats import VALUE_BYTES
 from sparsec.records import CompileRecord, LayerRecord
 
@@ -78,10 +78,15 @@ class AtBatch:
 
 @dataclass(frozen=True)
 class Layer:
-    """One weight at one place of the graph. The plain attributes are those at the first batch of the report."""
+    """One weight at one place of the graph. The plain attributes are those at the first batch of the report.
+
+    ``rates``: measured zeros of x; ``needed``: of what says where the result is read; None where nobody measured.
+    """
 
     record: LayerRecord
     at: tuple[AtBatch, ...]
+    rates: Rates | None = None
+    needed: Rates | None = None
 
     @property
     def name(self) -> str:

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from sparsec import __version__
+from sparsec.report_activation import to_dict as activation_dict
 from sparsec.report_data import (
     AtBatch,
     Cost,
@@ -67,6 +68,7 @@ def to_dict(report: Explanation, compare: Explanation | None = None) -> dict[str
         "layers": [_layer(layer, share.get(i, 0.0), rows) for i, layer in enumerate(report.layers)],
         "groups": [
             {"name": g.name, "layers": list(g.members), "zero": g.zero, "reason": g.reason, "share": _short(g.share)}
+            | ({"activation": g.activation} if g.activation else {})
             for g in groups
         ],
         "not_taken": [asdict(r) | {"names": list(r.names), "ops": list(r.ops)} for r in report.refusals],
@@ -149,6 +151,7 @@ def _layer(layer: Layer, share: float, rows: Sequence[int]) -> dict[str, Any]:
         "nonfinite": fact.nonfinite,
         "values": fact.values.kind,
         "inputs": record.site.x,
+        "activation": activation_dict(layer),
         "thumbnail": thumbnail(fact.thumbnail),
     }
 

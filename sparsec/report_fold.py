@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sparsec.facts import Declined
+from sparsec.report_activation import in_words
 from sparsec.report_data import Cost, Layer, Measured, percent
 
 SPREAD = 0.05  # layers whose share of zeros differs by more than this do not fold
@@ -27,6 +28,7 @@ class Group:
     layers: tuple[Layer, ...]
     reason: str
     share: float
+    activation: str = ""  # what is known of zeros in x, and of results that nobody reads
 
     @property
     def first(self) -> Layer:
@@ -73,7 +75,7 @@ def fold(layers: Sequence[Layer]) -> tuple[Group, ...]:
     same: dict[object, list[int]] = defaultdict(list)
     for index, layer in enumerate(layers):
         runs = tuple(a.decision for a in layer.at)
-        text = _NUMBER.sub("#", layer.reason)
+        text = _NUMBER.sub("#", f"{layer.reason} {in_words(layer)}")
         site = layer.record.site
         rows = tuple(a.rows for a in layer.at)
         same[(template(layer.name), layer.shape, layer.pattern, runs, rows, text, site.kind, site.dtype)].append(index)
@@ -84,9 +86,14 @@ def fold(layers: Sequence[Layer]) -> tuple[Group, ...]:
         inside = tuple(layers[i] for i in members)
         cost = total(inside, 0, measured)
         share = cost.ours_s / whole.ours_s if cost and whole and whole.ours_s > 0 else 0.0
-        reason = merge_numbers([layer.reason for layer in inside])
-        groups.append(Group(merge_names([layer.name for layer in inside]), tuple(members), inside, reason, share))
+        reason, activation = (merge_numbers([say(layer) for layer in inside]) for say in (_reason, in_words))
+        name = merge_names([layer.name for layer in inside])
+        groups.append(Group(name, tuple(members), inside, reason, share, activation))
     return tuple(sorted(groups, key=lambda g: -g.share))
+
+
+def _reason(layer: Layer) -> str:
+    return layer.reason
 
 
 def _close(indices: Sequence[int], layers: Sequence[Layer]) -> list[list[int]]:

@@ -215,6 +215,7 @@ def row(report: Explanation, group: Group, index: int) -> dict[str, Any]:
         "name": group.name,
         "count": n,
         "reason": group.reason,
+        "activation": group.activation,
         "kind": kind(layer.decision),
         "cells": cells,
         "share": round(100 * group.share, 2),

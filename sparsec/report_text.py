@@ -180,6 +180,7 @@ def _table(report: Explanation, groups: Sequence[Group]) -> list[Line]:
         lines.append(line)
         lines += [[(part, "")] for part in more]
         lines += _wrapped(sentence(group), "dim", indent=4)
+        lines += _wrapped(group.activation, "dim", indent=4) if group.activation else []
     return lines
 
 

@@ -15,8 +15,9 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from sparsec.facts import ActFact, Site
-from sparsec.passes.graph import View
+from sparsec.passes.graph import View, argument
 from sparsec.passes.profile.aliases import overwritten
+from sparsec.passes.profile.call import shape_of
 from sparsec.passes.profile.needed import needed_of
 from sparsec.passes.profile.transfer import TOP, Call, transferred
 
@@ -45,9 +46,10 @@ def annotated(sites: Iterable[Site], graph: Graph, view: View) -> list[Site]:
     needed = needed_of(graph, facts, [named[site.node] for site in sites])
     found = []
     for site in sites:
-        x = facts[named[site.reads]] if site.reads in named else TOP
-        mask = needed.get(named[site.node])
-        if mask is not None:
+        node = named[site.node]
+        x = facts.get(named[site.reads] if site.reads else argument(node, 0, "input"), TOP)
+        mask = needed.get(node)
+        if mask is not None and (site.kind != "conv1x1" or shape_of(mask) == shape_of(node)):
             site = replace(site, needed=mask.name, needed_fact=facts[mask])
         found.append(replace(site, gate=_of_rows(x, site) if x.zeros else None))
     return found

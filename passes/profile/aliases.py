@@ -6,7 +6,7 @@ of. Nothing here knows in which order readers and writers see it; a value with a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch.fx import Graph, Node
 
@@ -46,18 +46,23 @@ def in_place(node: Node) -> bool:
 
 def overwritten(graph: Graph) -> set[Node]:
     """Nodes that are read after something wrote to what they show."""
+    return {node for node, at, place in _changes(graph) if any(place[user] > at for user in node.users)}
+
+
+def changed(graph: Graph) -> set[Node]:
+    """Nodes that something writes to later: what they held at first is not to be had at the end."""
+    return {node for node, _, _ in _changes(graph)}
+
+
+def _changes(graph: Graph) -> Iterator[tuple[Node, int, Mapping[Node, int]]]:
+    """Every node that shows what a later node writes to, and where in the graph that is."""
     nodes = list(graph.nodes)
-    writers = [(node, target) for node in nodes if (target := written(node)) is not None]
-    if not writers:
-        return set()
     place = {node: i for i, node in enumerate(nodes)}
-    lost = set()
-    for writer, target in writers:
-        at = place[writer]
-        for node in _family(target):
-            if place[node] < at and any(place[user] > at for user in node.users):
-                lost.add(node)
-    return lost
+    for writer in nodes:
+        target = written(writer)
+        if target is not None:
+            at = place[writer]
+            yield from ((node, at, place) for node in _family(target) if place[node] < at)
 
 
 def _family(node: Node) -> set[Node]:

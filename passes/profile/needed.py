@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from torch.fx import Graph, Node
 
 from sparsec.facts import ActFact
-from sparsec.passes.profile.aliases import written
+from sparsec.passes.profile.aliases import changed, written
 from sparsec.passes.profile.call import shape_of, word_of, words
 
 # What is computed value by value; True: from finite values only finite ones.
@@ -42,9 +42,10 @@ def needed_of(graph: Graph, facts: Mapping[Node, ActFact], nodes: Iterable[Node]
     for node in reversed(graph.nodes):
         wanted.read(node)
     place = {node: i for i, node in enumerate(graph.nodes)}
+    gone = changed(graph)
     found: dict[Node, Node] = {}
     for node in sorted(nodes, key=place.__getitem__, reverse=True):
-        masks = wanted.of[node]
+        masks = [mask for mask in wanted.of[node] if mask not in gone]
         mask = next((mask for mask in masks if not _waits(mask, node, found)), None)
         if mask is not None:
             found[node] = mask

@@ -138,7 +138,7 @@ def _is_zero(call: Call, value: Any) -> bool:
 
 SELECTIONS: dict[str, Transfer] = {
     **dict.fromkeys((*_LARGER, *_SMALLER, "eq", "ne", "not_equal"), _compared),
-    **dict.fromkeys(("logical_not", "bitwise_not", "invert", "not"), _not),
+    **dict.fromkeys(("logical_not", "bitwise_not", "invert"), _not),
     **dict.fromkeys(("logical_and", "bitwise_and", "and"), _and),
     **dict.fromkeys(("logical_or", "bitwise_or", "or"), _or),
     "where": _where,

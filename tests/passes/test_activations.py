@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.fx import Interpreter, Node
 
 from sparsec import compat, pipeline
@@ -19,6 +21,8 @@ from sparsec.facts import ACT_STATES, ActFact, Site
 from sparsec.options import Options
 from sparsec.passes.graph import View
 from sparsec.passes.profile.activations import zeros
+from sparsec.passes.profile.call import word_of, words
+from sparsec.passes.profile.transfer import TABLE
 from sparsec.pipeline import Compilation
 
 K = 16
@@ -360,3 +364,338 @@ def test_what_is_said_of_zeros_holds_for_the_values(name: str) -> None:
     of = seen(function, *inputs())
     assert (of.out.state, of.out.origin, of.out.pattern) == (state, origin, pattern)
     check(of)
+
+
+# Functions of one number that keep zero (True), or whose results are not negative (False).
+PLAIN: dict[str, bool] = {
+    **dict.fromkeys(
+        words(
+            "tanh sinh asinh atan arctan erf expm1 log1p sign sgn trunc fix round floor ceil frac sin tan neg negative "
+            "abs absolute sqrt square positive double half long int bfloat16 float detach type"
+        ),
+        True,
+    ),
+    **dict.fromkeys(words("sigmoid exp exp2 rsqrt"), False),
+}
+FUNCTIONS = words("softsign leaky_relu elu celu selu silu gelu mish tanhshrink softplus")
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *FUNCTIONS])
+def test_functions_of_one_number_do_what_the_table_says(name: str) -> None:
+    if name in FUNCTIONS:
+        function, keeps = getattr(F, name), name != "softplus"
+    else:
+        arguments = {"type": (torch.float64,)}.get(name, ())
+        function, keeps = (lambda x: getattr(x, name)(*arguments)), PLAIN[name]
+    for before in (torch.relu, topk):
+        of = seen(lambda x, y, before=before: function(before(x)), *inputs())
+        assert of.out.zeros == keeps
+        check(of)
+    assert (float(function(torch.zeros(1))) == 0) == keeps
+
+
+def test_every_operation_of_the_table_has_a_case() -> None:
+    cases = [function for function, *_ in CASES.values()]
+    used = {word_of(n) for function in cases for n in seen(function, *inputs()).gm.graph.nodes}
+    assert set(TABLE) - used - {*SYNONYMS, *PLAIN, *FUNCTIONS} == set()
+
+
+SYNONYMS: dict[str, tuple[Callable[..., torch.Tensor], str, str]] = {
+    "subtract": (lambda x, y: torch.subtract(R(x), R(y)), "top", ""),
+    "multiply": (lambda x, y: torch.multiply(R(x), y), "likely", ""),
+    "divide": (lambda x, y: torch.divide(R(x), 2.0), "likely", ""),
+    "greater": (lambda x, y: y * torch.greater(topk(x).abs(), 0.0), "exact", "topk:4"),
+    "greater_equal": (lambda x, y: y * torch.greater_equal(topk(x), 0.1), "exact", "topk:4"),
+    "less": (lambda x, y: y * torch.less(topk(x), -0.1), "exact", "topk:4"),
+    "less_equal": (lambda x, y: y * torch.less_equal(topk(x), 0.1), "likely", ""),
+    "lt": (lambda x, y: y * (topk(x) < 0), "exact", "topk:4"),
+    "not_equal": (lambda x, y: y * torch.not_equal(topk(x), 0), "exact", "topk:4"),
+    "eq": (lambda x, y: y * (topk(x) == 0), "likely", ""),
+    "bitwise_and": (lambda x, y: y * torch.bitwise_and(topk(x) != 0, x > 0), "exact", "topk:4"),
+    "bitwise_or": (lambda x, y: y * torch.bitwise_or(topk(x) != 0, x > 0), "likely", ""),
+    "logical_not": (lambda x, y: y * torch.logical_not(x > 0), "likely", ""),
+    "bitwise_not": (lambda x, y: y * torch.bitwise_not(x > 0), "likely", ""),
+    "concat": (lambda x, y: torch.concat([topk(x), topk(y)], 0), "exact", "topk:4"),
+    "concatenate": (lambda x, y: torch.concatenate([topk(x), topk(y)], 0), "exact", "topk:4"),
+    "ravel": (lambda x, y: topk(x).ravel(), "exact", "nm:4:16"),
+    "swapaxes": (lambda x, y: topk(x).swapaxes(0, 1), "exact", "topk:4"),
+    "broadcast_to": (lambda x, y: topk(x).broadcast_to(3, 2, 5, K), "exact", "topk:4"),
+    "tile": (lambda x, y: topk(x).tile(1, 2, 1), "exact", "topk:4"),
+    "view_as": (lambda x, y: topk(x).view_as(y), "exact", "topk:4"),
+    "reshape_as": (lambda x, y: topk(x).reshape_as(y), "exact", "topk:4"),
+    "expand_as": (lambda x, y: topk(x[:1]).expand_as(y), "exact", "topk:4"),
+    "type_as": (lambda x, y: topk(x).type_as(y.double()), "exact", "topk:4"),
+    "zeros": (lambda x, y: x + torch.zeros(2, 5, K), "top", ""),
+    "squeeze": (lambda x, y: topk(x)[:1].squeeze(0), "exact", "topk:4"),
+    "unflatten": (lambda x, y: nm(x).unflatten(-1, (4, 4)), "exact", "topk:2"),
+    "tensor_split": (lambda x, y: topk(x).tensor_split(2, 1)[0], "exact", "topk:4"),
+    "dropout1d": (lambda x, y: F.dropout1d(R(x), 0.5, False), "likely", ""),
+    "dropout2d": (lambda x, y: F.dropout2d(R(x)[None], 0.5, False), "likely", ""),
+    "dropout3d": (lambda x, y: F.dropout3d(R(x)[None, None], 0.5, False), "likely", ""),
+    "scatter_add": (
+        lambda x, y: torch.zeros_like(x).scatter_add(-1, x.topk(4, -1).indices, y[..., :4]), "exact", "topk:4"
+    ),
+    "full": (lambda x, y: torch.full((2, 3), 0.0), "exact", ""),
+    "select": (lambda x, y: topk(x).select(2, 3), "likely", ""),
+    "index_select": (lambda x, y: topk(x).index_select(1, torch.tensor([0, 0])), "exact", "topk:4"),
+    "mean": (lambda x, y: R(x).mean(-1), "nonnegative", ""),
+    "amin": (lambda x, y: R(x).amin(-1), "nonnegative", ""),
+    "prod": (lambda x, y: R(x).prod(-1), "nonnegative", ""),
+    "norm": (lambda x, y: torch.norm(x, dim=-1), "nonnegative", ""),
+    "adaptive_avg_pool2d": (lambda x, y: F.adaptive_avg_pool2d(R(x), 1), "nonnegative", ""),
+    "avg_pool2d": (lambda x, y: F.avg_pool2d(R(x), 2), "nonnegative", ""),
+    "adaptive_avg_pool1d": (lambda x, y: F.adaptive_avg_pool1d(R(x), 1), "nonnegative", ""),
+    "avg_pool1d": (lambda x, y: F.avg_pool1d(R(x), 2), "nonnegative", ""),
+    "prelu": (lambda x, y: F.prelu(topk(x), torch.tensor([0.1] * 5)), "exact", "topk:4"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SYNONYMS)
+def test_other_spellings_say_the_same(name: str) -> None:
+    function, state, pattern = SYNONYMS[name]
+    of = seen(function, *inputs())
+    assert name in {word_of(n) for n in of.gm.graph.nodes}
+    assert (of.out.state, of.out.pattern) == (state, pattern)
+    check(of)
+
+
+# --------------------------------------------------------------------------------------------------- sites of models
+
+
+class Mlp(nn.Module):
+    """gate, up and down of a gated MLP; ``join`` makes what down reads from x."""
+
+    def __init__(self, join: Callable[[Mlp, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.up, self.ask = (nn.Linear(K, 2 * K, bias=False) for _ in range(3))
+        self.down = nn.Linear(2 * K, K)
+        self.register_buffer("mask", torch.tensor([1.0, 0, 1, 1] * (K // 2)))
+        self.join = join
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.down(self.join(self, x))
+        return y
+
+
+def cats(m: Mlp, x: torch.Tensor) -> torch.Tensor:
+    gate = F.silu(m.gate(x))
+    return torch.where(gate.abs() > 0.2, gate, 0) * m.up(x)
+
+
+def predicted(m: Mlp, x: torch.Tensor) -> torch.Tensor:
+    return torch.where(m.ask(x) > 0, F.silu(m.gate(x)), 0) * m.up(x)
+
+
+def up_first(m: Mlp, x: torch.Tensor) -> torch.Tensor:
+    up = m.up(x)
+    return up * F.relu(m.gate(x))
+
+
+def read_twice(m: Mlp, x: torch.Tensor) -> torch.Tensor:
+    up = m.up(x)
+    return F.relu(m.gate(x)) * up + up
+
+
+def overwritten(m: Mlp, x: torch.Tensor) -> torch.Tensor:
+    h = F.relu(m.gate(x))
+    h.add_(1.0)
+    return h * m.up(x)
+
+
+# what joins the branches -> origin of the zeros of down's x, {layer: origin of what says where its result is read}
+JOINS: dict[str, tuple[Callable[[Mlp, torch.Tensor], torch.Tensor], str, dict[str, str]]] = {
+    "relu": (lambda m, x: F.relu(m.gate(x)) * m.up(x), "product with relu(gate)", {"up": "relu"}),
+    "relu^2": (lambda m, x: F.relu(m.gate(x)).square() * m.up(x), "product with relu^2(gate)", {"up": "relu^2"}),
+    "relu in place": (lambda m, x: m.up(x) * m.gate(x).relu_(), "product with relu(gate)", {"up": "relu"}),
+    "silu": (lambda m, x: F.silu(m.gate(x)) * m.up(x), "", {}),
+    "CATS": (cats, "product with threshold(gate)", {"up": "threshold"}),
+    "top-k": (lambda m, x: topk(m.gate(x)) * m.up(x), "product with top-k(gate)", {"up": "top-k"}),
+    "predictor": (predicted, "mask", {"up": "mask", "gate": "mask"}),
+    "up before gate": (up_first, "product with relu(gate)", {"up": "relu"}),
+    "both relu": (lambda m, x: F.relu(m.gate(x)) * F.relu(m.up(x)), "product with relu(gate)", {"up": "relu"}),
+    "up through functions": (
+        lambda m, x: F.relu(m.gate(x)) * (F.gelu(m.up(x)) + 1).clamp(max=2), "product with relu(gate)", {"up": "relu"}
+    ),
+    "up through log": (lambda m, x: F.relu(m.gate(x)) * m.up(x).abs().log(), "product with relu(gate)", {}),
+    "up through log and a selection": (
+        lambda m, x: torch.where(m.ask(x) > 0, m.up(x).abs().log(), 0), "mask", {"up": "mask"}
+    ),
+    "a selection of another value": (
+        lambda m, x: torch.where(m.ask(x) > 0, m.up(x), m.gate(x)), "", {"up": "mask"}
+    ),
+    "read twice": (read_twice, "", {}),
+    "overwritten": (overwritten, "", {}),
+    "a stored mask": (lambda m, x: m.up(x) * m.mask, "stored mask", {"up": "stored mask"}),
+    "a mask of tokens": (lambda m, x: m.up(x) * (x[..., :1] > 0), "mask", {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", JOINS)
+def test_sites_know_of_zeros_in_x_and_of_results_that_nobody_reads(name: str) -> None:
+    join, origin, needed = JOINS[name]
+    of = seen(Mlp(join), torch.randn(2, 3, K))
+    sites = {site.fqn: site for site in of.sites}
+    gate = sites["down"].gate
+    assert (gate.origin if gate else "") == origin
+    said = {name: site.needed_fact.origin for name, site in sites.items() if site.needed_fact}
+    assert said == needed
+    assert all(hash(site) and isinstance(json.dumps(asdict(site)), str) for site in of.sites)
+    check(of)
+
+
+def test_a_predictor_spares_gate_by_its_mask_and_up_by_what_it_selects() -> None:
+    of = seen(Mlp(predicted), torch.randn(2, 3, K))
+    named = {node.name: node for node in of.gm.graph.nodes}
+    by = {site.fqn: word_of(named[site.needed]) for site in of.sites if site.needed}
+    assert by == {"gate": "gt", "up": "where"}
+
+
+def test_a_convolution_of_one_pixel_keeps_the_zeros_but_no_pattern_of_rows() -> None:
+    of = seen(nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)), torch.randn(1, 4, 8, 8))
+    assert [site.gate.origin for site in of.sites if site.gate] == ["relu"]
+    model = nn.Conv2d(K, 4, 1)
+    of = seen(lambda x: model(topk(x)), torch.randn(1, K, 8, K))
+    assert [(s.gate.state, s.gate.pattern, s.gate.rate) for s in of.sites if s.gate] == [("exact", "", 0.75)]
+
+
+def test_a_function_that_only_has_the_name_of_an_activation_is_not_taken_for_it() -> None:
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.call_function(relu, (x,)))
+    facts = zeros(graph, View(graph, {x: torch.randn(2)}))
+    assert [fact.state for fact in facts.values()] == ["top"] * 3
+
+
+def relu(x: torch.Tensor) -> torch.Tensor:
+    return x + 1
+
+
+def test_symbolic_sizes_are_no_obstacle() -> None:
+    found: list[list[Site]] = []
+
+    def look(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        c = pipeline.run(Compilation(gm, inputs, Options()), stop_after="capture")
+        found.append([site for site, _ in c.sites])
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        model = torch.compile(Mlp(lambda m, x: topk(m.gate(x)) * m.up(x)), backend=look, dynamic=True)
+        model(torch.randn(2, 5, K))
+        model(torch.randn(3, 7, K))
+    assert len(found) == 1
+    down = next(site for site in found[0] if site.fqn == "down")
+    assert down.gate == ActFact("exact", "product with top-k(gate)", down.gate.node, "topk:4", 1 - 4 / (2 * K))
+
+
+# -------------------------------------------------------------------------------------------------- graphs at random
+
+
+def set_zero(m: Random, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    c = a.clone()
+    c[b > 0] = 0
+    return c
+
+
+def halve(m: Random, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    a.view(-1).mul_(0.5).add_(0.125)  # another view of what others read
+    return a + b
+
+
+ALPHABET: dict[str, Callable[[Random, torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "linear": lambda m, a, b: m.first(a),
+    "other linear": lambda m, a, b: m.second(a),
+    "relu": lambda m, a, b: F.relu(a),
+    "relu in place": lambda m, a, b: F.relu(a, inplace=True),
+    "silu": lambda m, a, b: F.silu(a),
+    "sigmoid": lambda m, a, b: a.sigmoid(),
+    "neg": lambda m, a, b: -a,
+    "abs": lambda m, a, b: a.abs(),
+    "square": lambda m, a, b: a.square() * 0.1,
+    "add": lambda m, a, b: a + b,
+    "add in place": lambda m, a, b: a.add_(b),
+    "sub": lambda m, a, b: a - b,
+    "mul": lambda m, a, b: a * b,
+    "mul in place": lambda m, a, b: a.mul_(b),
+    "where": lambda m, a, b: torch.where(b > 0, a, 0),
+    "where of two": lambda m, a, b: torch.where(m.mask > 0, a, b),
+    "maximum": lambda m, a, b: torch.maximum(a, b),
+    "threshold": lambda m, a, b: torch.where(a.abs() > 0.3, a, 0),
+    "positive": lambda m, a, b: a * (a > 0),
+    "clamp": lambda m, a, b: a.clamp(0, 1),
+    "masked_fill": lambda m, a, b: a.masked_fill(b > 0.5, 0),
+    "top-k": lambda m, a, b: topk(a),
+    "N:M": lambda m, a, b: nm(a),
+    "int8": lambda m, a, b: int8(a),
+    "cast": lambda m, a, b: a.bfloat16().float(),
+    "stored mask": lambda m, a, b: a * m.mask,
+    "transposed": lambda m, a, b: a.transpose(1, 2).contiguous().transpose(1, 2),
+    "other tokens": lambda m, a, b: a.transpose(0, 1).reshape(a.shape),
+    "halves of channels": lambda m, a, b: torch.cat([a[..., : K // 2], b[..., K // 2 :]], -1),
+    "parts of tokens": lambda m, a, b: torch.cat([a[:, :1], b[:, 1:]], 1),
+    "flipped": lambda m, a, b: a.flip(-1),
+    "dropout": lambda m, a, b: F.dropout(a, 0.5, m.training),
+    "set": set_zero,
+    "halved": halve,
+}
+
+
+class Random(nn.Module):
+    """Any operations on any values before: (name, first, second) by their numbers from the end."""
+
+    def __init__(self, steps: list[tuple[str, int, int]]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(K, K), nn.Linear(K, K)
+        self.register_buffer("mask", torch.tensor([1.0, 0, 1, 1] * (K // 4)))
+        self.steps = steps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        values = [self.first(x), self.second(x)]
+        for name, i, j in self.steps:
+            values.append(ALPHABET[name](self, values[-1 - i % len(values)], values[-1 - j % len(values)]))
+        return values[-1]
+
+
+STEPS = st.lists(
+    st.tuples(st.sampled_from(list(ALPHABET)), st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=8
+)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(steps=STEPS)
+def test_facts_and_needs_hold_in_graphs_made_at_random(steps: list[tuple[str, int, int]]) -> None:
+    of = seen(Random(steps).eval(), torch.randn(2, 3, K, generator=torch.Generator().manual_seed(1)))
+    check(of)
+
+
+GATED = st.tuples(
+    st.sampled_from(["relu", "silu", "threshold", "top-k", "N:M", "where", "clamp", "stored mask", "relu in place"]),
+    st.lists(st.sampled_from(["cast", "neg", "square", "dropout", "silu", "abs", "int8"]), max_size=2),
+    st.lists(st.sampled_from(["cast", "silu", "sigmoid", "square", "relu", "add in place", "set"]), max_size=2),
+)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(gated=GATED)
+def test_gated_products_say_what_is_not_read_whatever_is_between(gated: tuple[str, list[str], list[str]]) -> None:
+    kind, after, on_up = gated
+
+    def join(m: Mlp, x: torch.Tensor) -> torch.Tensor:
+        gate, up = m.gate(x), m.up(x)
+        for name in (kind, *after):
+            gate = WIDE.get(name, ALPHABET[name])(m, gate, gate)
+        for name in on_up:
+            up = ALPHABET[name](m, up, up)  # type: ignore[arg-type]
+        return gate * up
+
+    of = seen(Mlp(join).eval(), torch.randn(2, 3, K, generator=torch.Generator().manual_seed(1)))
+    check(of)
+    sparse = kind != "silu"
+    assert bool(next(site for site in of.sites if site.fqn == "down").gate) == (sparse or "relu" in on_up)
+    if sparse and not {"set"} & set(on_up):
+        assert {site.fqn for site in of.sites if site.needed} >= {"up"}
+
+
+WIDE: dict[str, Any] = {"N:M": lambda m, a, b: topk(a.view(2, 3, K // 2, 4), 2).reshape(a.shape)}
