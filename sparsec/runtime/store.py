@@ -26,6 +26,7 @@ from sparsec.facts import Decision, Range, Site, WeightFact
 from sparsec.formats import Format
 from sparsec.options import Policy
 from sparsec.passes.decide import decide, dense_decision
+from sparsec.passes.decide.conv import conv_rates
 from sparsec.passes.graph import DTYPES
 from sparsec.passes.profile.weights import profile
 from sparsec.plan import Plan
@@ -42,6 +43,7 @@ MAX_WAIT = 4096
 # Weights in a row that died after one use, at one place of one graph: they are made anew for every call (offloading,
 # functional_call), so later ones are served dense without being looked at. Compiling again starts afresh.
 MAX_SHORT_LIVED = 4
+CONV_MS = (64, 1024)  # rows at which a convolution of images of any size is measured: pixels, not tokens
 
 
 @dataclass
@@ -145,8 +147,8 @@ class Store:
         from sparsec.tune import measured_for
 
         target, dtype = target_of(weight, policy), DTYPES[weight.dtype]
-        ms = (plan.m,) if plan.m else ()
-        measured = measured_for(matrix(weight, plan), fact, dtype, target, policy, ms, plan.x_type)
+        ms = (plan.m,) if plan.m else CONV_MS if plan.conv else ()
+        measured = measured_for(matrix(weight, plan), fact, dtype, target, policy, ms, plan.x_type, plan.conv)
         return decide(fact, dtype, target, _rates(fact, dtype, target, plan), policy, measured, plan.x_type)
 
     def install(
@@ -236,6 +238,7 @@ class Store:
         x_kind, x_number = plan.x_rule
         facts = [ACTS.index(plan.act), int(plan.transposed), int(plan.policy.verify), n, k, wait]
         facts += [int(bool(plan.w)), int(weight.dtype == torch.bfloat16), x_kind]
+        facts += plan.conv.numbers if plan.conv else ()
         torch.ops.sparsec.install(list(parts), plan_text, facts, x_number, tensors, table, dense)
         self._watch(parts[0], plan_text)
 
@@ -327,7 +330,8 @@ def _rates(fact: WeightFact, dtype: str, target: Target, plan: Plan) -> Rates:
     from sparsec.measure import rates_for  # it runs kernels, so it imports this package
 
     cache, threads = cache_dir(plan.policy.cache_dir), torch.get_num_threads()
-    return rates_for(fact, dtype, target, threads, cache, plan.policy.formats, plan.x_type)
+    found = rates_for(fact, dtype, target, threads, cache, plan.policy.formats, plan.x_type)
+    return conv_rates(found, plan.conv)
 
 
 def invalidate(model: torch.nn.Module | torch.Tensor) -> int:
