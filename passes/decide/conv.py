@@ -14,6 +14,7 @@ from sparsec.facts import Conv
 from sparsec.targets.base import DenseRate, KernelRate, Rates
 
 CONV_MARGIN = 1.2
+_FAR = 1024
 
 
 def conv_rates(rates: Rates, conv: Conv | None) -> Rates:
@@ -39,5 +40,9 @@ def _joined(linear: DenseRate, conv: DenseRate) -> Iterator[tuple[int, float]]:
 
 
 def _gathering(rate: KernelRate, seconds: float) -> KernelRate:
-    """``seconds`` for each value of a patch."""
-    return replace(rate, points=tuple((m, c + seconds * m, p, z) for m, c, p, z in rate.points))
+    """``seconds`` for each value of a patch. An image has more rows than were measured with: beyond those, time is
+    proportional to M, which a line through the last two points of a noisy machine need not be."""
+    points = [(m, c + seconds * m, p, z) for m, c, p, z in rate.points]
+    m, *last = points[-1]
+    c, p, z = (_FAR * value for value in last)
+    return replace(rate, points=(*points, (_FAR * m, c, p, z)))
