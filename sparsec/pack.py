@@ -22,8 +22,8 @@ from sparsec import targets
 from sparsec.cache import cache_dir
 from sparsec.codegen import cpp
 from sparsec.codegen.cpp import packer
-from sparsec.codegen.spec import Packed
-from sparsec.errors import BadOptionValue, RoundTripMismatch, SparsecError
+from sparsec.codegen.spec import KernelSpec, Packed
+from sparsec.errors import BadOptionValue, PatternMismatch, RoundTripMismatch, SparsecError
 from sparsec.facts import Decision, WeightFact
 from sparsec.formats import Format
 from sparsec.measure import rates_for
@@ -32,7 +32,7 @@ from sparsec.pack_report import PackReport, PackRow
 from sparsec.packable import Found, find_layers
 from sparsec.packed import PackedEmbedding, PackedWeight, checksum, packed_layer, text_tensor
 from sparsec.passes.decide.candidates import plain_panel
-from sparsec.passes.decide.whole import UNPACK, WholePlan, best_whole, formats_for
+from sparsec.passes.decide.whole import UNPACK, WholePlan, best_whole, formats_by_size
 from sparsec.passes.graph import DTYPES
 from sparsec.plan import Plan
 from sparsec.runtime import library
@@ -147,22 +147,11 @@ def _pack_layer(layer: Found, policy: Policy) -> PackRow:
         return row(reason=layer.refusal)
     plan = Plan(layer.name, "hf_conv1d" if layer.transposed else "linear", policy, transposed=layer.transposed)
     try:
-        if not layer.multiplies:
-            fact = STORE.profiled(weight, plan)
-            chosen, reason = _smallest(fact, weight, policy), _LOOKED_UP
-            if chosen is None:
-                return row(reason="no format of its values is smaller than the weight itself")
-        else:
-            fact, decision = STORE.decided(weight, plan)
-            chosen, reason = (
-                best_whole(fact, DTYPES[weight.dtype], _rates(fact, weight, policy), policy),
-                decision.reason,
-            )
-            if not _sparse(decision, policy) or chosen is None:
-                return row(reason=decision.reason if chosen is None or not decision.ours else _only_panels(decision))
-        made = _made(weight.t() if layer.transposed else weight, fact, chosen, policy)
+        made, reason = (_multiplying if layer.multiplies else _looking_up)(layer, plan, policy)
     except SparsecError as error:
         return row(reason=str(error))
+    if made is None:
+        return row(reason=reason)
     size = sum(t.numel() * t.element_size() for t in made.tensors)
     if size >= weight.numel() * weight.element_size():  # small weights: what every pack has beside its values
         return row(reason=f"its pack would take {size} bytes, no fewer than the weight itself")
@@ -184,11 +173,31 @@ def _sparse(decision: Decision, policy: Policy) -> bool:
     return any(r.format != "dense" and not plain_panel(r.format) for r in decision.ranges)
 
 
-def _smallest(fact: WeightFact, weight: torch.Tensor, policy: Policy) -> WholePlan | None:
-    """The plan of an embedding: the format of the fewest bytes, which only ever decodes."""
-    found = formats_for(fact, DTYPES[weight.dtype], _rates(fact, weight, policy), policy)
-    name = min(found, key=lambda name: min(way.bytes for way in found[name]), default=None)
-    return None if name is None else WholePlan(name, ((0, UNPACK),), 1, 0.0, 1, 0.0)
+def _multiplying(layer: Found, plan: Plan, policy: Policy) -> tuple[_Made | None, str]:
+    """The pack of a weight that linear layers read, or None where it stays dense; and why."""
+    weight = layer.weight
+    fact, decision = STORE.decided(weight, plan)
+    chosen = best_whole(fact, DTYPES[weight.dtype], _rates(fact, weight, policy), policy)
+    if not _sparse(decision, policy) or chosen is None:
+        return None, decision.reason if chosen is None or not decision.ours else _only_panels(decision)
+    return _made(weight.t() if layer.transposed else weight, fact, chosen, policy), decision.reason
+
+
+def _looking_up(layer: Found, plan: Plan, policy: Policy) -> tuple[_Made | None, str]:
+    """The pack of an embedding, in the smallest format that takes its values; it only ever decodes."""
+    weight = layer.weight
+    fact = STORE.profiled(weight, plan)
+    target, dtype = targets.resolve(policy.target), DTYPES[weight.dtype]
+    for format in formats_by_size(fact, dtype, policy):
+        if format.pattern.kind not in cpp.FAMILIES:
+            continue
+        try:
+            cpp.family(format.pattern.kind).text(KernelSpec.on(target, format, UNPACK, dtype))
+            whole = WholePlan(str(format), ((0, UNPACK),), 1, 0.0, 1, 0.0)
+            return _made(weight, fact, whole, policy), _LOOKED_UP
+        except PatternMismatch:  # values that this pattern's layout does not take
+            continue
+    return None, "no format of its values is smaller than the weight itself"
 
 
 def _only_panels(decision: Decision) -> str:
