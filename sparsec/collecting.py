@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from sparsec.passes.masks.statistics import Collector
 
@@ -86,7 +87,8 @@ class _Stream:
 
     def lead(self, module: nn.Module, x: torch.Tensor, mask: torch.Tensor | None) -> None:
         self.calls[self.leader] += 1
-        self.collector.add(rows_of(module, x, mask))
+        for part in _parts(module, x):
+            self.collector.add(rows_of(module, part, mask))
         if not x.is_inference():  # those count no versions
             self.last, self.version = weakref.ref(x), x._version
 
@@ -126,15 +128,40 @@ def given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
 
 def _in_features(module: nn.Module) -> int:
     weight = module.get_parameter("weight")
-    return int(weight.shape[0] if hasattr(module, "nf") else weight.shape[1])  # HF's Conv1D holds [K, N]
+    return int(weight.shape[0] if hasattr(module, "nf") else weight[0].numel())  # HF's Conv1D holds [K, N]
 
 
 def rows_of(module: nn.Module, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Inputs as [tokens, K], without padding; of a 1x1 convolution every position it reads is a token."""
+    """Inputs as [tokens, K], without padding; of a convolution every patch it reads is a token."""
     x = x.detach()
     if isinstance(module, nn.Conv2d):
         (high, wide), x = module.stride, x if x.dim() == 4 else x.unsqueeze(0)
+        if module.kernel_size != (1, 1):
+            return _patches(module, x)
         x = x[:, :, ::high, ::wide].permute(0, 2, 3, 1)
     elif mask is not None and x.shape[:-1] in (mask.shape, (mask.numel(),)):
         return x.reshape(-1, x.shape[-1])[mask.to(x.device).flatten()]
     return x.reshape(-1, x.shape[-1])
+
+
+def _parts(module: nn.Module, x: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Patches repeat every pixel ``high * wide`` times, so images are taken one by one."""
+    larger = isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1) and x.dim() == 4
+    return torch.split(x, 1) if larger else (x,)
+
+
+def _patches(module: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """[tokens, high * wide * C] of images [B, C, H, W], K in the order of the weight's matrix."""
+    pads = module.padding
+    if isinstance(pads, str):
+        around = [
+            d * (k - 1) if pads == "same" else 0 for d, k in zip(module.dilation, module.kernel_size, strict=True)
+        ]
+        sides = [side for total in reversed(around) for side in (total // 2, total - total // 2)]
+    else:
+        sides = [side for pad in reversed(pads) for side in (pad, pad)]
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    x = F.pad(x, sides, mode=mode) if any(sides) else x
+    found = F.unfold(x, module.kernel_size, module.dilation, 0, module.stride)  # [B, C * high * wide, tokens of one]
+    taps = module.kernel_size[0] * module.kernel_size[1]
+    return found.view(len(x), -1, taps, found.shape[-1]).permute(0, 3, 2, 1).reshape(-1, found.shape[1])

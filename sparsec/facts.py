@@ -1,12 +1,17 @@
 """What analysis found out. Frozen, hashable, JSON-able with ``dataclasses.asdict``; no tensors.
 
 Orientation: a weight fact describes the matrix as [N, K] = [out_features, in_features], whatever the parameter's own
-layout (HF ``Conv1D`` and ``x @ W`` keep it as [K, N]; ``Site.transposed`` says so).
+layout (HF ``Conv1D`` and ``x @ W`` keep it as [K, N]; ``Site.transposed`` says so). A convolution's [N, C, high, wide]
+is the matrix [N, high * wide * C], with the weights of a row in the order in which a patch of an NHWC image lies in
+memory.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -107,11 +112,77 @@ ACT_STATES = ("top", "nonnegative", "likely", "exact")
 
 
 @dataclass(frozen=True)
+class Conv:
+    """How a convolution walks over its images, which makes it a product with the rows of their patches.
+
+    ``kernel``, ``stride``, ``dilation``: (high, wide). ``padding``: zeros (above, below, left, right). ``image``: the
+    (B, H, W) of its input, where they are known, else ().
+    """
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    image: tuple[int, ...] = ()
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether patches are the pixels as they lie: a linear over channels."""
+        return self.kernel == (1, 1) and self.stride == (1, 1) and not any(self.padding)
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Everything but the image, in the order of ``Walk`` in ``runtime/table.h``."""
+        return (*self.kernel, *self.stride, *self.padding, *self.dilation)
+
+    @classmethod
+    def of(cls, numbers: Sequence[int]) -> Conv:
+        """From ``numbers`` and, behind them, those of the image."""
+        a, b, c, d, e, f, g, h, i, j, *image = numbers
+        return cls((a, b), (c, d), (e, f, g, h), (i, j), tuple(image))
+
+    def size(self, high: Any, wide: Any) -> tuple[Any, Any]:
+        """(high, wide) of the result for an image of that size; symbolic sizes too."""
+        spans = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True)]
+        above, below, left, right = self.padding
+        rows = (high + above + below - spans[0]) // self.stride[0] + 1
+        return rows, (wide + left + right - spans[1]) // self.stride[1] + 1
+
+    @property
+    def rows(self) -> int:
+        """Patches of all images: rows of x as the product sees it; 0 where the images are not known."""
+        if not self.image:
+            return 0
+        high, wide = self.size(*self.image[1:])
+        return int(self.image[0] * high * wide)
+
+    def about(self, m: int) -> Conv:
+        """The same walk over images that give about ``m`` rows: as many of the known size as that takes, else one whose
+        result is as square as can be."""
+        if self.rows:
+            each = self.rows // self.image[0]
+            return replace(self, image=(max(1, round(m / each)), *self.image[1:]))
+        high = max(1, math.isqrt(m))
+        wide = max(1, m // high)
+        spans = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True)]
+        above, below, left, right = self.padding
+        sizes = (high - 1) * self.stride[0] + spans[0] - above - below, (wide - 1) * self.stride[1] + spans[1]
+        return replace(self, image=(1, max(1, sizes[0]), max(1, sizes[1] - left - right)))
+
+    def __str__(self) -> str:
+        """``3x3 s2x2 p1,1,1,1 d1x1 on 8x56x56``, for names and keys."""
+        parts = ["{}x{}".format(*self.kernel), "s{}x{}".format(*self.stride), f"p{','.join(map(str, self.padding))}"]
+        parts.append("d{}x{}".format(*self.dilation))
+        return " ".join([*parts, *(["on " + "x".join(map(str, self.image))] if self.image else [])])
+
+
+@dataclass(frozen=True)
 class Site:
     """One linear-type operation of the graph that can be rewritten.
 
-    ``kind``: linear, matmul, addmm, conv1x1, hf_conv1d. ``weight`` and ``bias`` name placeholders. ``x_shape`` has
-    integers, or the text of a symbolic size. ``dtype`` is that of x and of the result (``fp32`` or ``bf16``).
+    ``kind``: linear, matmul, addmm, conv2d, hf_conv1d. ``weight`` and ``bias`` name placeholders. ``x_shape``: of x as
+    the product reads it, [..., K]; of a convolution that is the patches, (B, high, wide, K). It has integers, or the
+    text of a symbolic size. ``dtype`` is that of x and of the result (``fp32`` or ``bf16``).
     ``group`` is shared by sites that read the same x and are called together (q/k/v, gate/up).
     ``x``: how x is quantised before the product: "" not at all, ``int8`` (a scale for each token), ``int8:min=1e-07``
     (no scale less than that), ``int8:0.05`` (one scale), ``int8:given`` (one scale, which is a graph input).
@@ -142,6 +213,7 @@ class Site:
     gate: ActFact | None = None
     needed: str = ""
     needed_fact: ActFact | None = None
+    conv: Conv | None = None
 
 
 @dataclass(frozen=True)

@@ -226,5 +226,7 @@ def _no_loss(why: str) -> NoLoss:
 
 
 def _matrix(module: nn.Module, statistic: torch.Tensor) -> torch.Tensor:
-    """As [N, K]: HF's Conv1D holds [K, N], a 1x1 convolution [N, K, 1, 1]."""
-    return statistic.t().contiguous() if hasattr(module, "nf") else statistic.flatten(1)
+    """As [N, K]: HF's Conv1D holds [K, N], a convolution [N, C, high, wide], which is [N, high * wide * C] here."""
+    if statistic.dim() == 4:
+        return statistic.permute(0, 2, 3, 1).flatten(1)
+    return statistic.t().contiguous() if hasattr(module, "nf") else statistic

@@ -211,7 +211,7 @@ def _write_file(model: nn.Module, target: Path) -> None:
 
 
 def _is_packed(model: nn.Module) -> bool:
-    return any(type(m).__name__ == "PackedLinear" for m in model.modules())
+    return any(type(m).__name__ in ("PackedLinear", "PackedEmbedding") for m in model.modules())
 
 
 def _write_packed_folder(model: Any, folder: Path) -> None:

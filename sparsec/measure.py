@@ -28,6 +28,7 @@ from sparsec.errors import BuildError, PackError
 from sparsec.facts import WeightFact
 from sparsec.formats import Format, Pattern
 from sparsec.measure_calls import best_seconds, best_seconds_alone_too, cold_bytes, plausible, thread_count, tune_log
+from sparsec.measure_conv import dense_conv, gather_rate
 from sparsec.measure_kernels import TORCH, Text, compile_all, direct, kernel_texts, measure_kernel
 from sparsec.passes.decide.candidates import allowed, formats_of, patterns
 from sparsec.passes.decide.gates import KINDS
@@ -36,7 +37,7 @@ from sparsec.targets import reference
 from sparsec.targets.base import DenseRate, KernelRate, Rates, Target
 from sparsec.targets.cuda import GpuTarget
 
-VERSION = "5"  # of what is measured and how; another one measures again
+VERSION = "6"  # of what is measured and how; another one measures again
 MS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 # Measured even where a weight does not have the pattern: `explain` says what it would give.
 USUAL = ("panel", "bitmap", "index", "nm:2:4")
@@ -143,10 +144,14 @@ def _measure_machine(target: Target, threads: int, cache: Path) -> tuple[Rates, 
         ours, theirs = _overheads(target, cache)
         cold = cold_bytes(target)
         dense, scaling, busy = zip(*(_dense(name, dtype, cold, theirs) for name, dtype in TORCH.items()), strict=True)
+        conv, conv_busy = zip(*(dense_conv(name, theirs) for name in TORCH), strict=True)
+        gather = gather_rate(target, cache)
         buffer = torch.ones(cold // 4)
         seconds, _ = best_seconds({"sum": buffer.sum}, budget_s=0.3)
         bandwidth = buffer.numel() * 4 / seconds["sum"]
-    return Rates(threads, bandwidth, ours, dense, (), theirs, min(max(scaling), float(threads))), any(busy)
+    most = min(max(scaling), float(threads))
+    found = Rates(threads, bandwidth, ours, dense, (), theirs, most, conv, gather / most)
+    return found, any(busy) or any(conv_busy)
 
 
 def _dense(name: str, dtype: torch.dtype, cold: int, overhead: float) -> tuple[DenseRate, float, bool]:
@@ -208,14 +213,18 @@ def _read(path: Path, read: Callable[[Any], _T]) -> _T | None:
 
 
 def _machine_from_json(value: dict[str, Any]) -> Rates:
-    dense = tuple(DenseRate(d["dtype"], tuple((int(m), float(s)) for m, s in d["points"])) for d in value["dense"])
-    bandwidth, scaling, ours, theirs = (
-        float(value[name]) for name in ("bandwidth", "scaling", "overhead", "dense_overhead")
+    dense, conv = (
+        tuple(DenseRate(d["dtype"], tuple((int(m), float(s)) for m, s in d["points"])) for d in value[name])
+        for name in ("dense", "conv")
     )
-    wrong = bandwidth <= 0 or scaling < 1 or min(ours, theirs) < 0 or any(s <= 0 for d in dense for _, s in d.points)
+    bandwidth, scaling, ours, theirs, gather = (
+        float(value[name]) for name in ("bandwidth", "scaling", "overhead", "dense_overhead", "gather")
+    )
+    wrong = bandwidth <= 0 or scaling < 1 or min(ours, theirs, gather) < 0
+    wrong |= any(s <= 0 for d in (*dense, *conv) for _, s in d.points) or not all(d.points for d in conv)
     if not dense or wrong:
         raise ValueError("not a machine")
-    return Rates(int(value["threads"]), bandwidth, ours, dense, (), theirs, scaling)
+    return Rates(int(value["threads"]), bandwidth, ours, dense, (), theirs, scaling, conv, gather)
 
 
 def _kernel_from_json(value: dict[str, Any]) -> KernelRate:

@@ -20,6 +20,7 @@ import torch
 from sparsec.codegen import build, cpp
 from sparsec.codegen.spec import KernelSpec, Packed
 from sparsec.errors import BuildError, PackError
+from sparsec.facts import Conv
 from sparsec.formats import Format, Pattern, value_kind
 from sparsec.measure_calls import best_seconds, best_seconds_alone_too, cold_bytes, plausible, thread_count, tune_log
 from sparsec.passes.decide.candidates import PARTS_OF_WEIGHT
@@ -90,9 +91,16 @@ def compile_all(texts: list[Text], cache: Path) -> None:
         list(pool.map(compile_one, texts))
 
 
-def direct(weight: torch.Tensor, spec: KernelSpec, target: Target, cache: Path, packed: Packed | None = None) -> Direct:
+def direct(
+    weight: torch.Tensor,
+    spec: KernelSpec,
+    target: Target,
+    cache: Path,
+    packed: Packed | None = None,
+    conv: Conv | None = None,
+) -> Direct:
     """One kernel on one weight, on a target that is already resolved. Raises BuildError, PackError."""
-    return Direct(weight, spec.format, spec.way, target=f"cpu:{target.isa}", cache=str(cache), packed=packed)
+    return Direct(weight, spec.format, spec.way, target=f"cpu:{target.isa}", cache=str(cache), packed=packed, conv=conv)
 
 
 @torch.no_grad()

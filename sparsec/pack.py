@@ -1,8 +1,9 @@
 """``pack_`` and ``unpack_``: a model whose sparse weights exist only packed, and back.
 
-In: a model with zeros in its linear layers. Out: the same model, whose ``nn.Linear`` became ``PackedLinear`` where the
-decision says sparse, layer by layer: a layer's dense weight is freed before the next one is packed, so that memory
-never exceeds the dense model and one layer. What stays dense stays as it is, with its reason in the report.
+In: a model with zeros in its linear layers and embeddings. Out: the same model, whose ``nn.Linear`` became
+``PackedLinear`` where the decision says sparse and whose ``nn.Embedding`` became ``PackedEmbedding`` where the pack is
+smaller, layer by layer: a layer's dense weight is freed before the next one is packed, so that memory never exceeds the
+dense model and one layer. What stays dense stays as it is, with its reason in the report.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from sparsec import targets
 from sparsec.cache import cache_dir
 from sparsec.codegen import cpp
 from sparsec.codegen.cpp import packer
-from sparsec.codegen.spec import Packed
-from sparsec.errors import BadOptionValue, RoundTripMismatch, SparsecError
+from sparsec.codegen.spec import KernelSpec, Packed
+from sparsec.errors import BadOptionValue, PatternMismatch, RoundTripMismatch, SparsecError
 from sparsec.facts import Decision, WeightFact
 from sparsec.formats import Format
 from sparsec.measure import rates_for
 from sparsec.options import Options, Policy
 from sparsec.pack_report import PackReport, PackRow
 from sparsec.packable import Found, find_layers
-from sparsec.packed import PackedLinear, checksum, text_tensor
+from sparsec.packed import PackedEmbedding, PackedWeight, checksum, packed_layer, text_tensor
 from sparsec.passes.decide.candidates import plain_panel
-from sparsec.passes.decide.whole import WholePlan, best_whole
+from sparsec.passes.decide.whole import UNPACK, WholePlan, best_whole, formats_by_size
 from sparsec.passes.graph import DTYPES
 from sparsec.plan import Plan
 from sparsec.runtime import library
@@ -39,6 +40,7 @@ from sparsec.runtime.packed import Meta, kernels_in
 from sparsec.runtime.store import STORE
 
 Progress = Callable[[int, int, str], None]  # layers done, of how many, name
+_LOOKED_UP = "an embedding: the rows it is asked for are decoded, which takes longer than copying them"
 _BUDGET_S = 0.05  # for timing the decoding of a layer
 _decoding: dict[tuple[str, int, int], float] = {}  # format, tenths of density, threads -> least seconds a position
 
@@ -51,15 +53,17 @@ def pack_(
     options: Mapping[str, Any] | None = None,
     on_progress: Progress | None = None,
 ) -> PackReport:
-    """Replace the sparse linear layers of ``model`` by packed ones, in place, and free their dense weights.
+    """Replace sparse linear layers and embeddings of ``model`` by packed ones, in place, and free their dense weights.
 
     ``target``: as in torch.compile's options; CPUs only. ``options``: the same keys (``formats``, ``min_speedup``,
     ``tune``); ``min_speedup=0`` packs whatever gets smaller. A layer is packed where some format is smaller than dense
     and expected to be ``min_speedup`` faster at some number of rows; its one format then serves every number of rows,
     and the report says from which number on dense would have been faster.
 
-    A weight that another kind of module reads too (an embedding tied to the head) stays dense; linear layers that share
-    a weight share its pack. The values are the same bit for bit, except that -0.0 becomes 0.0. Packed layers are for
+    An embedding is packed in the smallest format that it holds, if that is smaller than dense: the rows it is asked for
+    are decoded, which takes longer than copying them. Linear layers and embeddings that share a weight (a tied head)
+    share its pack, as the linear layer decides; a weight that another kind of module reads too stays dense, and so do
+    convolutions. The values are the same bit for bit, except that -0.0 becomes 0.0. Packed layers are for
     inference on the CPU: they cannot be trained, cast or moved. Weights that a loader mapped from a file and that were
     changed since (a pruned ``from_pretrained`` model) stay resident until the last tensor of that file goes.
     Raises OptionError, NoCompiler, CompileFailed.
@@ -107,9 +111,9 @@ def unpack_(model: nn.Module) -> nn.Module:
     return model
 
 
-def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
+def packed_layers(model: nn.Module) -> dict[str, PackedWeight]:
     """The packed layers of a model by name, each once."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedWeight)}
 
 
 # ----------------------------------------------------------------------------------------------------------- inside
@@ -119,9 +123,9 @@ def _check(model: nn.Module, policy: Policy) -> None:
     if targets.resolve(policy.target).gpu:
         expected = "pack_ makes packs for CPUs; on a GPU torch.compile packs beside the dense weights"
         raise BadOptionValue(key="target", value=policy.target, expected=expected)
-    if type(model) is nn.Linear:
-        expected = "a linear layer cannot replace itself; put it into a module, as in nn.Sequential(layer)"
-        raise BadOptionValue(key="model", value="nn.Linear", expected=expected)
+    if type(model) in (nn.Linear, nn.Embedding):
+        expected = "a layer cannot replace itself; put it into a module, as in nn.Sequential(layer)"
+        raise BadOptionValue(key="model", value=f"nn.{type(model).__name__}", expected=expected)
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ class _Made:
 
 def _pack_layer(layer: Found, policy: Policy) -> PackRow:
     weight = layer.weight
-    rows, columns = (int(s) for s in (weight.t() if layer.transposed else weight).shape)
+    rows, columns = (int(s) for s in (weight.t() if layer.transposed else weight.flatten(1)).shape)
     row = functools.partial(
         PackRow, layer.name, (rows, columns), dense_bytes=weight.numel() * weight.element_size(), tied=layer.tied
     )
@@ -143,23 +147,22 @@ def _pack_layer(layer: Found, policy: Policy) -> PackRow:
         return row(reason=layer.refusal)
     plan = Plan(layer.name, "hf_conv1d" if layer.transposed else "linear", policy, transposed=layer.transposed)
     try:
-        fact, decision = STORE.decided(weight, plan)
-        chosen = best_whole(fact, DTYPES[weight.dtype], _rates(fact, weight, policy), policy)
-        if not _sparse(decision, policy) or chosen is None:
-            return row(reason=decision.reason if chosen is None or not decision.ours else _only_panels(decision))
-        made = _made(weight.t() if layer.transposed else weight, fact, chosen, policy)
+        made, reason = (_multiplying if layer.multiplies else _looking_up)(layer, plan, policy)
     except SparsecError as error:
         return row(reason=str(error))
+    if made is None:
+        return row(reason=reason)
     size = sum(t.numel() * t.element_size() for t in made.tensors)
     if size >= weight.numel() * weight.element_size():  # small weights: what every pack has beside its values
         return row(reason=f"its pack would take {size} bytes, no fewer than the weight itself")
+    multiplies = layer.multiplies
     layer.replace(lambda module: _packed_module(module, made, layer))
     del weight
     return row(
-        reason=decision.reason,
+        reason=reason,
         format=made.plan.format,
         packed_bytes=size,
-        plan=made.plan,
+        plan=made.plan if multiplies else None,
         density=made.fact.density,
         negative_zeros=made.fact.negative_zeros,
     )
@@ -168,6 +171,33 @@ def _pack_layer(layer: Found, policy: Policy) -> PackRow:
 def _sparse(decision: Decision, policy: Policy) -> bool:
     """Whether some number of rows runs sparse by the decision; panels hold every zero."""
     return any(r.format != "dense" and not plain_panel(r.format) for r in decision.ranges)
+
+
+def _multiplying(layer: Found, plan: Plan, policy: Policy) -> tuple[_Made | None, str]:
+    """The pack of a weight that linear layers read, or None where it stays dense; and why."""
+    weight = layer.weight
+    fact, decision = STORE.decided(weight, plan)
+    chosen = best_whole(fact, DTYPES[weight.dtype], _rates(fact, weight, policy), policy)
+    if not _sparse(decision, policy) or chosen is None:
+        return None, decision.reason if chosen is None or not decision.ours else _only_panels(decision)
+    return _made(weight.t() if layer.transposed else weight, fact, chosen, policy), decision.reason
+
+
+def _looking_up(layer: Found, plan: Plan, policy: Policy) -> tuple[_Made | None, str]:
+    """The pack of an embedding, in the smallest format that takes its values; it only ever decodes."""
+    weight = layer.weight
+    fact = STORE.profiled(weight, plan)
+    target, dtype = targets.resolve(policy.target), DTYPES[weight.dtype]
+    for format in formats_by_size(fact, dtype, policy):
+        if format.pattern.kind not in cpp.FAMILIES:
+            continue
+        try:
+            cpp.family(format.pattern.kind).text(KernelSpec.on(target, format, UNPACK, dtype))
+            whole = WholePlan(str(format), ((0, UNPACK),), 1, 0.0, 1, 0.0)
+            return _made(weight, fact, whole, policy), _LOOKED_UP
+        except PatternMismatch:  # values that this pattern's layout does not take
+            continue
+    return None, "no format of its values is smaller than the weight itself"
 
 
 def _only_panels(decision: Decision) -> str:
@@ -193,6 +223,8 @@ def _made(weight: torch.Tensor, fact: WeightFact, chosen: WholePlan, policy: Pol
     tensors = _tensors(packed, chosen, dtype, policy.target)
     if not torch.ops.sparsec.holds_packed(list(tensors), weight):
         raise RoundTripMismatch(format=str(format), detail="a block of rows differs")
+    if chosen.routes == ((0, UNPACK),):  # of an embedding: it has no loops to choose
+        return _Made(tensors, chosen, fact)
     seconds = _seconds_of_unpacking(tensors, fact, weight)
     final = best_whole(fact, dtype, _rates(fact, weight, policy), _only(policy, format), seconds) or chosen
     return _Made(_tensors(packed, final, dtype, policy.target), final, fact)
@@ -226,7 +258,7 @@ def _seconds_of_unpacking(tensors: tuple[torch.Tensor, ...], fact: WeightFact, w
     return best
 
 
-def _packed_module(module: nn.Module, made: _Made, layer: Found) -> PackedLinear:
+def _packed_module(module: nn.Module, made: _Made, layer: Found) -> PackedWeight:
     bias: Any = module._parameters.get("bias")
     about = {
         "sum": checksum(made.tensors),
@@ -239,20 +271,22 @@ def _packed_module(module: nn.Module, made: _Made, layer: Found) -> PackedLinear
         "worst": made.plan.worst,
         "worst_at": made.plan.worst_at,
     }
-    new = PackedLinear(made.tensors, bias, text_tensor(about))
+    if isinstance(module, nn.Embedding):
+        about["padding"] = module.padding_idx
+    new = packed_layer(made.tensors, bias, text_tensor(about))
     new.train(module.training)
     new._forward_hooks, new._forward_pre_hooks = module._forward_hooks, module._forward_pre_hooks
     return new
 
 
-def _packed_places(model: nn.Module) -> Iterator[tuple[nn.Module, str, PackedLinear]]:
+def _packed_places(model: nn.Module) -> Iterator[tuple[nn.Module, str, PackedWeight]]:
     for parent in model.modules():
         for child, module in parent._modules.items():
-            if isinstance(module, PackedLinear):
+            if isinstance(module, PackedWeight):
                 yield parent, child, module
 
 
-def _dense_layer(layer: PackedLinear, weight: nn.Parameter, about: Mapping[str, Any]) -> nn.Module:
+def _dense_layer(layer: PackedWeight, weight: nn.Parameter, about: Mapping[str, Any]) -> nn.Module:
     has_bias = layer.bias is not None
     new: Any
     if about.get("kind") == "Conv1D":
@@ -261,6 +295,8 @@ def _dense_layer(layer: PackedLinear, weight: nn.Parameter, about: Mapping[str, 
         conv: Any = Conv1D
         new = conv(layer.out_features, 1)
         new.nx = layer.in_features
+    elif isinstance(layer, PackedEmbedding):
+        new = nn.Embedding(layer.num_embeddings, layer.embedding_dim, layer.padding_idx, device="meta")
     else:
         new = nn.Linear(layer.in_features, layer.out_features, bias=has_bias, device="meta")
     new.weight = weight

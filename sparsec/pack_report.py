@@ -13,7 +13,8 @@ from sparsec.passes.decide.whole import WholePlan
 class PackRow:
     """One weight. ``format`` is ``dense`` where it stayed so; ``reason`` says why, either way.
 
-    ``shape`` is (out_features, in_features); bytes are of the weight alone. ``tied``: other layers with this weight.
+    ``shape`` is (out_features, in_features), of an embedding (rows, width); bytes are of the weight alone. ``tied``:
+    other layers with this weight. ``plan``: None where nothing multiplies by it.
     """
 
     name: str
@@ -46,7 +47,10 @@ class PackRow:
 
 @dataclass(frozen=True)
 class PackReport:
-    """Every linear weight of a model after ``pack_``. ``str()`` is a table, ``to_dict()`` is JSON-able."""
+    """Every weight of linear layers, embeddings and convolutions of a model after ``pack_``.
+
+    ``str()`` is a table, ``to_dict()`` is JSON-able.
+    """
 
     model: str
     rows: tuple[PackRow, ...]
@@ -57,12 +61,12 @@ class PackReport:
 
     @property
     def dense_bytes(self) -> int:
-        """Of all linear weights, as they were."""
+        """Of all of them, as they were."""
         return sum(row.dense_bytes for row in self.rows)
 
     @property
     def bytes(self) -> int:
-        """Of all linear weights, as they are now."""
+        """Of all of them, as they are now."""
         return sum(row.packed_bytes if row.packed else row.dense_bytes for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,7 +94,7 @@ class PackReport:
     def _total(self) -> str:
         share = f" ({self.bytes / self.dense_bytes:.2f}x)" if self.dense_bytes else ""
         return (
-            f"{len(self.packed)} of {len(self.rows)} linear weights packed: {_mb(self.dense_bytes)} MB dense, "
+            f"{len(self.packed)} of {len(self.rows)} weights packed: {_mb(self.dense_bytes)} MB dense, "
             f"{_mb(self.bytes)} MB now{share}."
         )
 
@@ -100,6 +104,8 @@ def _cells(row: PackRow) -> tuple[str, ...]:
     name = row.name + (f" (+{len(row.tied)} tied)" if row.tied else "")
     if not row.packed:
         return name, shape, zeros, "dense", _mb(row.dense_bytes), "", "", row.reason
+    if row.plan is None:
+        return name, shape, zeros, row.format, _mb(row.dense_bytes), _mb(row.packed_bytes), "", row.reason
     since = "never" if row.dense_from is None else f"{row.dense_from} rows"
     return name, shape, zeros, row.format, _mb(row.dense_bytes), _mb(row.packed_bytes), since, row.cost
 

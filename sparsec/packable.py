@@ -1,4 +1,4 @@
-"""Which layers of a model can be packed in place, under which names, and why others cannot."""
+"""Which linear layers and embeddings of a model can be packed in place, under which names, and why others cannot."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _READERS = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 @dataclass
 class Found:
-    """One weight of linear layers: its places in the model, or why it must stay dense.
+    """One weight of linear layers or embeddings: its places in the model, or why it must stay dense.
 
     ``weight`` is dropped by ``replace``. ``tied``: the other names of layers that share it.
     """
@@ -37,6 +37,11 @@ class Found:
     def weight(self) -> torch.Tensor:
         weight: torch.Tensor = self.modules[0]._parameters["weight"]  # type: ignore[assignment]
         return weight
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether a linear layer reads the weight; embeddings alone only look rows up."""
+        return any(is_linear(module) for module in self.modules)
 
     @contextlib.contextmanager
     def laid_in_rows(self) -> Iterator[None]:
@@ -62,7 +67,8 @@ class Found:
 
 
 def find_layers(model: nn.Module) -> Iterator[Found]:
-    """Every weight of linear layers, in the order of the model; those that share one come once.
+    """Every weight of linear layers and embeddings, in the order of the model, and convolutions, which are refused;
+    those that share one come once.
 
     A generator would keep weights alive that were packed before, so what it yields holds modules, not weights.
     """
@@ -72,7 +78,7 @@ def find_layers(model: nn.Module) -> Iterator[Found]:
     parents = dict(model.named_modules(remove_duplicate=False))
     for name, module in parents.items():
         parent = parents.get(name.rpartition(".")[0])
-        if is_linear(module) and parent is not None and module is not model:
+        if (is_packable(module) or is_convolution(module)) and parent is not None and module is not model:
             at = places.setdefault(id(module), [])
             if not at:
                 groups.setdefault(_key(module._parameters["weight"]), []).append((name, module))
@@ -88,7 +94,7 @@ def find_layers(model: nn.Module) -> Iterator[Found]:
             names[0],
             modules,
             [place for module in modules for place in places[id(module)]],
-            transposed=type(modules[0]).__name__ == "Conv1D",
+            transposed=any(type(module).__name__ == "Conv1D" for module in modules),
             tied=tuple(names[1:]),
             refusal=_tied(others.get(key, "")) or _refusal(modules, [p for m in modules for p, _ in places[id(m)]]),
         )
@@ -99,6 +105,17 @@ def is_linear(module: nn.Module) -> bool:
     kind = type(module)
     known = kind is nn.Linear or (kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."))
     return known and isinstance(module._parameters.get("weight"), torch.Tensor)
+
+
+def is_packable(module: nn.Module) -> bool:
+    """A linear layer, or ``nn.Embedding`` itself, unless it rescales the rows it reads (``max_norm``)."""
+    if is_linear(module):
+        return True
+    return type(module) is nn.Embedding and module.max_norm is None and "weight" in module._parameters
+
+
+def is_convolution(module: nn.Module) -> bool:
+    return type(module) is nn.Conv2d and isinstance(module._parameters.get("weight"), torch.Tensor)
 
 
 def _key(parameter: object) -> object:
@@ -118,7 +135,10 @@ def _refusal(modules: list[nn.Module], parents: list[nn.Module]) -> str:
     reader = next((p for p in parents if isinstance(p, _READERS)), None)
     if reader is not None:
         return f"nn.{type(reader).__name__} reads the weights of its layers itself"
-    if len({type(module) for module in modules}) > 1:
+    if any(is_convolution(module) for module in modules):
+        return "convolutions are not packed in place so far; torch.compile packs them beside their dense weights"
+    kinds = {type(module) for module in modules}
+    if len(kinds) > 1 and kinds != {nn.Linear, nn.Embedding}:
         return "layers of different kinds share its weight"
     if any("_hf_hook" in vars(module) for module in modules):
         return "it is offloaded by accelerate: its weight comes and goes with every call"

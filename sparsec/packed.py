@@ -1,7 +1,8 @@
-"""``PackedLinear``: a linear layer whose weight exists only as a sparse pack.
+"""``PackedLinear`` and ``PackedEmbedding``: layers whose weight exists only as a sparse pack.
 
-In: a pack, its routes, a bias. Out: a module that stands where an ``nn.Linear`` stood: the same call, the same result
-up to the order of sums, eagerly and under torch.compile, without a dense weight. Made by ``sparsec.pack_``.
+In: a pack, its routes, a bias. Out: a module that stands where an ``nn.Linear`` or ``nn.Embedding`` stood: the same
+call, the same result up to the order of sums, eagerly and under torch.compile, without a dense weight. Made by
+``sparsec.pack_``; a linear and an embedding that shared a weight share its pack.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from sparsec.runtime.packed import Meta, unpacked
 META, WORK, PACK, ABOUT = "meta", "work", "pack", "facts"
 
 
-class PackedLinear(nn.Module):
-    """y = x W^T + b with W [out_features, in_features] packed. x: [..., in_features] of the pack's dtype.
+class PackedWeight(nn.Module):
+    """A layer with W [out_features, in_features] packed; its two kinds differ in what they do with it.
 
     Buffers, all in the state dict: ``meta`` (uint8, JSON: format, shape, loops), ``pack0`` ... (the pack's tensors, of
     any dtype), ``work`` (int64), ``facts`` (uint8, JSON: what it was made from, and a checksum). ``bias`` is a
-    parameter without gradient, or None. Under autocast x is taken in the pack's dtype and the result has autocast's.
-    Moving, casting and gradients are refused (PackedLayer): ``sparsec.unpack_`` first.
+    parameter without gradient, or None. Moving, casting and gradients are refused (PackedLayer): ``sparsec.unpack_``
+    first.
     """
 
     in_features: int
@@ -66,16 +67,6 @@ class PackedLinear(nn.Module):
         count = sum(name.startswith(PACK) for name in self._buffers) + 2
         self._pack: tuple[torch.Tensor, ...] = tuple(self.get_buffer(name) for name in buffer_names(count))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., in_features] -> [..., out_features]. Raises PackedLayer where gradients would have to flow."""
-        if x.requires_grad and torch.is_grad_enabled():
-            raise PackedLayer(doing="gradients cannot flow through a packed layer", help="Run under torch.no_grad()")
-        pack = list(self._pack)
-        if x.dtype != self.dtype and x.is_floating_point() and torch.is_autocast_enabled("cpu"):
-            x = x.to(self.dtype)
-        y: torch.Tensor = torch.ops.sparsec.linear_packed(x, self.bias, pack, self.out_features)
-        return y.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else y
-
     @property
     def weight(self) -> torch.Tensor:
         """The dense weight [out_features, in_features], decoded anew at each access: for code that only looks."""
@@ -106,7 +97,7 @@ class PackedLinear(nn.Module):
 
     # ------------------------------------------------------------------------------------- what moves and copies
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedWeight:
         probe = torch.empty(0, dtype=self.dtype)
         moved = fn(probe)
         if moved.dtype != probe.dtype:
@@ -119,7 +110,7 @@ class PackedLinear(nn.Module):
         self._read(checked([self.get_buffer(name) for name in buffer_names(len(self._pack))]))
         return self
 
-    def requires_grad_(self, requires_grad: bool = True) -> PackedLinear:
+    def requires_grad_(self, requires_grad: bool = True) -> PackedWeight:
         if requires_grad:
             raise PackedLayer(doing="a packed layer cannot be trained", help="Prune the dense model")
         super().requires_grad_(False)
@@ -173,6 +164,60 @@ class PackedLinear(nn.Module):
         self._set(tensors, found[ABOUT])
 
 
+class PackedLinear(PackedWeight):
+    """y = x W^T + b. x: [..., in_features] of the pack's dtype.
+
+    Under autocast x is taken in the pack's dtype and the result has autocast's.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., in_features] -> [..., out_features]. Raises PackedLayer where gradients would have to flow."""
+        if x.requires_grad and torch.is_grad_enabled():
+            raise PackedLayer(doing="gradients cannot flow through a packed layer", help="Run under torch.no_grad()")
+        pack = list(self._pack)
+        if x.dtype != self.dtype and x.is_floating_point() and torch.is_autocast_enabled("cpu"):
+            x = x.to(self.dtype)
+        y: torch.Tensor = torch.ops.sparsec.linear_packed(x, self.bias, pack, self.out_features)
+        return y.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else y
+
+
+class PackedEmbedding(PackedWeight):
+    """Rows of W by their numbers, decoded as they are asked for. ids: integers [...] -> [..., in_features]."""
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.out_features
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.in_features
+
+    @property
+    def padding_idx(self) -> int | None:
+        """As the embedding had it; it matters to training alone."""
+        found: int | None = self.about.get("padding")
+        return found
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Raises IndexError for a number that is no row."""
+        y: torch.Tensor = torch.ops.sparsec.embedding_packed(ids, list(self._pack), self.in_features, self.dtype)
+        return y
+
+
+# By the name of the class that stood there before.
+KINDS: dict[str, type[PackedWeight]] = {
+    "Linear": PackedLinear, "Conv1D": PackedLinear, "Embedding": PackedEmbedding,
+}  # fmt: skip
+
+
+def packed_layer(tensors: Sequence[torch.Tensor], bias: torch.Tensor | None, about: torch.Tensor) -> PackedWeight:
+    """The layer of the kind that ``about`` says. Raises BadPack."""
+    kind = str(text_of(about).get("kind", "Linear"))
+    if kind not in KINDS:
+        raise BadPack(why=f"it is of a {kind}, which this version does not know")
+    return KINDS[kind](tensors, bias, about)
+
+
 def buffer_names(count: int) -> list[str]:
     """The buffers' names in the order of a pack of ``count`` tensors, with meta and work."""
     return [META, *(f"{PACK}{i}" for i in range(count - 2)), WORK]
@@ -203,7 +248,7 @@ def checksum(tensors: Sequence[torch.Tensor]) -> str:
     return whole.hexdigest()
 
 
-def dense_of(layer: PackedLinear) -> torch.Tensor:
+def dense_of(layer: PackedWeight) -> torch.Tensor:
     """The dense weight [N, K] by plain torch, without the kernels."""
     return unpacked(layer._pack)
 

@@ -26,8 +26,18 @@ from sparsec.codegen import cpp
 from sparsec.errors import BadPack, BadPackedFile, SparsecError
 from sparsec.formats import Format
 from sparsec.pack_report import PackReport, PackRow
-from sparsec.packable import is_linear
-from sparsec.packed import ABOUT, META, PACK, PackedLinear, buffer_names, checked, text_of
+from sparsec.packable import is_packable
+from sparsec.packed import (
+    ABOUT,
+    META,
+    PACK,
+    PackedEmbedding,
+    PackedWeight,
+    buffer_names,
+    checked,
+    packed_layer,
+    text_of,
+)
 from sparsec.passes.decide.whole import WholePlan
 from sparsec.runtime.packed import Meta
 
@@ -42,7 +52,7 @@ NAME = "packed.safetensors"  # in a folder; not a name that other tools would ta
 def metadata_of(model: nn.Module, tensors: Mapping[str, torch.Tensor], shared: Mapping[str, str]) -> dict[str, str]:
     """What the file says beside its tensors. ``shared``: name -> the name under which the same tensor is stored."""
     isas = {name: targets.resolve(Meta.decode(m.get_buffer(META)).target).isa for name, m in model.named_modules()
-            if isinstance(m, PackedLinear)}  # fmt: skip
+            if isinstance(m, PackedWeight)}  # fmt: skip
     said = {
         "layout": LAYOUT,
         "version": __version__,
@@ -95,12 +105,12 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """
     content = _read(os.fspath(path))
     _check_model(content, model)
-    made: dict[str, PackedLinear] = {}
+    made: dict[str, PackedWeight] = {}
     for name in content.metas:
         bias, count = content.tensors.get(f"{name}.bias"), content.metas[name].tensors + 2
         pack = [content.tensors[f"{name}.{part}"] for part in buffer_names(count)]
         try:
-            made[name] = PackedLinear(pack, bias, content.tensors[f"{name}.{ABOUT}"])
+            made[name] = packed_layer(pack, bias, content.tensors[f"{name}.{ABOUT}"])
         except BadPack as error:
             raise BadPackedFile(path=content.path, why=f"{name}: {error}") from None
     for name, layer in made.items():
@@ -112,16 +122,24 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
 def report_of(path: str | os.PathLike[str]) -> PackReport:
     """The table of a saved packed model, without a model to load it into. Raises BadPackedFile."""
     content = _read(os.fspath(path))
-    rows = []
-    for name, meta in sorted(content.metas.items(), key=lambda item: _natural(item[0])):
-        about = text_of(content.tensors[f"{name}.{ABOUT}"])
-        pack = [content.tensors[f"{name}.{part}"] for part in buffer_names(meta.tensors + 2)]
-        plan = WholePlan(meta.format, meta.routes, about.get("dense_from"), about.get("worst", 0.0),
-                         about.get("worst_at", 1), 0.0)  # fmt: skip
-        size = sum(t.numel() * t.element_size() for t in pack)
-        dense = meta.n * meta.k * meta.torch_dtype.itemsize
-        rows.append(PackRow(name, (meta.n, meta.k), dense, (), "", meta.format, size, plan, about.get("density", 1.0)))
-    return PackReport(Path(path).name, tuple(rows))
+    same: dict[int, list[str]] = {}  # layers by the tensor that they share
+    for name in sorted(content.metas, key=_natural):
+        same.setdefault(id(content.tensors[f"{name}.{PACK}0"]), []).append(name)
+    return PackReport(Path(path).name, tuple(_row(content, names) for names in same.values()))
+
+
+def _row(content: _Content, names: list[str]) -> PackRow:
+    meta = content.metas[names[0]]
+    said = [text_of(content.tensors[f"{name}.{ABOUT}"]) for name in names]
+    about = next((a for a in said if a.get("kind") != "Embedding"), None)
+    plan = None
+    if about is not None:
+        numbers = about.get("dense_from"), about.get("worst", 0.0), about.get("worst_at", 1)
+        plan = WholePlan(meta.format, meta.routes, *numbers, 0.0)
+    pack = [content.tensors[f"{names[0]}.{part}"] for part in buffer_names(meta.tensors + 2)]
+    size = sum(t.numel() * t.element_size() for t in pack)
+    dense, density = meta.n * meta.k * meta.torch_dtype.itemsize, said[0].get("density", 1.0)
+    return PackRow(names[0], (meta.n, meta.k), dense, tuple(names[1:]), "", meta.format, size, plan, density)
 
 
 @contextlib.contextmanager
@@ -206,8 +224,13 @@ def _check_model(content: _Content, model: nn.Module) -> None:
     for name, meta in content.metas.items():
         module = modules.get(name)
         bias = content.tensors.get(f"{name}.bias")
-        there = f"{name} is a packed linear [{meta.n}, {meta.k}] there"
-        if module is None or not (is_linear(module) or isinstance(module, PackedLinear)):
+        looked_up = text_of(content.tensors[f"{name}.{ABOUT}"]).get("kind") == "Embedding"
+        there = f"{name} is a packed {'embedding' if looked_up else 'linear'} [{meta.n}, {meta.k}] there"
+        if (
+            module is None
+            or not (is_packable(module) or isinstance(module, PackedWeight))
+            or looked_up != isinstance(module, (nn.Embedding, PackedEmbedding))
+        ):
             what = "has no such layer" if module is None else f"has a {type(module).__name__}"
             raise BadPackedFile(path=content.path, why=f"{there}, and the model {what}", help=other)
         n, k = _shape_of(module)
@@ -240,14 +263,14 @@ def _dense_names(content: _Content, model: nn.Module) -> tuple[dict[str, torch.T
 
 
 def _shape_of(module: nn.Module) -> tuple[int, int]:
-    if isinstance(module, PackedLinear):
+    if isinstance(module, PackedWeight):
         return module.out_features, module.in_features
     weight: Any = module._parameters["weight"]
     rows, columns = (int(s) for s in weight.shape)
     return (columns, rows) if type(module).__name__ == "Conv1D" else (rows, columns)
 
 
-def _replace(model: nn.Module, name: str, layer: PackedLinear) -> None:
+def _replace(model: nn.Module, name: str, layer: PackedWeight) -> None:
     parent, _, child = name.rpartition(".")
     holder = model.get_submodule(parent)
     old = holder._modules[child]

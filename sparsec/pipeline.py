@@ -75,8 +75,7 @@ def capture(c: Compilation) -> int:
     refusal = _refusal(c)
     for node in c.gm.graph.nodes:
         found, rule = _match(node, view)
-        if isinstance(found, Site) and (refusal or (found.w and c.target.gpu)):
-            no = refusal or "the weight is computed from integers, which is not taken on GPUs so far"
+        if isinstance(found, Site) and (no := refusal or _refused_on_gpu(c, found)):
             found = Declined(no, node.name, found.fqn, found.kind)
         if isinstance(found, Site):
             found = _with_inputs(c, found, node, view)
@@ -299,8 +298,9 @@ def _with_inputs(c: Compilation, site: Site, node: torch.fx.Node, view: View) ->
 
 
 def _plan(s: Site, policy: Policy, target: Target) -> Plan:
-    gates = "" if target.gpu else _gates(s)
-    return Plan(s.fqn, s.kind, policy, transposed=s.transposed, m=_rows(s.x_shape, s.kind), x=s.x, w=s.w, gates=gates)
+    gates = "" if target.gpu or s.conv else _gates(s)
+    m = _rows(s.x_shape)
+    return Plan(s.fqn, s.kind, policy, transposed=s.transposed, m=m, x=s.x, w=s.w, gates=gates, conv=s.conv)
 
 
 def _gates(s: Site) -> str:
@@ -353,11 +353,18 @@ def _refusal(c: Compilation) -> str:
     return ""
 
 
-def _rows(shape: tuple[int | str, ...], kind: str) -> int:
+def _refused_on_gpu(c: Compilation, site: Site) -> str:
+    if c.target.gpu and site.w:
+        return "the weight is computed from integers, which is not taken on GPUs so far"
+    if c.target.gpu and site.conv and not site.conv.pointwise:
+        return "only 1x1 convolutions of stride 1 without padding are taken on GPUs so far"
+    return ""
+
+
+def _rows(shape: tuple[int | str, ...]) -> int:
     """Rows of x as [M, K]; 0 when a size is symbolic."""
-    sizes = (shape[0], *shape[2:]) if kind == "conv1x1" else shape[:-1]
     rows = 1
-    for size in sizes:
+    for size in shape[:-1]:
         if isinstance(size, str):
             return 0
         rows *= size

@@ -9,21 +9,23 @@ import functools
 import json
 from dataclasses import dataclass
 
+from sparsec.facts import Conv
 from sparsec.options import Policy
 
 RAW, PER_TOKEN, FIXED, GIVEN = range(4)  # the kinds of ``InputRule`` in ``runtime/inputs.h``
 
-OPS = 3  # changes with the arguments of the ops: caches of compiled graphs hash the plan's text, not the ops' schemas
+OPS = 4  # changes with the arguments of the ops: caches of compiled graphs hash the plan's text, not the ops' schemas
 
 
 @dataclass(frozen=True)
 class Plan:
-    """``name``: the layer. ``act``: folded activation. ``kind``: linear, matmul, addmm, hf_conv1d, conv1x1.
+    """``name``: the layer. ``act``: folded activation. ``kind``: linear, matmul, addmm, hf_conv1d, conv2d.
 
     ``transposed``: the weight is stored [K, N]. ``m``: rows of x when the graph was made (0: dynamic). ``x``: how x is
     quantised, as ``Site.x`` says it. ``w``: how the weight is computed (``expression.encode``); "": it is a tensor.
     ``gates``: the loops that activation sparsity allows, ``skip`` and ``gather``, each with ``=`` and the share that is
     left where the graph says it.
+    ``conv``: how a convolution walks; None for everything else.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Plan:
     x: str = ""
     w: str = ""
     gates: str = ""
+    conv: Conv | None = None
 
     @property
     def loops(self) -> tuple[tuple[str, float | None], ...]:
@@ -63,6 +66,7 @@ class Plan:
     def encode(self) -> str:
         body = {"n": self.name, "k": self.kind, "a": self.act, "t": int(self.transposed), "m": self.m}
         body |= {"x": self.x, "w": self.w, "g": self.gates, "o": OPS}
+        body["c"] = [*self.conv.numbers, *self.conv.image] if self.conv else []
         return json.dumps({**{k: v for k, v in body.items() if v}, "p": json.loads(self.policy.encode())})
 
     @classmethod
@@ -71,4 +75,6 @@ class Plan:
         body = json.loads(text)
         policy = Policy.decode(json.dumps(body.get("p", {})))
         act, transposed, m = body.get("a", ""), bool(body.get("t")), body.get("m", 0)
-        return cls(body.get("n", ""), body["k"], policy, act, transposed, m, body.get("x", ""), body.get("w", ""), body.get("g", ""))
+        conv = Conv.of(body["c"]) if body.get("c") else None
+        x, w, gates = (body.get(key, "") for key in "xwg")
+        return cls(body.get("n", ""), body["k"], policy, act, transposed, m, x, w, gates, conv)

@@ -17,9 +17,10 @@ from sparsec.matcher import BARE, match, matching, nearest, winner
 from sparsec.passes.masks.pattern import MaskPattern
 from sparsec.recipe_steps import Layers, Piece, Step, Values
 
-KINDS = {"linear": "Linear", "hf_conv1d": "Conv1D", "conv1x1": "Conv2d"}  # kind -> the class name of its target entry
+# kind -> the class name of its target entry
+KINDS = {"linear": "Linear", "hf_conv1d": "Conv1D", "conv1x1": "Conv2d", "conv2d": "Conv2d"}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_PRUNES = "nn.Linear, Conv1D and 1x1 nn.Conv2d"
+_PRUNES = "nn.Linear, Conv1D and nn.Conv2d without groups"
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,10 +34,16 @@ class Layer:
 
     @property
     def matrix(self) -> torch.Tensor:
-        """The weight as [N, K] = [out_features, in_features]: a detached view, so writing to it writes the weight."""
+        """The weight as [N, K] = [out_features, in_features]: a detached view, so writing to it writes the weight.
+
+        Of a larger convolution K is in the order of ``facts``, (high, wide, channel), in which its patterns are. It is
+        a view while the weight is channels_last (``laid_in_patches``), and a copy else.
+        """
         weight = self.weight.detach()
         if self.kind == "hf_conv1d":
             return weight.t()
+        if self.kind == "conv2d":
+            return weight.permute(0, 2, 3, 1).flatten(1)
         return weight[:, :, 0, 0] if self.kind == "conv1x1" else weight  # flatten() may copy, an index never does
 
     @property
@@ -107,7 +114,7 @@ def _kind(module: nn.Module) -> str:
     if isinstance(module, nn.Linear):
         return "linear"
     if isinstance(module, nn.Conv2d):
-        return "conv1x1"
+        return "conv1x1" if module.kernel_size == (1, 1) else "conv2d"
     is_hf = any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers") for c in type(module).__mro__)
     return "hf_conv1d" if is_hf else ""
 
@@ -126,10 +133,9 @@ def _why_not(module: nn.Module) -> str:
 
 
 def _why_not_layer(module: nn.Module) -> str:
-    if isinstance(module, nn.Conv2d) and (module.kernel_size != (1, 1) or module.groups != 1):
+    if isinstance(module, nn.Conv2d) and module.groups != 1:
         size = "x".join(map(str, module.kernel_size))
-        grouped = f" in {module.groups} groups" if module.groups != 1 else ""
-        return f"it is a {size} convolution{grouped}, and only a 1x1 one without groups is a matrix product"
+        return f"it is a {size} convolution in {module.groups} groups, and only one without groups is a matrix product"
     weight = module._parameters.get("weight")
     if weight is None:
         made = "torch.nn.utils.prune.remove" if "weight_orig" in module._parameters else "remove_parametrizations"
@@ -184,7 +190,7 @@ def _targets(seen: Survey, step: Layers) -> tuple[str, ...]:
     if step.targets is not None:
         return step.targets
     present = {layer.kind for layer in seen.layers.values()}
-    return tuple(entry for kind, entry in KINDS.items() if kind in present)
+    return tuple(dict.fromkeys(entry for kind, entry in KINDS.items() if kind in present))
 
 
 def _ignores(seen: Survey, step: Layers) -> tuple[str, ...]:

@@ -156,11 +156,9 @@ def _with_rival(at: AtBatch, decision: Decision) -> AtBatch:
 def rows_at(site: Site, batch: int, given: int) -> int:
     """M for a batch: the product of x's leading sizes, scaled from the batch they were seen with.
 
-    A 1x1 convolution sees [B, C, H, W] and has B*H*W rows. A symbolic size counts as the batch. At least 1.
+    A symbolic size counts as the batch. At least 1.
     """
-    shape = site.x_shape
-    sizes = (shape[0], *shape[2:]) if site.kind == "conv1x1" else shape[:-1]
-    seen = math.prod(size if isinstance(size, int) else given for size in sizes)
+    seen = math.prod(size if isinstance(size, int) else given for size in site.x_shape[:-1])
     return max(1, math.ceil(seen * batch / max(given, 1)))
 
 

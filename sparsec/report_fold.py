@@ -78,7 +78,8 @@ def fold(layers: Sequence[Layer]) -> tuple[Group, ...]:
         text = _NUMBER.sub("#", f"{layer.reason} {in_words(layer)}")
         site = layer.record.site
         rows = tuple(a.rows for a in layer.at)
-        same[(template(layer.name), layer.shape, layer.pattern, runs, rows, text, site.kind, site.dtype)].append(index)
+        kind = site.kind, site.dtype, site.conv
+        same[(template(layer.name), layer.shape, layer.pattern, runs, rows, text, kind)].append(index)
     measured = total(layers, 0, measured=True) is not None
     whole = total(layers, 0, measured)
     groups = []

@@ -7,18 +7,19 @@ a weight of the same shape with more zeros.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from sparsec.facts import Decision, NMFact, WeightFact
+from sparsec.facts import Conv, Decision, NMFact, WeightFact
 from sparsec.report_data import Layer, expected, percent
 from sparsec.report_fold import Group, merge_numbers
 
 if TYPE_CHECKING:
     from sparsec.explain import Explanation
 
-Decide = Callable[[WeightFact, str], Decision]
+Decide = Callable[..., Decision]  # (fact, dtype), and ``conv`` of a convolution
 
 TRIED = (0.5, 0.6, 0.7, 0.8, 0.9)  # shares of zeros that pruning methods reach
 WORTH = 0.03  # a group below this share of the time is not worth a sentence
@@ -32,7 +33,7 @@ def what_if(report: Explanation) -> Explanation:
     decide = decider(report)
     if decide is None:
         return replace(report, helps=tuple(said(report.groups)))
-    solved: dict[tuple[tuple[int, int], str, int], float | None] = {}
+    solved: dict[tuple[object, ...], float | None] = {}
     layers = tuple(_with_break_even(layer, decide, solved) for layer in report.layers)
     report = replace(report, layers=layers)
     return replace(report, helps=tuple(prunings(report, decide)))
@@ -47,6 +48,7 @@ def decider(report: Explanation) -> Decide | None:
         from sparsec.cache import cache_dir
         from sparsec.measure import rates_for
         from sparsec.passes.decide import decide
+        from sparsec.passes.decide.conv import conv_rates
 
         policy = report.options.policy
         target = targets.resolve(policy.target)
@@ -55,7 +57,16 @@ def decider(report: Explanation) -> Decide | None:
         rates_for(first.fact, first.site.dtype, target, threads, cache)
     except Exception:
         return None
-    return lambda fact, dtype: decide(fact, dtype, target, rates_for(fact, dtype, target, threads, cache), policy)
+
+    def decided(fact: WeightFact, dtype: str, conv: Conv | None = None) -> Decision:
+        return decide(fact, dtype, target, conv_rates(rates_for(fact, dtype, target, threads, cache), conv), policy)
+
+    return decided
+
+
+def _of(decide: Decide, layer: Layer) -> Decide:
+    conv = layer.record.site.conv
+    return functools.partial(decide, conv=conv) if conv else decide
 
 
 def pruned(fact: WeightFact, share: float) -> WeightFact:
@@ -76,17 +87,16 @@ def pruned(fact: WeightFact, share: float) -> WeightFact:
     )
 
 
-def _with_break_even(
-    layer: Layer, decide: Decide, solved: dict[tuple[tuple[int, int], str, int], float | None]
-) -> Layer:
+def _with_break_even(layer: Layer, decide: Decide, solved: dict[tuple[object, ...], float | None]) -> Layer:
     ats = []
     for at in layer.at:
         if at.decision != "dense":
             ats.append(at)
             continue
-        key = (layer.shape, layer.record.site.dtype, at.rows)
+        site = layer.record.site
+        key = (layer.shape, site.dtype, site.conv, at.rows)
         if key not in solved:
-            solved[key] = break_even_at(layer.record.fact, layer.record.site.dtype, at.rows, decide)
+            solved[key] = break_even_at(layer.record.fact, site.dtype, at.rows, _of(decide, layer))
         ats.append(replace(at, break_even=solved[key]))
     return replace(layer, at=tuple(ats))
 
@@ -151,7 +161,7 @@ def best_change(group: Group, decide: Decide) -> Change | None:
     n = len(group.layers)
     found = []
     for to, fact in imagined(layer.record.fact):
-        then = expected(decide(fact, layer.record.site.dtype), layer.rows)
+        then = expected(_of(decide, layer)(fact, layer.record.site.dtype), layer.rows)
         if then is not None and then.ours_s < cost.ours_s / n:
             found.append(Change(group, to, cost.ours_s - n * then.ours_s))
     most = max((c.saves for c in found), default=0.0)

@@ -1,14 +1,15 @@
 """Timing a report's model in this process: what ``measure=True`` adds.
 
 In: an Explanation and its model. Out: the same with measured times. Each distinct layer is timed as it would run
-against ``F.linear``, in turns in one run, on random x of the right shape. Identical layers (up to TOGETHER) are called
-one after the other, so that no weight sits in the nearest cache by itself. The whole model is timed on the given inputs
-by the function that ``sparsec bench`` uses.
+against ``F.linear`` (or ``F.conv2d``), in turns in one run, on random x of the right shape. Identical layers (up to
+TOGETHER) are called one after the other, so that no weight sits in the nearest cache by itself. The whole model is
+timed on the given inputs by the function that ``sparsec bench`` uses.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -16,10 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsec import whole_model
+from sparsec.facts import Conv
 from sparsec.formats import Format
+from sparsec.measure_conv import image
 from sparsec.passes.graph import DTYPES
 from sparsec.report_data import AtBatch, Cost, Layer, Measured, Whole, percent
 from sparsec.report_fold import Group, total
+from sparsec.runtime.direct import convolve
 from sparsec.timing import interleave, speedup
 
 if TYPE_CHECKING:
@@ -169,7 +173,10 @@ def find(model: torch.nn.Module, layer: Layer) -> Weights | None:
     bias = None if isinstance(owner, torch.Tensor) else getattr(owner, "bias", None)
     if not isinstance(weight, torch.Tensor) or weight.numel() != layer.shape[0] * layer.shape[1]:
         return None
-    matrix = weight.detach().t() if site.transposed else weight.detach().reshape(weight.shape[0], -1)
+    weight = weight.detach()
+    matrix = weight.t() if site.transposed else weight
+    if site.conv:
+        matrix = weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
     if tuple(matrix.shape) != layer.shape:
         return None
     return Weights(matrix, bias.detach() if site.bias is not None and isinstance(bias, torch.Tensor) else None)
@@ -180,11 +187,16 @@ def time_group(group: Group, weights: Sequence[Weights], at: AtBatch, target: st
     generator = torch.Generator().manual_seed(0)
     dtype = TORCH[group.first.record.site.dtype]
     rows = min(at.rows, MOST_ROWS)
+    walk = conv.about(rows) if (conv := group.first.record.site.conv) else None
+    if walk is None:
+        x = torch.randn(rows, group.first.shape[1], generator=generator).to(dtype)
+    else:
+        batch, high, wide = walk.image
+        rows, x = walk.rows, image(batch, group.first.shape[1] // math.prod(walk.kernel), high, wide, dtype)
     scale = at.rows / rows
-    x = torch.randn(rows, group.first.shape[1], generator=generator).to(dtype)
-    functions: dict[str, Callable[[], object]] = {"dense": _turns([_dense(w, x) for w in weights])}
+    functions: dict[str, Callable[[], object]] = {"dense": _turns([_dense(w, x, walk) for w in weights])}
     if at.decision != "dense":
-        functions["ours"] = _turns([_ours(w, x, at, target) for w in weights])
+        functions["ours"] = _turns([_ours(w, x, at, target, walk) for w in weights])
     samples = interleave(functions, rounds=ROUNDS, budget_s=SECONDS)
     dense = samples["dense"].best * scale
     if "ours" not in samples:
@@ -193,14 +205,16 @@ def time_group(group: Group, weights: Sequence[Weights], at: AtBatch, target: st
     return Measured(dense, dense / ratio.value, ratio.low, ratio.high)
 
 
-def _dense(w: Weights, x: torch.Tensor) -> Callable[[], object]:
+def _dense(w: Weights, x: torch.Tensor, walk: Conv | None) -> Callable[[], object]:
+    if walk is not None:
+        return lambda: convolve(x, w.weight, walk, w.bias)
     return lambda: torch.nn.functional.linear(x, w.weight, w.bias)
 
 
-def _ours(w: Weights, x: torch.Tensor, at: AtBatch, target: str) -> Callable[[], object]:
+def _ours(w: Weights, x: torch.Tensor, at: AtBatch, target: str, walk: Conv | None) -> Callable[[], object]:
     from sparsec.runtime.direct import Direct
 
-    direct = Direct(w.weight, Format.parse(at.decision), at.kernel, w.bias, target=target)
+    direct = Direct(w.weight, Format.parse(at.decision), at.kernel, w.bias, target=target, conv=walk)
     return lambda: direct(x)
 
 

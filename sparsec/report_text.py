@@ -114,7 +114,7 @@ def nothing(report: Explanation) -> str:
     if report.refusals:
         return "no linear layer can be taken; the reasons are below"
     return (
-        "no linear layer was found. sparsec speeds up nn.Linear, x @ W, addmm, 1x1 convolutions and HF Conv1D whose "
+        "no linear layer was found. sparsec speeds up nn.Linear, x @ W, addmm, conv2d and HF Conv1D whose "
         "weight is a parameter; this model's forward has none"
     )
 

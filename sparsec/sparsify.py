@@ -31,6 +31,7 @@ from sparsec.passes.masks.contract import GRADIENTS, Updates
 from sparsec.prunable import Job, Selection, select_layers, survey
 from sparsec.recipe import Recipe
 from sparsec.recipe_steps import Piece, Step, Values
+from sparsec.sparsify_patches import laid_in_patches, only_masks
 from sparsec.sparsify_report import PrunedLayer, Report, counted
 from sparsec.sparsify_run import Runner
 from sparsec.sparsify_structure import restructure
@@ -141,6 +142,7 @@ def execute(
     structured = None
     with (
         kept_until_done(journal, keep_journal),
+        laid_in_patches(prepared.model, (job for _, selection in prepared.stages for job in selection.jobs)),
         taken_by(prepared.model, samples),
         progress_bar("sparsify", quiet=not progress) as tick,
     ):
@@ -197,7 +199,7 @@ def prepare(model: nn.Module, recipe: object) -> Prepared:
         if stage.mask is None:
             stages.append((stage, _alone(stage, len(planned))))
             continue
-        selection = select_layers(seen, stage.mask)
+        selection = only_masks(stage, select_layers(seen, stage.mask))
         _check_scope(stage, selection)
         _check_tensors(stage, selection)
         _check_needs(stage, selection)

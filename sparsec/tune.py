@@ -17,7 +17,7 @@ import torch
 
 from sparsec.cache import one_at_a_time
 from sparsec.efforts import EFFORTS, Effort
-from sparsec.facts import WeightFact
+from sparsec.facts import Conv, WeightFact
 from sparsec.measure import BUSY_S
 from sparsec.measure_calls import tune_log
 from sparsec.options import Policy
@@ -78,10 +78,12 @@ def measured_for(
     policy: Policy,
     ms: Sequence[int] = (),
     x: str = "",
+    conv: Conv | None = None,
 ) -> dict[tuple[str, str, int], Ratio]:
     """What is measured about running ``weight`` [N, K]: (format, loop, M bucket) -> times faster than dense.
 
-    ``ms``: the rows of x that matter (none: those of the effort). ``x``: "int8" where the graph rounds x to it. Known
+    ``ms``: the rows of x that matter (none: those of the effort). ``x``: "int8" where the graph rounds x to it.
+    ``conv``: of a convolution, which is then what is measured, on the images that it says. Known
     records are reused; the others are measured while the budget lasts, and each is on disk before the next begins. An
     empty answer means: decide by the model.
     """
@@ -89,7 +91,7 @@ def measured_for(
     session = _session(policy)
     if not effort.candidates or fact.nonfinite or target.name == "reference":
         return {}
-    point = _point(weight, fact, dtype, target, policy, x)
+    point = _point(weight, fact, dtype, target, policy, x, conv)
     database = Database.of(policy.cache_dir, session.strict)
     found: dict[tuple[str, str, int], Ratio] = {}
     for m in dict.fromkeys(bucket(m) for m in ms or effort.ms):
@@ -168,11 +170,13 @@ def _expected_now(record: Record, trial: Trial) -> Record:
     return replace(record, model_s=trial.model_s, model_dense_s=trial.model_dense_s)
 
 
-def _point(weight: torch.Tensor, fact: WeightFact, dtype: str, target: Target, policy: Policy, x: str) -> Point:
+def _point(
+    weight: torch.Tensor, fact: WeightFact, dtype: str, target: Target, policy: Policy, x: str, conv: Conv | None
+) -> Point:
     if isinstance(target, GpuTarget):
         from sparsec.tune_gpu import GpuPoint
 
         return GpuPoint(weight, fact, dtype, target, policy)
     from sparsec.tune_cpu import CpuPoint
 
-    return CpuPoint(weight, fact, dtype, target, policy, torch.get_num_threads(), x)
+    return CpuPoint(weight, fact, dtype, target, policy, torch.get_num_threads(), x, conv)

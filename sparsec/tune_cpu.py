@@ -7,6 +7,7 @@ so that, as inside a model, no call finds its weight in a cache.
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -18,14 +19,17 @@ from sparsec.cache import cache_dir, digest
 from sparsec.codegen.spec import Packed
 from sparsec.efforts import Effort
 from sparsec.errors import BuildError, PackError
-from sparsec.facts import WeightFact
+from sparsec.facts import Conv, WeightFact
 from sparsec.formats import Format
 from sparsec.measure import rates_for
 from sparsec.measure_calls import cold_bytes, tune_log
+from sparsec.measure_conv import image
 from sparsec.measure_kernels import TORCH, Text, direct, kernel_texts
 from sparsec.options import Policy
 from sparsec.passes.decide.candidates import Way
+from sparsec.passes.decide.conv import conv_rates
 from sparsec.quiet import others_s, short_of_cores, wait_for_cores
+from sparsec.runtime.direct import convolve
 from sparsec.targets.base import Target
 from sparsec.timing import interleave
 from sparsec.tune_point import Timed, Trial, promising
@@ -46,11 +50,13 @@ class CpuPoint:
     policy: Policy
     threads: int
     x: str = ""  # "int8": the graph rounds x to it
+    conv: Conv | None = None  # of a convolution, whose images are what is timed
 
     def trials(self, m: int, effort: Effort) -> dict[Key, Trial]:
         """The sparse ways worth measuring at M = ``m``, cheapest by the model first."""
         cache = cache_dir(self.policy.cache_dir)
         rates = rates_for(self.fact, self.dtype, self.target, self.threads, cache, self.policy.formats, self.x)
+        rates = conv_rates(rates, self.conv)
         found = {}
         for way, trial in promising(self.fact, self.dtype, rates, self.policy, m, effort, self.x):
             if (text := self._text(way)) is not None:
@@ -62,9 +68,10 @@ class CpuPoint:
         return next((t for t in texts if t.spec.way == way.kernel), None)
 
     def _key(self, text: Text, way: Way, m: int) -> Key:
-        fact = self.fact
+        fact, walk = self.fact, self._walk(m)
+        loop = f"{way.kernel}@{walk}" if walk else way.kernel
         return Key(
-            self.target.fingerprint, torch.__version__, self.threads, digest(text.text), way.format, way.kernel,
+            self.target.fingerprint, torch.__version__, self.threads, digest(text.text), way.format, loop,
             self.dtype, fact.n, fact.k, round(40 * fact.density), m, self._cold,
         )  # fmt: skip
 
@@ -76,7 +83,9 @@ class CpuPoint:
         """Run the ways against dense in the same rounds; those that the budget leaves no time to pack are missing."""
         started = time.perf_counter()
         dense = itertools.cycle(self._copies(self.weight))
-        x = torch.randn(m, self.fact.k, generator=torch.Generator().manual_seed(0)).to(TORCH[self.dtype])
+        walk = self._walk(m)
+        x = self._input(m, walk)
+        product = torch.nn.functional.linear if walk is None else partial(convolve, conv=walk)
         calls: dict[str, Callable[[], object]] = {}
         packs: dict[str, list[Packed]] = {}
         late: list[Key] = []
@@ -85,7 +94,7 @@ class CpuPoint:
                 late.append(key)
                 continue
             try:
-                runs = self._runs(trial.run, packs)
+                runs = self._runs(trial.run, packs, walk)
             except (BuildError, PackError) as error:  # the decision meets it again, and records it
                 _log.info("%s is not measured: %s", key.name, error)
                 continue
@@ -96,7 +105,7 @@ class CpuPoint:
         left = max(budget_s - (time.perf_counter() - started), 0.0)
         taken, began = others_s(), time.monotonic()
         samples = interleave(
-            {"dense": lambda: torch.nn.functional.linear(x, next(dense)), **calls},
+            {"dense": lambda: product(x, next(dense)), **calls},
             effort.rounds,
             min(effort.point_s, left),
             min_call_s=0.0 if self._cold else 2e-4,
@@ -106,7 +115,19 @@ class CpuPoint:
         ways = {key: samples[key.id] for key in trials if key.id in samples}
         return Timed(samples["dense"], ways, busy, tuple(late))
 
-    def _runs(self, text: Text, packs: dict[str, list[Packed]]) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+    def _walk(self, m: int) -> Conv | None:
+        """The convolution with the images that are timed for ``m`` rows: its own, where those are known."""
+        return self.conv if self.conv is None or self.conv.rows else self.conv.about(m)
+
+    def _input(self, m: int, walk: Conv | None) -> torch.Tensor:
+        if walk is not None:
+            batch, high, wide = walk.image
+            return image(batch, self.fact.k // math.prod(walk.kernel), high, wide, TORCH[self.dtype])
+        return torch.randn(m, self.fact.k, generator=torch.Generator().manual_seed(0)).to(TORCH[self.dtype])
+
+    def _runs(
+        self, text: Text, packs: dict[str, list[Packed]], walk: Conv | None
+    ) -> list[Callable[[torch.Tensor], torch.Tensor]]:
         """The kernel on as many copies of the pack as it takes to outgrow the caches; loops share the copies."""
         cache = cache_dir(self.policy.cache_dir)
         weight = self.weight.detach()
@@ -116,7 +137,7 @@ class CpuPoint:
             times = _copies_for(packed.bytes, self.target) if self._cold else 1
             copies = (tuple(t.clone() for t in packed.tensors) for _ in range(times - 1))
             packs[name] = [packed, *(replace(packed, tensors=tensors) for tensors in copies)]
-        return [direct(weight, text.spec, self.target, cache, packed) for packed in packs[name]]
+        return [direct(weight, text.spec, self.target, cache, packed, walk) for packed in packs[name]]
 
     def _copies(self, weight: torch.Tensor) -> list[torch.Tensor]:
         size = weight.numel() * weight.element_size()

@@ -128,9 +128,7 @@ def watched(
 
 
 def _tuned(layer: LayerRecord) -> TunedLayer:
-    shape, kind = layer.site.x_shape, layer.site.kind
-    sizes = (shape[0], *shape[2:]) if kind == "conv1x1" else shape[:-1]
-    m = math.prod(size if isinstance(size, int) else 0 for size in sizes)
+    m = math.prod(size if isinstance(size, int) else 0 for size in layer.site.x_shape[:-1])
     ran = layer.decision.at(max(m, 1))
     measured = layer.decision.source in ("measured", "forced") and ran.format != "dense" and ran.ours_s
     return TunedLayer(

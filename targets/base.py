@@ -71,3 +71,5 @@ class Rates:
     kernels: tuple[KernelRate, ...]
     dense_overhead: float = 0.0
     scaling: float = 1.0  # arithmetic of all threads over that of one
+    conv: tuple[DenseRate, ...] = ()  # as ``dense``, of a convolution of some size; M: pixels of its result
+    gather: float = 0.0  # seconds, with all threads, for each value of a patch that a convolution's kernel gathers

@@ -12,8 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sparsec.facts import WeightFact
+from sparsec.formats import VALUE_BITS, VALUE_BYTES, Format, storage_bytes, stored_values, value_kind
 from sparsec.options import Policy
-from sparsec.passes.decide.candidates import Way, dense_way, ways_for
+from sparsec.passes.decide.candidates import Way, allowed, dense_way, formats_of, ways_for
 from sparsec.passes.decide.cost import Cost, Line, Piece, turning_points
 from sparsec.targets.base import Rates
 
@@ -64,6 +65,20 @@ def best_whole(
         guess = 2 * (dense.bytes + ways[0].bytes) / rates.bandwidth
         plans.append((plan_of(name, ways, dense, guess if unpack_s is None else unpack_s), ways[0].bytes))
     return min(plans, key=lambda p: (round(p[0].score, 3), p[1], p[0].format))[0] if plans else None
+
+
+def formats_by_size(fact: WeightFact, dtype: str, policy: Policy) -> list[Format]:
+    """The formats that a weight holds and the policy allows, the fewest bytes first, as far as facts tell them; those
+    that take as many as dense are left out. For what no speed is asked of: rows of an embedding."""
+    found = {}
+    for format in formats_of(fact, dtype):
+        if not allowed(format, policy.formats) or format.pattern.kind == "dense":
+            continue
+        plain = storage_bytes(Format(format.pattern, dtype), fact)
+        saved = VALUE_BYTES[dtype] - VALUE_BITS[value_kind(format.values)[0]] / 8
+        found[format] = plain - stored_values(format.pattern, fact) * saved
+    whole = fact.n * fact.k * VALUE_BYTES[dtype]
+    return sorted((f for f in found if found[f] < whole), key=lambda f: (found[f], str(f)))
 
 
 def plan_of(name: str, ways: Iterable[Way], dense: Way, unpack_s: float) -> WholePlan:

@@ -1,6 +1,6 @@
-"""A layer packed in place (``sparsec.pack_``) is a call of sparsec::linear_packed already: it stays, and is named.
+"""A layer packed in place (``sparsec.pack_``) is a call of an op on its pack already: it stays, and is named.
 
-Before: y = sparsec.linear_packed(x, b, [meta, tensors ...], n)
+Before: y = sparsec.linear_packed(x, b, [meta, tensors ...], n), or sparsec.embedding_packed(ids, [meta, ...], k, dtype)
 After:  the same
 """
 
@@ -15,16 +15,19 @@ from sparsec.compat import real_tensors, source_name
 from sparsec.facts import Declined, Site
 from sparsec.passes.graph import View, argument
 
+_PACK_AT = {"linear_packed": 2, "embedding_packed": 1}  # op -> which argument its pack is
+
 
 class PackedRule:
     name = "packed"
 
     def match(self, node: Node, view: View) -> Site | Declined | None:
-        if not str(node.target).startswith("sparsec.linear_packed"):
+        op = next((op for op in _PACK_AT if str(node.target).startswith(f"sparsec.{op}")), None)
+        if op is None:
             return None
-        pack = argument(node, 2, "pack")
+        pack = argument(node, _PACK_AT[op], "pack")
         name = source_name(pack[0]).removesuffix("._pack") if isinstance(pack[0], Node) else ""
-        return Declined(_said(pack, view), node.name, name, "linear_packed")
+        return Declined(_said(pack, view), node.name, name, op)
 
     def emit(self, graph: Graph, node: Node, plan: str, ops: Any) -> Node:
         raise AssertionError("packed never matches a site")

@@ -1,4 +1,4 @@
-"""Whatever multiplies by a matrix and was not taken gets a reason. This rule never matches a site."""
+"""Whatever reads a weight matrix and was not taken gets a reason. This rule never matches a site."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ _REASONS: tuple[tuple[str, str], ...] = (
     (r"conv_?transpose\d?d?", "transposed convolutions are not taken so far"),
     (r"conv1d", "convolutions over one dimension are not taken so far"),
     (r"conv3d", "convolutions over three dimensions are not taken so far"),
+    (r"embedding_bag", "sums of rows of an embedding are not taken so far"),
     (r"multi_head_attention_forward", "fused attention is not taken apart; its projections stay dense"),
     (r"lstm|gru|rnn_\w+", "recurrent layers are not taken so far"),
     (r"einsum|tensordot|bilinear|multi_dot|chain_matmul", "{word} is not taken so far; write it as a linear or matmul"),

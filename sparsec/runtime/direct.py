@@ -10,6 +10,7 @@ from sparsec import targets
 from sparsec.cache import cache_dir
 from sparsec.codegen import build, cpp
 from sparsec.codegen.spec import ACTS, KernelSpec, Packed
+from sparsec.facts import Conv
 from sparsec.formats import Format
 from sparsec.passes.graph import DTYPES
 from sparsec.runtime import library
@@ -18,6 +19,8 @@ from sparsec.runtime.parts import FOREVER, LOOPS, route
 
 class Direct:
     """Callable ``y = act(x @ weight.T + bias)``; x [..., K] of the weight's dtype, y [..., N].
+
+    With ``conv`` x is images [B, C, H, W] and y [B, N, high, wide], channels_last; the weight is [N, K] all the same.
 
     ``packed`` may be given to share one pack between loops. Raises PackError where the weight does not fit the
     format, BuildError where the kernel cannot be made.
@@ -33,6 +36,7 @@ class Direct:
         target: str = "auto",
         cache: str = "",
         packed: Packed | None = None,
+        conv: Conv | None = None,
     ) -> None:
         library.load()
         machine = targets.resolve(target)
@@ -46,8 +50,21 @@ class Direct:
         self._tensors = [*self.packed.tensors, *own, self.packed.work]
         packed = replace(self.packed, tensors=(*self.packed.tensors, *own))
         self._route = route(0, FOREVER, self.kernel, packed, 0)
+        self._walk = conv.numbers if conv else None
 
     def __call__(self, x: torch.Tensor, active: torch.Tensor | None = None) -> torch.Tensor:
         """``active``: int32, ascending; of kernels that read a part of the weight the columns or rows to read."""
-        y: torch.Tensor = torch.ops.sparsec.direct(x, self.bias, self._tensors, self._route, self.n, self.act, active)
+        said = (x, self.bias, self._tensors, self._route, self.n, self.act)
+        ops = torch.ops.sparsec
+        y: torch.Tensor = ops.direct(*said, active) if self._walk is None else ops.direct_conv(*said, self._walk)
         return y
+
+
+def convolve(x: torch.Tensor, weight: torch.Tensor, conv: Conv, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The same convolution by PyTorch: images [B, C, H, W], weight as the matrix [N, K]."""
+    above, below, left, right = conv.padding
+    filters = weight.view(weight.shape[0], *conv.kernel, -1).permute(0, 3, 1, 2)
+    pads = above, left
+    if (above, left) != (below, right):
+        x, pads = torch.nn.functional.pad(x, (left, right, above, below)), (0, 0)
+    return torch.nn.functional.conv2d(x, filters, bias, conv.stride, pads, conv.dilation)

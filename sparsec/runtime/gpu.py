@@ -1,4 +1,4 @@
-"""The ops of a graph on a GPU: sparsec_gpu::linear and ::conv1x1, and the table that serves them.
+"""The ops of a graph on a GPU: sparsec_gpu::linear and ::conv2d, and the table that serves them.
 
 As on the CPU (``op.cpp``) a call receives the original weight and finds what was decided for it by identity: the
 TensorImpl (held weakly), data pointer and version. It is Python, since a kernel launch is; a CUDA graph records the
@@ -155,8 +155,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pla
     return y.view(*x.shape[:-1], matrix.shape[0])
 
 
-def conv1x1(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, plan: str) -> torch.Tensor:
-    """x [B, C, H, W], weight [N, C, 1, 1] -> [B, N, H, W], in the memory format of x."""
+def conv2d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, plan: str) -> torch.Tensor:
+    """x [B, C, H, W], weight [N, C, 1, 1] -> [B, N, H, W], in the memory format of x. Only 1x1, stride 1, unpadded."""
     entry = entry_of(weight, plan)
     last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if last else torch.contiguous_format
@@ -219,7 +219,7 @@ def load() -> None:
     """Make ``torch.ops.sparsec_gpu.*`` exist in this process."""
     library: Any = torch.library.Library("sparsec_gpu", "FRAGMENT")  # type: ignore[no-untyped-call]
     tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-    for name, function, shape in (("linear", linear, _linear_shape), ("conv1x1", conv1x1, _conv_shape)):
+    for name, function, shape in (("linear", linear, _linear_shape), ("conv2d", conv2d, _conv_shape)):
         library.define(f"{name}(Tensor x, Tensor weight, Tensor? bias, str plan) -> Tensor", tags=tags)
         library.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"sparsec_gpu::{name}", shape, lib=library)

@@ -25,7 +25,7 @@ def load(chosen_cache: str = "") -> None:
     if _python_half:
         return
     text = (_HERE / "op.cpp").read_text()
-    headers = (_HERE / name for name in ("active.h", "table.h", "inputs.h", "packed.h"))
+    headers = (_HERE / name for name in ("active.h", "table.h", "inputs.h", "conv.h", "packed.h"))
     for header in (*headers, Path(build.__file__).parent / "cpp" / "abi.h"):
         inside = header.read_text().replace("#pragma once", "")
         text = text.replace(f'#include "{header.name}"', inside)  # one text, so that one hash names the library
@@ -51,7 +51,7 @@ def _register_python_half() -> None:
     torch.library.register_fake("sparsec::linear_codes", _codes_shape, lib=library)
     torch.library.register_fake("sparsec::linear_needed", _needed_shape, lib=library)
     torch.library.register_fake("sparsec::linear_group", _group_shapes, lib=library)
-    torch.library.register_fake("sparsec::conv1x1", _conv_shape, lib=library)
+    torch.library.register_fake("sparsec::conv2d", _conv_shape, lib=library)
     packed.register(library)
 
 
@@ -98,6 +98,10 @@ def _group_shapes(
 
 
 def _conv_shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, plan: str) -> torch.Tensor:
-    shape = (x.shape[0], weight.shape[0], x.shape[2], x.shape[3])
+    from sparsec.plan import Plan
+
+    walk = Plan.decode(plan).conv
+    assert walk is not None
+    shape = (x.shape[0], weight.shape[0], *walk.size(x.shape[2], x.shape[3]))
     channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     return x.new_empty(shape).to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)

@@ -1,4 +1,4 @@
-// The ops that stand in a compiled graph: sparsec::linear, ::linear_codes, ::linear_group, ::conv1x1.
+// The ops that stand in a compiled graph: sparsec::linear, ::linear_codes, ::linear_group, ::conv2d (conv.h).
 //
 // A call receives the original weight, or the tensors that it is computed from, and finds what was decided for it by
 // identity (table.h): TensorImpl, data pointer and version. A weight that is not known, or has changed, is handed to
@@ -9,11 +9,13 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm_cpu_dispatch.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/eye.h>
 #include <ATen/ops/gelu.h>
+#include <ATen/ops/index_select.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
 #include <ATen/ops/ne.h>
 #include <ATen/ops/relu.h>
@@ -23,7 +25,9 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -46,7 +50,7 @@ Tensor activate(Tensor y, int64_t act) {
   }
 }
 
-// `rows` as the product needs them, `w` [N, K] (or [K, N], or [N, K, 1, 1]).
+// `rows` as the product needs them, `w` [N, K] (or [K, N], or of a convolution [N, K, 1, 1]).
 Tensor dense_rows(const Tensor &rows, const Tensor &w, const std::optional<Tensor> &b, const Entry &e) {
   Tensor wt = e.transposed ? w : (w.dim() == 2 ? w : w.reshape({e.n, e.k})).t();
   Tensor y = b && b->defined() ? at::cpu::addmm(*b, rows, wt) : at::cpu::mm(rows, wt);
@@ -326,19 +330,6 @@ std::vector<Tensor> linear_group(const Tensor &x, at::TensorList weights, const 
   return ys;
 }
 
-// x [B, C, H, W], w [N, C, 1, 1]. The memory format of the result is that of x.
-Tensor conv1x1(const Tensor &x, const Tensor &w, const std::optional<Tensor> &b, c10::string_view plan) {
-  at::AutoDispatchBelowADInplaceOrView guard;  // inference only: no autograd bookkeeping for the calls inside
-  auto entry = lookup(w, plan);
-  bool last = !x.is_contiguous() && x.is_contiguous(at::MemoryFormat::ChannelsLast);
-  auto format = last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-  int64_t m = x.size(0) * x.size(2) * x.size(3);
-  if (!entry->at(m)) return activate(at::conv2d(x, w, b), entry->act).contiguous(format);
-  Tensor rows = x.permute({0, 2, 3, 1}).reshape({m, x.size(1)}).contiguous();
-  Tensor y = rows_through(*entry, rows, w, b, {}).view({x.size(0), x.size(2), x.size(3), entry->n});
-  return y.permute({0, 3, 1, 2}).contiguous(format);
-}
-
 // One kernel on one packed weight, without a table: for tuning and tests.
 Tensor direct(const Tensor &x, const std::optional<Tensor> &b, at::TensorList tensors, at::IntArrayRef route,
               int64_t n, int64_t act, const std::optional<Tensor> &active, double x_scale) {
@@ -362,7 +353,6 @@ TORCH_LIBRARY_FRAGMENT(sparsec, lib) {
           "-> Tensor", tags);
   lib.def("linear_group(Tensor x, Tensor[] weights, Tensor?[] biases, str[] plans, Tensor?[] x_scales) -> Tensor[]",
           tags);
-  lib.def("conv1x1(Tensor x, Tensor weight, Tensor? bias, str plan) -> Tensor", tags);
   lib.def("resolve(Tensor[] parts, str plan) -> ()");
   lib.def("computed(Tensor[] parts, str plan) -> Tensor");
   lib.def("verify(Tensor x, Tensor weight, Tensor? bias, Tensor y, str plan, float x_scale) -> ()");
@@ -380,9 +370,9 @@ TORCH_LIBRARY_IMPL(sparsec, CPU, lib) {
   lib.impl("linear_codes", linear_codes);
   lib.impl("linear_needed", linear_needed);
   lib.impl("linear_group", linear_group);
-  lib.impl("conv1x1", conv1x1);
   lib.impl("install", install);
   lib.impl("direct", direct);
 }
 
+#include "conv.h"
 #include "packed.h"

@@ -1,4 +1,5 @@
-// The ops of weights that have no dense twin any more (sparsec.pack_): sparsec::linear_packed, ::unpack_packed.
+// The ops of weights that have no dense twin any more (sparsec.pack_): sparsec::linear_packed, ::embedding_packed,
+// ::unpack_packed.
 //
 // `pack` is {meta, tensors of the pack ..., work}. The tensors are the data itself, so nothing is looked up by identity:
 // `meta` (uint8, a JSON text) says what they are, and equal texts share one PackedEntry, which Python makes at the first
@@ -138,6 +139,45 @@ Tensor unpack_packed(at::TensorList pack, int64_t n, int64_t k, at::ScalarType d
   return out;
 }
 
+// Rows of the packed weight [n, k] by their numbers: ids of any shape -> [..., k]. A tile of 16 rows is decoded once,
+// whichever of its rows are asked for.
+Tensor embedding_packed(const Tensor &ids, at::TensorList pack, int64_t k, at::ScalarType dtype) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  auto entry = lookup_packed(pack);
+  const PackedEntry &e = *entry;
+  TORCH_CHECK(k == e.k && dtype == e.dtype, "sparsec::embedding_packed: the packed rows are ", e.k, " of ", e.dtype);
+  Tensor flat = ids.to(at::kLong).contiguous().view(-1);
+  const int64_t *id = flat.const_data_ptr<int64_t>(), count = flat.numel();
+  for (int64_t i = 0; i < count; ++i)
+    TORCH_CHECK_INDEX(0 <= id[i] && id[i] < e.n, "index out of range: ", id[i], " in an embedding of ", e.n, " rows");
+  std::vector<int64_t> sizes(ids.sizes().begin(), ids.sizes().end());
+  sizes.push_back(k);
+  if (e.routes.empty()) return unpack_packed(pack, e.n, k, dtype).index_select(0, flat).view(sizes);
+  Tensor out = at::empty({count, k}, at::TensorOptions().dtype(dtype));
+  Route route = packed_route(e, e.routes.size() - 1, pack);
+  std::vector<int64_t> order(count), first;  // ids by tile, and where each tile begins
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return id[a] / 16 < id[b] / 16; });
+  for (int64_t i = 0; i < count; ++i)
+    if (!i || id[order[i]] / 16 != id[order[i - 1]] / 16) first.push_back(i);
+  first.push_back(count);
+  char *to = static_cast<char *>(out.mutable_data_ptr());
+  int64_t bytes = k * out.element_size(), tiles = first.size() - 1;
+  at::parallel_for(0, tiles, std::max<int64_t>(1, kSerial / std::max<int64_t>(1, 16 * k)), [&](int64_t t0, int64_t t1) {
+    std::vector<char> block(16 * bytes);
+    for (int64_t t = t0; t < t1; ++t) {
+      int64_t tile = id[order[first[t]]] / 16;
+      SparsecCall call{};
+      call.m = tile * 16, call.n = e.n, call.k = k;
+      call.y = block.data(), call.y_stride = k, call.pack = route.pack.data();
+      route.run(&call, tile, tile + 1);
+      for (int64_t i = first[t]; i < first[t + 1]; ++i)
+        std::memcpy(to + order[i] * bytes, block.data() + id[order[i]] % 16 * bytes, bytes);
+    }
+  });
+  return out.view(sizes);
+}
+
 // Whether the pack holds exactly `w`, block by block; -0.0 counts as 0.0, which no pack stores.
 bool holds_packed(at::TensorList pack, const Tensor &w) {
   auto entry = lookup_packed(pack);
@@ -175,6 +215,7 @@ void install_packed(const Tensor &meta, at::IntArrayRef facts, at::IntArrayRef t
 TORCH_LIBRARY_FRAGMENT(sparsec, lib) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag, at::Tag::needs_exact_strides};
   lib.def("linear_packed(Tensor x, Tensor? bias, Tensor[] pack, int n) -> Tensor", tags);
+  lib.def("embedding_packed(Tensor ids, Tensor[] pack, int k, ScalarType dtype) -> Tensor", tags);
   lib.def("unpack_packed(Tensor[] pack, int n, int k, ScalarType dtype) -> Tensor", tags);
   lib.def("holds_packed(Tensor[] pack, Tensor weight) -> bool");
   lib.def("resolve_packed(Tensor meta) -> ()");
@@ -185,6 +226,7 @@ TORCH_LIBRARY_FRAGMENT(sparsec, lib) {
 
 TORCH_LIBRARY_IMPL(sparsec, CPU, lib) {
   lib.impl("linear_packed", linear_packed);
+  lib.impl("embedding_packed", embedding_packed);
   lib.impl("unpack_packed", unpack_packed);
   lib.impl("holds_packed", holds_packed);
   lib.impl("install_packed", install_packed);

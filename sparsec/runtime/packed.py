@@ -136,11 +136,16 @@ def register(library: Any) -> None:
     library.impl("reference_packed", reference, "CPU")
     library.impl("verify_packed", verify, "CPU")
     torch.library.register_fake("sparsec::linear_packed", _linear_shape, lib=library)
+    torch.library.register_fake("sparsec::embedding_packed", _rows_shape, lib=library)
     torch.library.register_fake("sparsec::unpack_packed", _weight_shape, lib=library)
 
 
 def _linear_shape(x: torch.Tensor, bias: torch.Tensor | None, pack: list[torch.Tensor], n: int) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], n))
+
+
+def _rows_shape(ids: torch.Tensor, pack: list[torch.Tensor], k: int, dtype: torch.dtype) -> torch.Tensor:
+    return ids.new_empty((*ids.shape, k), dtype=dtype)
 
 
 def _weight_shape(pack: list[torch.Tensor], n: int, k: int, dtype: torch.dtype) -> torch.Tensor:

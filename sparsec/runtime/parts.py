@@ -70,9 +70,10 @@ def rounds(part: Range) -> str:
 
 def matrix(weight: torch.Tensor, plan: Plan) -> torch.Tensor:
     """The weight as [N, K], a view where the layout allows one."""
+    weight = weight.detach()
     if plan.transposed:
-        return weight.detach().t()
-    return weight.detach().reshape(weight.shape[0], -1)
+        return weight.t()
+    return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1) if plan.conv else weight
 
 
 def route(m_lo: int, m_hi: int, kernel: Kernel, packed: Packed, first: int, most: int = 0) -> list[int]:

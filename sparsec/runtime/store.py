@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from sparsec import targets
+from sparsec.activation_rates import rate_of
 from sparsec.cache import cache_dir
 from sparsec.codegen import build, cpp, reference, triton
 from sparsec.codegen.spec import ACTS, Kernel, KernelSpec, Packed
@@ -26,6 +27,7 @@ from sparsec.facts import Decision, Range, Site, WeightFact
 from sparsec.formats import Format
 from sparsec.options import Policy
 from sparsec.passes.decide import decide, dense_decision
+from sparsec.passes.decide.conv import conv_rates
 from sparsec.passes.graph import DTYPES
 from sparsec.passes.profile.weights import profile
 from sparsec.plan import Plan
@@ -42,6 +44,7 @@ MAX_WAIT = 4096
 # Weights in a row that died after one use, at one place of one graph: they are made anew for every call (offloading,
 # functional_call), so later ones are served dense without being looked at. Compiling again starts afresh.
 MAX_SHORT_LIVED = 4
+CONV_MS = (64, 1024)  # rows at which a convolution of images of any size is measured: pixels, not tokens
 
 
 @dataclass
@@ -145,8 +148,8 @@ class Store:
         from sparsec.tune import measured_for
 
         target, dtype = target_of(weight, policy), DTYPES[weight.dtype]
-        ms = (plan.m,) if plan.m else ()
-        measured = measured_for(matrix(weight, plan), fact, dtype, target, policy, ms, plan.x_type)
+        ms = (plan.m,) if plan.m else CONV_MS if plan.conv else ()
+        measured = measured_for(matrix(weight, plan), fact, dtype, target, policy, ms, plan.x_type, plan.conv)
         rates, gates = _rates(fact, dtype, target, plan), gates_of(fact, plan)
         return decide(fact, dtype, target, rates, policy, measured, plan.x_type, gates)
 
@@ -238,6 +241,7 @@ class Store:
         x_kind, x_number = plan.x_rule
         facts = [ACTS.index(plan.act), int(plan.transposed), int(plan.policy.verify), n, k, wait]
         facts += [int(bool(plan.w)), int(weight.dtype == torch.bfloat16), x_kind]
+        facts += plan.conv.numbers if plan.conv else ()
         torch.ops.sparsec.install(list(parts), plan_text, facts, x_number, tensors, table, dense)
         self._watch(parts[0], plan_text)
 
@@ -330,12 +334,15 @@ def _rates(fact: WeightFact, dtype: str, target: Target, plan: Plan) -> Rates:
 
     cache, threads = cache_dir(plan.policy.cache_dir), torch.get_num_threads()
     loops = tuple(loop for loop, _ in plan.loops)
-    return rates_for(fact, dtype, target, threads, cache, plan.policy.formats, plan.x_type, loops)
+    found = rates_for(fact, dtype, target, threads, cache, plan.policy.formats, plan.x_type, loops)
+    return conv_rates(found, plan.conv)
 
 
 def gates_of(fact: WeightFact, plan: Plan) -> tuple[tuple[str, float | None], ...]:
     """(loop, share left) of each loop that the plan allows: as calibrated for this weight, else as the graph says."""
-    return plan.loops
+    counted = rate_of(fact.key) if plan.loops and fact.key else None
+    left = 1.0 - counted.at(max(plan.m, 1)) if counted else None
+    return tuple((loop, left if loop == "skip" and left is not None else said) for loop, said in plan.loops)
 
 
 def invalidate(model: torch.nn.Module | torch.Tensor) -> int:

@@ -38,6 +38,20 @@ struct Route {
   int64_t most;
 };
 
+// How a convolution walks over an image; as ``Conv`` in facts.py.
+struct Walk {
+  int64_t kernel_high, kernel_wide, stride_high, stride_wide, above, below, left, right, dilation_high, dilation_wide;
+
+  static Walk of(at::IntArrayRef n) {
+    TORCH_CHECK(n.size() == 10, "sparsec: a walk has 10 integers");
+    return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9]};
+  }
+  bool pointwise() const {
+    return kernel_high == 1 && kernel_wide == 1 && stride_high == 1 && stride_wide == 1 && !above && !below && !left &&
+           !right;
+  }
+};
+
 // A tensor as it was when it was looked at; held weakly, so that its address cannot be reused.
 struct Part {
   c10::weak_intrusive_ptr<c10::TensorImpl> impl;
@@ -77,6 +91,7 @@ struct Entry {
   bool transposed, verify, codes;
   at::ScalarType dtype;
   InputRule input;
+  Walk walk{};  // of a convolution
   std::vector<Route> routes;
   std::vector<Tensor> keep;
   Tensor dense;
@@ -170,7 +185,8 @@ std::vector<Route> routes_from(at::TensorList tensors, at::IntArrayRef table) {
   return routes;
 }
 
-// `facts`: act, transposed, verify, n, k, retry_after, codes, bf16, kind of the input rule. `dense`: see Entry.
+// `facts`: act, transposed, verify, n, k, retry_after, codes, bf16, kind of the input rule, and of a convolution the
+// numbers of its Walk. `dense`: see Entry.
 void install(at::TensorList parts, c10::string_view plan, at::IntArrayRef facts, double x_scale,
              at::TensorList tensors, at::IntArrayRef routes, const std::optional<Tensor> &dense) {
   auto entry = std::make_shared<Entry>(parts, std::string(plan));
@@ -178,6 +194,7 @@ void install(at::TensorList parts, c10::string_view plan, at::IntArrayRef facts,
   entry->n = facts[3], entry->k = facts[4], entry->retry_after = facts[5], entry->codes = facts[6];
   entry->dtype = facts[7] ? at::kBFloat16 : at::kFloat;
   entry->input = InputRule{static_cast<InputRule::Kind>(facts[8]), static_cast<float>(x_scale)};
+  if (facts.size() > 9) entry->walk = Walk::of(facts.slice(9));
   entry->keep.assign(tensors.begin(), tensors.end());
   entry->routes = routes_from(tensors, routes);
   if (dense) entry->dense = *dense;

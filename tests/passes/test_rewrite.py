@@ -200,16 +200,25 @@ def test_a_1x1_convolution_is_a_site(last: bool) -> None:
     x = torch.randn(2, K, 5, 3)
     if last:
         x = x.to(memory_format=torch.channels_last)
-    assert [s.kind for s, _ in captured(model, x).sites] == ["conv1x1"]
+    assert [s.kind for s, _ in captured(model, x).sites] == ["conv2d"]
     torch._dynamo.reset()
     got, want = torch.compile(model, backend="sparsec", options=FORCED)(x), model(x)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("settings", [{"stride": 2}, {"padding": 1}, {"groups": 2}])
-def test_other_1x1_convolutions_are_refused_by_name(settings: dict[str, Any]) -> None:
-    c = captured(Pointwise(**settings), torch.randn(1, K, 4, 4))
-    assert next(iter(settings)) in c.record.declined[0].reason
+def test_an_embedding_is_named_with_what_can_be_done_for_it() -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(10, K)
+            self.register_buffer("ids", torch.arange(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.table(self.ids[:2]) + F.embedding(x, self.table.weight) + torch.embedding(self.table.weight, x)
+
+    c = captured(Reader(), torch.zeros(2, dtype=torch.long))
+    assert [d.fqn for d in c.record.declined] == ["table"] * 3
+    assert all("reads only the rows" in d.reason and "pack_" in d.reason for d in c.record.declined)
 
 
 def test_untouched_graphs_stay_untouched() -> None:

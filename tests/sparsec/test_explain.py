@@ -321,7 +321,7 @@ def test_batches_scale_the_rows_of_x(layer_record: Make) -> None:
     assert rows_at(replace(site, x_shape=(2, 16, 384)), 4, 2) == 64
     assert rows_at(replace(site, x_shape=("s0", 16, 384)), 4, 2) == 64
     assert rows_at(replace(site, x_shape=(384,)), 1, 1) == 1
-    assert rows_at(replace(site, x_shape=(2, 3, 8, 8), kind="conv1x1"), 2, 2) == 128
+    assert rows_at(replace(site, x_shape=(2, 8, 8, 27), kind="conv2d"), 2, 2) == 128
 
 
 def test_a_batch_that_is_no_number_is_refused() -> None:

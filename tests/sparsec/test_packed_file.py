@@ -31,7 +31,7 @@ _TMP = [HealthCheck.function_scoped_fixture]
 
 
 class Net(nn.Module):
-    """Two packed layers that share a weight, one without a bias, a norm with buffers, a tied head that stays dense."""
+    """Two packed layers that share a weight, one without a bias, a norm with buffers, a head tied to an embedding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,10 +77,10 @@ def test_a_saved_packed_model_loads_into_a_dense_one_and_answers_the_same(saved:
     torch.manual_seed(5)
     for model in (Net().eval(), net(0.5)):
         assert sparsec.load(file, model) is model
-        assert list(packed_layers(model)) == ["up", "again", "down"]
+        assert list(packed_layers(model)) == ["embed", "up", "again", "down", "head"]
         assert torch.allclose(model(IDS), expected, atol=1e-5)
         assert model.up._pack[1] is model.again._pack[1]
-        assert model.head.weight is model.embed.weight
+        assert model.head._pack[1] is model.embed._pack[1]
         assert not model.training
 
 
@@ -159,8 +159,8 @@ def test_a_folder_of_a_transformers_model_holds_its_config_and_loads(tmp_path: P
 
 def test_the_table_of_a_file_needs_no_model(saved: tuple[Path, torch.Tensor]) -> None:
     report = report_of(saved[0])
-    assert [row.name for row in report.rows] == ["again", "down", "up"]
-    assert all(0 < row.packed_bytes < row.dense_bytes == 64 * 64 * 4 for row in report.rows)
+    assert [(row.name, row.tied) for row in report.rows] == [("again", ("up",)), ("down", ()), ("embed", ("head",))]
+    assert all(0 < row.packed_bytes < row.dense_bytes == row.shape[0] * 64 * 4 for row in report.rows)
     assert 0.1 < report.rows[0].density < 0.3
     assert "index" in str(report) or "bitmap" in str(report)
 

@@ -260,13 +260,13 @@ class Convolutions(nn.Module):
 
 
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
-def test_a_1x1_convolution_is_a_matrix_and_others_are_noted(memory: torch.memory_format) -> None:
+def test_a_convolution_is_a_matrix_and_those_with_groups_are_noted(memory: torch.memory_format) -> None:
     model = Convolutions().to(memory_format=memory)
     report = sparsify(model, {"method": "magnitude", "pattern": "2:4"}, progress=False)
-    assert [layer.name for layer in report.layers] == ["point", "attention.out_proj"]
+    assert [layer.name for layer in report.layers] == ["stem", "point", "attention.out_proj"]
+    assert model.stem.weight.is_contiguous(memory_format=memory)
     assert bool(((model.point.weight.reshape(32, 4, 4) != 0).sum(-1) == 2).all())
     notes = "\n".join(report.notes)
-    assert "stem not pruned: it is a 3x3 convolution, and only a 1x1 one without groups is a matrix product" in notes
     assert "grouped not pruned: it is a 1x1 convolution in 4 groups" in notes
     assert "attention not pruned: MultiheadAttention holds in_proj_weight [96x32] itself" in notes
     assert "table" not in notes
@@ -274,11 +274,68 @@ def test_a_1x1_convolution_is_a_matrix_and_others_are_noted(memory: torch.memory
 
 @pytest.mark.parametrize(
     ("target", "words"),
-    [("stem", "3x3 convolution"), ("table", "embedding"), ("attention", "in_proj_weight")],
+    [("grouped", "in 4 groups"), ("table", "embedding"), ("attention", "in_proj_weight")],
 )
 def test_naming_a_layer_that_cannot_be_pruned_is_refused(target: str, words: str) -> None:
     with pytest.raises(UnprunableLayer, match=words):
         sparsify(Convolutions(), {"method": "magnitude", "targets": [target]}, progress=False)
+
+
+class Views(nn.Module):
+    """Its convolution's output is viewed, which only the contiguous format allows."""
+
+    def __init__(self, **said: Any) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 16, 3, **said)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        return y.view(y.shape[0], -1)
+
+
+CONVOLUTIONS: list[dict[str, Any]] = [
+    {}, {"padding": 1, "stride": 2}, {"padding": "same", "dilation": 2}, {"padding": 1, "padding_mode": "reflect"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("said", CONVOLUTIONS)
+def test_wanda_scores_a_convolution_by_the_pixels_its_weights_meet(said: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model, images = Views(**said), [torch.randn(2, 8, 9, 7), torch.randn(1, 8, 6, 6)]
+    weight = model.conv.weight.detach().clone()
+    sums = torch.zeros_like(weight[0])
+    for image in images:  # the pixels that each weight of a filter meets, by the gradient of a sum of squares
+        ones = torch.zeros(1, 8, 3, 3, requires_grad=True)
+        with torch.enable_grad():
+            walk = nn.Conv2d(8, 1, 3, bias=False, **said)
+            walk.weight = nn.Parameter(ones)
+            squares = torch.func.functional_call(walk, {"weight": ones}, (image.square(),))
+        (met,) = torch.autograd.grad(squares.sum(), ones)
+        sums += met[0]
+    report = sparsify(model, {"method": "wanda", "sparsity": 0.5}, [{"x": i} for i in images], progress=False)
+    score = (weight.abs() * sums.sqrt()).permute(0, 2, 3, 1).flatten(1)
+    least = score.topk(36, dim=1, largest=False).indices
+    zero = (model.conv.weight.detach() == 0).permute(0, 2, 3, 1).flatten(1)
+    assert bool(zero.gather(1, least).all())
+    assert int(zero.sum()) == 16 * 36
+    assert report.layers[0].shape == (16, 72)
+    assert model.conv.weight.is_contiguous()
+
+
+def test_groups_of_a_convolution_run_along_its_channels() -> None:
+    model = Views()
+    sparsify(model, {"method": "magnitude", "pattern": "2:4"}, progress=False)
+    assert bool(((model.conv.weight.view(16, 2, 4, 3, 3) != 0).sum(2) == 2).all())
+
+
+def test_steps_that_do_more_than_choose_leave_larger_convolutions_out() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1))
+    steps = [{"method": "magnitude", "sparsity": 0.5}, {"method": "variance"}]
+    report = sparsify(model, {"steps": steps}, [torch.randn(1, 3, 8, 8)], progress=False)
+    assert [layer.name for layer in report.layers] == ["1"]
+    assert "0 not pruned: variance takes no convolutions larger than 1x1" in report.notes
+    with pytest.raises(BadRecipe, match="leaves no layer"):
+        sparsify(nn.Sequential(nn.Conv2d(3, 8, 3)), {"steps": steps}, [torch.randn(1, 3, 8, 8)], progress=False)
 
 
 class Plain(nn.Module):
@@ -368,7 +425,7 @@ def test_a_recipe_that_does_not_fit_the_model_changes_nothing(
 
 def test_a_model_without_linear_layers_is_one_sentence() -> None:
     with pytest.raises(BadRecipe, match="no layer that can be pruned"):
-        sparsify(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), "magnitude", progress=False)
+        sparsify(nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.ReLU()), "magnitude", progress=False)
 
 
 def test_ignore_entries_that_say_nothing_here_are_notes() -> None:

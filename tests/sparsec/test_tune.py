@@ -68,7 +68,9 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Tuning with kernels that need no compiler and a machine whose rates are written down; gives what was made."""
     made: list[str] = []
 
-    def direct(weight: torch.Tensor, spec: Any, target: Any, cache: Path, packed: Packed | None = None) -> FakeDirect:
+    def direct(
+        weight: torch.Tensor, spec: Any, target: Any, cache: Path, packed: Packed | None = None, conv: Any = None
+    ) -> FakeDirect:
         return FakeDirect(made, weight, f"{spec.format}/{spec.loop}", packed)
 
     monkeypatch.setattr(CPU, "direct", direct)
