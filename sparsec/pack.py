@@ -11,7 +11,7 @@ import ctypes
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,10 +33,12 @@ from sparsec.packed import PackedLinear, checksum, text_tensor
 from sparsec.passes.decide.candidates import plain_panel
 from sparsec.passes.decide.whole import WholePlan, best_whole
 from sparsec.passes.graph import DTYPES
+from sparsec.passes.quantize.inputs import set_inputs
 from sparsec.plan import Plan
 from sparsec.runtime import library
 from sparsec.runtime.packed import Meta, kernels_in
 from sparsec.runtime.store import STORE
+from sparsec.targets.base import Rates
 
 Progress = Callable[[int, int, str], None]  # layers done, of how many, name
 _BUDGET_S = 0.05  # for timing the decoding of a layer
@@ -59,7 +61,8 @@ def pack_(
     and the report says from which number on dense would have been faster.
 
     A weight that another kind of module reads too (an embedding tied to the head) stays dense; linear layers that share
-    a weight share its pack. The values are the same bit for bit, except that -0.0 becomes 0.0. Packed layers are for
+    a weight share its pack. Layers that round their inputs go on doing so, by integer kernels where those are faster.
+    The values are the same bit for bit, except that -0.0 becomes 0.0. Packed layers are for
     inference on the CPU: they cannot be trained, cast or moved. Weights that a loader mapped from a file and that were
     changed since (a pruned ``from_pretrained`` model) stay resident until the last tensor of that file goes.
     Raises OptionError, NoCompiler, CompileFailed.
@@ -141,13 +144,15 @@ def _pack_layer(layer: Found, policy: Policy) -> PackRow:
     )
     if layer.refusal:
         return row(reason=layer.refusal)
-    plan = Plan(layer.name, "hf_conv1d" if layer.transposed else "linear", policy, transposed=layer.transposed)
+    kind = "hf_conv1d" if layer.transposed else "linear"
+    plan = Plan(layer.name, kind, policy, transposed=layer.transposed, x=layer.x)
     try:
         fact, decision = STORE.decided(weight, plan)
-        chosen = best_whole(fact, DTYPES[weight.dtype], _rates(fact, weight, policy), policy)
+        rates = _rates(fact, weight, policy, plan.x_type)
+        chosen = best_whole(fact, DTYPES[weight.dtype], rates, policy, x=plan.x_type)
         if not _sparse(decision, policy) or chosen is None:
             return row(reason=decision.reason if chosen is None or not decision.ours else _only_panels(decision))
-        made = _made(weight.t() if layer.transposed else weight, fact, chosen, policy)
+        made = _made(weight.t() if layer.transposed else weight, fact, chosen, plan)
     except SparsecError as error:
         return row(reason=str(error))
     size = sum(t.numel() * t.element_size() for t in made.tensors)
@@ -174,38 +179,34 @@ def _only_panels(decision: Decision) -> str:
     return f"no sparse format is faster; {decision.reason}"
 
 
-def _rates(fact: WeightFact, weight: torch.Tensor, policy: Policy) -> Any:
-    target = targets.resolve(policy.target)
-    return rates_for(
-        fact, DTYPES[weight.dtype], target, torch.get_num_threads(), cache_dir(policy.cache_dir), policy.formats
-    )
+def _rates(fact: WeightFact, weight: torch.Tensor, policy: Policy, x: str) -> Rates:
+    target, threads, cache = targets.resolve(policy.target), torch.get_num_threads(), cache_dir(policy.cache_dir)
+    return rates_for(fact, DTYPES[weight.dtype], target, threads, cache, policy.formats, x)
 
 
-def _made(weight: torch.Tensor, fact: WeightFact, chosen: WholePlan, policy: Policy) -> _Made:
+def _made(weight: torch.Tensor, fact: WeightFact, chosen: WholePlan, plan: Plan) -> _Made:
     """Pack a [N, K] weight, measure its decoding, choose the loops, and prove the pack block by block.
 
     The proof reads the pack with the kernel's own decoder, a few megabytes at a time: a whole second weight would break
     the bound on memory. Raises PatternMismatch, RoundTripMismatch.
     """
     format = Format.parse(chosen.format)
-    packed = cpp.family(format.pattern.kind).pack(weight.contiguous(), format.pattern, format.values, fact.key)
-    dtype = DTYPES[weight.dtype]
-    tensors = _tensors(packed, chosen, dtype, policy.target)
+    family = cpp.family(format.pattern.kind, chosen.x)
+    packed = family.pack(weight.contiguous(), format.pattern, format.values, fact.key)
+    dtype, policy = DTYPES[weight.dtype], plan.policy
+    tensors = _tensors(packed, chosen, dtype, plan)
     if not torch.ops.sparsec.holds_packed(list(tensors), weight):
         raise RoundTripMismatch(format=str(format), detail="a block of rows differs")
     seconds = _seconds_of_unpacking(tensors, fact, weight)
-    final = best_whole(fact, dtype, _rates(fact, weight, policy), _only(policy, format), seconds) or chosen
-    return _Made(_tensors(packed, final, dtype, policy.target), final, fact)
+    rates = _rates(fact, weight, policy, plan.x_type)
+    final = best_whole(fact, dtype, rates, policy, seconds, plan.x_type, only=chosen.pack) or chosen
+    return _Made(_tensors(packed, final, dtype, plan), final, fact)
 
 
-def _only(policy: Policy, format: Format) -> Policy:
-    return replace(policy, formats=(str(format.pattern),))
-
-
-def _tensors(packed: Packed, plan: WholePlan, dtype: str, target: str) -> tuple[torch.Tensor, ...]:
+def _tensors(packed: Packed, chosen: WholePlan, dtype: str, plan: Plan) -> tuple[torch.Tensor, ...]:
     n, k = packed.shape
-    count, tiles = len(packed.tensors), packed.work.numel() - 1
-    meta = Meta(str(packed.format), packed.version, n, k, dtype, count, tiles, plan.routes, target)
+    count, tiles, target = len(packed.tensors), packed.work.numel() - 1, plan.policy.target
+    meta = Meta(str(packed.format), packed.version, n, k, dtype, count, tiles, chosen.routes, target, plan.x)
     return (meta.encode(), *packed.tensors, packed.work)
 
 
@@ -214,7 +215,8 @@ def _seconds_of_unpacking(tensors: tuple[torch.Tensor, ...], fact: WeightFact, w
 
     Other layers of the same format and about the same density say what a quiet moment of this machine gives.
     """
-    key = (Meta.decode(tensors[0]).format, round(10 * fact.density), torch.get_num_threads())
+    meta = Meta.decode(tensors[0])
+    key = (f"{meta.format}/{meta.reads}", round(10 * fact.density), torch.get_num_threads())
     best, until = _decoding.get(key, float("inf")) * weight.numel(), time.perf_counter() + _BUDGET_S
     for _ in range(10):
         started = time.perf_counter()
@@ -232,7 +234,7 @@ def _packed_module(module: nn.Module, made: _Made, layer: Found) -> PackedLinear
         "sum": checksum(made.tensors),
         "source": made.fact.key,
         "density": made.fact.density,
-        "kind": type(module).__name__,
+        "kind": layer.kind,
         "trained": layer.weight_trained,
         "bias_trained": bias is not None and bias.requires_grad,
         "dense_from": made.plan.dense_from,
@@ -266,6 +268,7 @@ def _dense_layer(layer: PackedLinear, weight: nn.Parameter, about: Mapping[str, 
     new.weight = weight
     if layer.bias is not None:
         new.bias = nn.Parameter(layer.bias.detach(), requires_grad=bool(about.get("bias_trained", True)))
+    set_inputs(new, layer.inputs)
     new.train(layer.training)
     new._forward_hooks, new._forward_pre_hooks = layer._forward_hooks, layer._forward_pre_hooks
     made: nn.Module = new

@@ -39,21 +39,10 @@ def coded(weight: torch.Tensor, format: Format, layout: str) -> Coded:
         raise ValueError(f"a [N, K] fp32 or bf16 weight on the CPU is needed, not {tuple(weight.shape)} {weight.dtype}")
     weight = weight.detach().contiguous()
     main, aside = outliers.split(weight, format)
-    found = _empty(main, format) if not main.numel() else codes_of(main, format)
+    found = codes_of(main, format)
     if layout == "sliced" and bool((found.zero != _middle(format.values)).any()):
         raise PatternMismatch(format=str(format), detail="its zero points differ; bitmap takes them")
     return Coded(main, found, _stored(found, format.values), (*_meaning(found, format.values), *outliers.stream(aside)))
-
-
-def _empty(weight: torch.Tensor, format: Format) -> Codes:
-    kind, group = value_kind(format.values)
-    n, k = weight.shape
-    groups = -(-k // group) if group else 1
-    ones, levels = torch.ones(n, groups), torch.zeros(n, 0)
-    if kind == "codebook":
-        ones, levels = torch.ones(n, 0), torch.zeros(n, 16)
-    zero = torch.full(ones.shape, SYMMETRIC_ZERO[kind], dtype=torch.uint8)
-    return Codes(torch.zeros(n, k, dtype=torch.int8), ones, zero, levels, group)
 
 
 def _middle(values: str) -> int:

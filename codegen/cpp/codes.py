@@ -55,8 +55,13 @@ class Codes:
 
 
 def codes_of(weight: torch.Tensor, format: Format) -> Codes:
-    """The codes of a weight [N, K] on the CPU. Raises PatternMismatch where it lies on no such grid."""
+    """The codes of a weight [N, K] on the CPU. Raises PatternMismatch where it lies on no such grid.
+
+    Groups of zeros have the scale 1; so have those of a weight without rows or columns, which lies on any grid.
+    """
     kind, group = value_kind(format.values)
+    if not weight.numel():
+        return _empty(weight, kind, group)
     if kind == "codebook":
         return _codebook(weight, format)
     if kind == "ternary":
@@ -73,6 +78,14 @@ def codes_of(weight: torch.Tensor, format: Format) -> Codes:
         where = f"groups of {group}" if group else "rows"
         raise PatternMismatch(format=str(format), detail=f"its {where} are on no grid of {bits} bits")
     return Codes(found.q, found.scale, _zero_points(found, bits), _none(weight), group)
+
+
+def _empty(weight: torch.Tensor, kind: str, group: int) -> Codes:
+    n, k = weight.shape
+    groups = 0 if kind == "codebook" else -(-k // group) if group else 1
+    zero = torch.full((n, groups), SYMMETRIC_ZERO[kind], dtype=torch.uint8)
+    levels = torch.zeros(n, LEVELS if kind == "codebook" else 0)
+    return Codes(torch.zeros(n, k, dtype=torch.int8), torch.ones(n, groups), zero, levels, group)
 
 
 def _none(weight: torch.Tensor) -> torch.Tensor:
@@ -101,11 +114,11 @@ def _codebook(weight: torch.Tensor, format: Format) -> Codes:
     new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
     rank = new.cumsum(1) - 1
     off = ~wide.isfinite().all(1)
-    off |= rank[:, -1] >= LEVELS if weight.shape[1] else False
+    off |= rank[:, -1] >= LEVELS
     if bool(off.any()):
         row = int(off.nonzero()[0])
         raise PatternMismatch(format=str(format), detail=f"row {row} has more than {LEVELS} values, or one not finite")
-    levels = ordered[:, -1:].repeat(1, LEVELS) if weight.shape[1] else torch.zeros(len(weight), LEVELS)
+    levels = ordered[:, -1:].repeat(1, LEVELS)
     levels.scatter_(1, rank, ordered)
     q = torch.searchsorted(levels.contiguous(), wide.contiguous()).to(torch.int8)
     return Codes(q, _none(weight), torch.zeros(len(weight), 0, dtype=torch.uint8), levels, 0)
