@@ -31,6 +31,7 @@ from sparsec.passes.masks.contract import GRADIENTS, Updates
 from sparsec.prunable import Job, Selection, select_layers, survey
 from sparsec.recipe import Recipe
 from sparsec.recipe_steps import Piece, Step, Values
+from sparsec.rounding import noting
 from sparsec.sparsify_report import PrunedLayer, Report, counted
 from sparsec.sparsify_run import Runner
 from sparsec.sparsify_structure import restructure
@@ -140,6 +141,7 @@ def execute(
         journal = Journal(Path(resume), digest(*about.values()), about)
     structured = None
     with (
+        noting(prepared.model),
         kept_until_done(journal, keep_journal),
         taken_by(prepared.model, samples),
         progress_bar("sparsify", quiet=not progress) as tick,
