@@ -12,7 +12,6 @@
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/equal.h>
-#include <ATen/ops/eye.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
 #include <ATen/ops/relu.h>
@@ -210,22 +209,28 @@ struct Rounded {
   }
 };
 
-std::vector<Tensor> linear_group(const Tensor &x, at::TensorList weights, const c10::List<std::optional<Tensor>> &biases,
-                                 const std::vector<std::string> &plans,
+// Several linears on one x. `parts`: what each weight is made of, one after the other, `counts` of each.
+std::vector<Tensor> linear_group(const Tensor &x, at::TensorList parts, at::IntArrayRef counts,
+                                 const c10::List<std::optional<Tensor>> &biases, const std::vector<std::string> &plans,
                                  const c10::List<std::optional<Tensor>> &x_scales) {
   at::AutoDispatchBelowADInplaceOrView guard;  // inference only: no autograd bookkeeping for the calls inside
   Tensor rows = as_rows(x.dim() == 1 ? x.unsqueeze(0) : x);
   int64_t m = rows.size(0);
   std::vector<std::shared_ptr<const Entry>> entries;
+  std::vector<at::TensorList> weights;
   std::vector<Way> ways;
-  std::vector<Tensor> ys(weights.size()), reads(weights.size());
+  std::vector<Tensor> ys(plans.size()), reads(plans.size());
   std::vector<Job> jobs;
   Rounded rounded;
-  jobs.reserve(weights.size());
-  for (size_t i = 0; i < weights.size(); ++i) {
+  jobs.reserve(plans.size());
+  TORCH_CHECK(counts.size() == plans.size() && biases.size() == plans.size() && x_scales.size() == plans.size() &&
+                  c10::sum_integers(counts) == static_cast<int64_t>(parts.size()),
+              "sparsec::linear_group: its lists do not fit together");
+  for (size_t i = 0, first = 0; i < plans.size(); first += counts[i++]) {
+    weights.push_back(parts.slice(first, counts[i]));
     entries.push_back(lookup(weights[i], plans[i]));
     const Entry &e = *entries[i];
-    check_shapes(x, weights[i], e);
+    check_shapes(x, weights[i][0], e);
     const Way &way = ways.emplace_back(e, x_scales.get(i), m);
     reads[i] = way.rounds_here() ? rounded.of(rows, way.rule) : rows;
     if (!way.route) continue;
@@ -233,9 +238,9 @@ std::vector<Tensor> linear_group(const Tensor &x, at::TensorList weights, const 
     jobs.push_back(make_job(*way.route, e.act, reads[i], biases.get(i), ys[i], way.rule.code()));
   }
   run(jobs);
-  for (size_t i = 0; i < weights.size(); ++i) {
+  for (size_t i = 0; i < plans.size(); ++i) {
     const std::optional<Tensor> b = biases.get(i);
-    if (!ys[i].defined()) ys[i] = dense_rows(reads[i], weights[i], b, *entries[i]);
+    if (!ys[i].defined()) ys[i] = dense_rows(reads[i], weight_of(*entries[i], weights[i]), b, *entries[i]);
     verify(*entries[i], rows, weights[i], b, ys[i], ways[i].rule);
     ys[i] = x.dim() == 1 ? ys[i].squeeze(0) : shaped(std::move(ys[i]), x);
   }
@@ -273,8 +278,8 @@ TORCH_LIBRARY_FRAGMENT(sparsec, lib) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag, at::Tag::needs_exact_strides};
   lib.def("linear(Tensor x, Tensor weight, Tensor? bias, str plan, Tensor? x_scale=None) -> Tensor", tags);
   lib.def("linear_codes(Tensor x, Tensor[] codes, Tensor? bias, str plan, Tensor? x_scale=None) -> Tensor", tags);
-  lib.def("linear_group(Tensor x, Tensor[] weights, Tensor?[] biases, str[] plans, Tensor?[] x_scales) -> Tensor[]",
-          tags);
+  lib.def("linear_group(Tensor x, Tensor[] parts, int[] counts, Tensor?[] biases, str[] plans, Tensor?[] x_scales) "
+          "-> Tensor[]", tags);
   lib.def("conv1x1(Tensor x, Tensor weight, Tensor? bias, str plan) -> Tensor", tags);
   lib.def("resolve(Tensor[] parts, str plan) -> ()");
   lib.def("computed(Tensor[] parts, str plan) -> Tensor");
