@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from sparsec.facts import Decision, NMFact, WeightFact
+from sparsec.facts import Decision, NMFact, Site, WeightFact
 from sparsec.report_data import Layer, expected, percent
 from sparsec.report_fold import Group, merge_numbers
 
 if TYPE_CHECKING:
     from sparsec.explain import Explanation
 
-Decide = Callable[[WeightFact, str], Decision]
+Decide = Callable[[WeightFact, Site], Decision]  # a weight in the place of a site's own
 
 TRIED = (0.5, 0.6, 0.7, 0.8, 0.9)  # shares of zeros that pruning methods reach
 WORTH = 0.03  # a group below this share of the time is not worth a sentence
@@ -32,7 +32,7 @@ def what_if(report: Explanation) -> Explanation:
     decide = decider(report)
     if decide is None:
         return replace(report, helps=tuple(said(report.groups)))
-    solved: dict[tuple[tuple[int, int], str, int], float | None] = {}
+    solved: dict[tuple[object, ...], float | None] = {}
     layers = tuple(_with_break_even(layer, decide, solved) for layer in report.layers)
     report = replace(report, layers=layers)
     return replace(report, helps=tuple(prunings(report, decide)))
@@ -51,11 +51,17 @@ def decider(report: Explanation) -> Decide | None:
         policy = report.options.policy
         target = targets.resolve(policy.target)
         threads, cache = torch.get_num_threads(), cache_dir(policy.cache_dir)
+
+        def decided(fact: WeightFact, site: Site) -> Decision:
+            x = site.x.partition(":")[0]
+            rates = rates_for(fact, site.dtype, target, threads, cache, policy.formats, x)
+            return decide(fact, site.dtype, target, rates, policy, x=x)
+
         first = report.layers[0].record
-        rates_for(first.fact, first.site.dtype, target, threads, cache)
+        decided(first.fact, first.site)
     except Exception:
         return None
-    return lambda fact, dtype: decide(fact, dtype, target, rates_for(fact, dtype, target, threads, cache), policy)
+    return decided
 
 
 def pruned(fact: WeightFact, share: float) -> WeightFact:
@@ -76,26 +82,25 @@ def pruned(fact: WeightFact, share: float) -> WeightFact:
     )
 
 
-def _with_break_even(
-    layer: Layer, decide: Decide, solved: dict[tuple[tuple[int, int], str, int], float | None]
-) -> Layer:
+def _with_break_even(layer: Layer, decide: Decide, solved: dict[tuple[object, ...], float | None]) -> Layer:
     ats = []
     for at in layer.at:
         if at.decision != "dense":
             ats.append(at)
             continue
-        key = (layer.shape, layer.record.site.dtype, at.rows)
+        fact, site = layer.record.fact, layer.record.site
+        key = (layer.shape, site.dtype, site.x, fact.values, at.rows)
         if key not in solved:
-            solved[key] = break_even_at(layer.record.fact, layer.record.site.dtype, at.rows, decide)
+            solved[key] = break_even_at(fact, site, at.rows, decide)
         ats.append(replace(at, break_even=solved[key]))
     return replace(layer, at=tuple(ats))
 
 
-def break_even_at(fact: WeightFact, dtype: str, rows: int, decide: Decide) -> float | None:
+def break_even_at(fact: WeightFact, site: Site, rows: int, decide: Decide) -> float | None:
     """The least share of zeros, to a percent, that is decided sparse at M = ``rows``; None where none is."""
 
     def wins(share: float) -> bool:
-        return decide(pruned(fact, share), dtype).at(rows).format != "dense"
+        return decide(pruned(fact, share), site).at(rows).format != "dense"
 
     low, high = 0, 99  # a weight without zeros is dense; more zeros never make sparse slower
     if not wins(high / 100):
@@ -151,7 +156,7 @@ def best_change(group: Group, decide: Decide) -> Change | None:
     n = len(group.layers)
     found = []
     for to, fact in imagined(layer.record.fact):
-        then = expected(decide(fact, layer.record.site.dtype), layer.rows)
+        then = expected(decide(fact, layer.record.site), layer.rows)
         if then is not None and then.ours_s < cost.ours_s / n:
             found.append(Change(group, to, cost.ours_s - n * then.ours_s))
     most = max((c.saves for c in found), default=0.0)
