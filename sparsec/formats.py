@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 PATTERN_KINDS = ("dense", "panel", "bitmap", "index", "nm", "vnm", "block")
 VALUE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of real values; CPU kernels take the first two
-VALUE_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "int8": 8, "int4": 4, "ternary": 2, "codebook": 4}
-CODEBOOK_LEVELS = 16  # of a row, zero among them
+BOOKS = {"codebook2": 4, "codebook3": 8, "codebook": 16}  # levels of a row, zero among them where zeros are stored
+VALUE_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "int8": 8, "int4": 4, "ternary": 2, "codebook": 4,
+              "codebook2": 2, "codebook3": 3}  # fmt: skip
+TABLE = 16  # levels that a row's table has, the first again where there are fewer
 SLICE = 128  # columns that are worked on together
 _DEFAULT_PARAMS = {"nm": (2, 4), "vnm": (64, 2, 8), "block": (16, 1)}
 
@@ -81,16 +83,21 @@ def value_kind(values: str) -> tuple[str, int]:
     return (kind, int(size)) if found and size.isdigit() else (values, 0)
 
 
-def stored_types(fact: ValueFact) -> tuple[str, ...]:
-    """The quantised value types that hold every value of such a weight, smallest first."""
+def stored_types(fact: ValueFact, zeros: bool = True) -> tuple[str, ...]:
+    """The quantised value types that hold every value of such a weight, smallest first.
+
+    ``zeros``: some are stored, so that they take a level of a book.
+    """
     if fact.kind == "ternary" and not fact.group:
         return ("ternary",)
+    levels = fact.row_levels or (fact.levels if fact.kind == "codebook" else 0)
+    found = tuple(name for name, most in BOOKS.items() if 0 < levels <= most - zeros)
     if fact.kind in ("ternary", "grid"):
-        if not fact.exact:
-            return ()
         bits, group = max(fact.bits, 2), f"g{fact.group}" if fact.group else ""
-        return (f"int4{group}",) if bits <= 4 else (f"int8{group}",)
-    return ("codebook",) if fact.kind == "codebook" and fact.levels < CODEBOOK_LEVELS else ()
+        grid = (f"int4{group}",) if bits <= 4 else (f"int8{group}",)
+        smaller = tuple(name for name in found if VALUE_BITS[name] < VALUE_BITS[grid[0].partition("g")[0]])
+        return (*smaller[:1], *(grid if fact.exact else ()))
+    return tuple(dict.fromkeys((*found[:1], *found[-1:])))  # the one for 16 levels too: GPUs have no other
 
 
 DENSE = Pattern("dense")
@@ -137,7 +144,7 @@ def _few(pattern: Pattern) -> bool:
 
 def _slices_hold(kind: str, group: int) -> bool:
     """Whether values can lie in slices, which have no tables and one scale for 128 columns."""
-    return kind != "codebook" and group in (0, SLICE)
+    return kind not in BOOKS and group in (0, SLICE)
 
 
 def _body_bytes(
@@ -145,7 +152,7 @@ def _body_bytes(
 ) -> float:
     """Positions and values of ``width`` bytes. Codes begin anew with a byte in every word, run or step."""
     kept = stored_values(pattern, fact) if kept is None else kept
-    unused = {0.5: 0.25, 0.25: 0.375}.get(width, 0.0)  # of a last byte, on average
+    unused = {0.5: 0.25, 0.25: 0.375, 0.375: 0.4375}.get(width, 0.0)  # of a last byte, on average
     rows, columns = -(-fact.n // 16) * 16, -(-fact.k // SLICE) * SLICE
     if pattern.kind in ("dense", "panel"):
         return (rows * columns if coded else kept) * width
@@ -161,8 +168,8 @@ def _body_bytes(
 def _meaning_bytes(kind: str, group: int, fact: WeightFact) -> int:
     """Scales and zero points of each group, or the 16 levels of each row."""
     rows = -(-fact.n // 16) * 16
-    if kind == "codebook":
-        return rows * CODEBOOK_LEVELS * 4
+    if kind in BOOKS:
+        return rows * TABLE * 4
     groups = -(-fact.k // SLICE) * max(SLICE // group, 1) if group else 1
     return rows * groups * (4 + (VALUE_BITS[kind] == 4))
 

@@ -25,8 +25,8 @@ def pack(weight: torch.Tensor, format: Format, source_key: str) -> Packed:
 
 
 def _elements(parts: torch.Tensor, width: int) -> torch.Tensor:
-    """[..., 128]: the codes of an element follow each other, where they are not bytes."""
-    return parts if width == 8 else parts.reshape(*parts.shape[:-1], 4, 32).transpose(-1, -2).flatten(-2)
+    """[..., 128]: the codes of an element follow each other, where it has four in a byte or two."""
+    return parts if width in (3, 8) else parts.reshape(*parts.shape[:-1], 4, 32).transpose(-1, -2).flatten(-2)
 
 
 def unpack(packed: Packed) -> torch.Tensor:
@@ -35,7 +35,7 @@ def unpack(packed: Packed) -> torch.Tensor:
     rows, chunks = -(-n // packer.TILE) * packer.TILE, -(-k // packer.CHUNK)
     size = packer.CHUNK * width // 8
     codes = coded.from_bytes(data[: rows * chunks * size].view(rows // packer.GROUP, chunks, packer.GROUP, size), width)
-    if width < 8:
+    if width in (2, 4):
         codes = codes.reshape(*codes.shape[:-1], 32, 4).transpose(-1, -2).flatten(-2)
     stored = codes.transpose(1, 2).reshape(rows, chunks * packer.CHUNK)[:n, :k].contiguous()
     return coded.decoded(stored, None, tuple(tail), packed.format.values)
