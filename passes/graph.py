@@ -133,6 +133,8 @@ def erase_unused(graph: torch.fx.Graph, node: Node) -> None:
 def writes(node: Node) -> bool:
     """Whether a call changes one of its arguments, by its name: ``add_``, ``setitem``, ``iadd``, ``out=``."""
     word = describe(node)
+    if word in ("and_", "or_", "not_", "is_"):  # of the module operator, where the name is a keyword
+        return False
     if word.endswith("_") and not word.endswith("__"):
         return True
     return word in ("setitem", "iadd", "isub", "imul", "itruediv", "iand", "ior") or "out" in node.kwargs

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sparsec.explain import Explanation, explain
     from sparsec.io import load, save
     from sparsec.pack import pack_, unpack_
+    from sparsec.rounding import restore
     from sparsec.runtime.store import invalidate
     from sparsec.sparsify import Report, methods, sparsify
     from sparsec.tune_model import tune
@@ -31,6 +32,7 @@ _HOME = {
     "load": "sparsec.io",
     "methods": "sparsec.sparsify",
     "pack_": "sparsec.pack",
+    "restore": "sparsec.rounding",
     "save": "sparsec.io",
     "sparsify": "sparsec.sparsify",
     "tune": "sparsec.tune_model",
@@ -47,6 +49,7 @@ __all__ = [
     "load",
     "methods",
     "pack_",
+    "restore",
     "save",
     "sparsify",
     "tune",

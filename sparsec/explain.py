@@ -162,10 +162,12 @@ def explain_with(
     tell(0, 1, "capture, profile, decide")
     model = getattr(model, "_orig_mod", model)  # an already compiled model is looked at as it was
     from sparsec.pipeline import placed
+    from sparsec.rounding import warning_of
 
     options = placed(options, model)
     with _buffers_kept(model):
         records, notes = _inspect(model, args, kwargs, options)
+    notes += filter(None, [warning_of(model)])
     given = batch_of(args, kwargs)
     report = build(records, batches=tuple(batches) or (given,), given=given, options=options)
     report = replace(

@@ -265,8 +265,9 @@ class BlockFact:
 class ValueFact:
     """What the kept values look like: ``real``, ``ternary``, ``codebook`` (few levels), ``grid`` (int x scale).
 
-    ``levels``: distinct values (0 when more than were counted). ``bits`` and ``group``: for ``grid``. ``exact``: codes
-    of 2, 4 or 8 bits and a scale for each group were proven to give every value back.
+    ``levels``: distinct values (0 when more than were counted); ``row_levels``: most in a row (0: more than 16).
+    ``bits`` and ``group``: for ``grid``. ``exact``: codes of 2, 4 or 8 bits and a scale for each group were proven to
+    give every value back.
     """
 
     kind: str = "real"
@@ -274,6 +275,7 @@ class ValueFact:
     bits: int = 0
     group: int = 0
     exact: bool = False
+    row_levels: int = 0
 
 
 @dataclass(frozen=True)

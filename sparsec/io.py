@@ -2,8 +2,9 @@
 
 In and out: a folder that any program reads. A transformers model becomes what its ``save_pretrained`` writes, with no
 ``quantization_config`` and no ``sparsity_config`` (other tools refuse models that carry one); another module becomes
-``model.safetensors``. Beside it lie ``recipe.yaml``, which runs again to the same masks, and ``sparsec.json``;
-``sparsec sparsify`` adds ``sparsec_report.json`` and ``sparsec_report.html``.
+``model.safetensors``. Layers that round their inputs are named in the config, or in that file (``rounding``). Beside it
+lie ``recipe.yaml``, which runs again to the same masks, and ``sparsec.json``; ``sparsec sparsify`` adds
+``sparsec_report.json`` and ``sparsec_report.html``.
 
 A folder is written under a temporary name beside its place and renamed when complete. After an error nothing is left;
 after a kill only a hidden folder, which the next ``save`` to the same place removes.
@@ -28,14 +29,15 @@ from torch import nn
 
 from sparsec.bitmask_file import Checkpoint
 from sparsec.errors import BadModelFile, ModelNotFound, OutputExists, Unsavable, WriteFailed
-from sparsec.passes.quantize.inputs import inputs_of, refusal, set_inputs
+from sparsec.rounding import FACTS, metadata_of, note, rounding, said_in
 
 if TYPE_CHECKING:
     from sparsec.sparsify_report import Report
 
-FACTS, RECIPE, WEIGHTS = "sparsec.json", "recipe.yaml", "model.safetensors"
+RECIPE, WEIGHTS = "recipe.yaml", "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_METADATA = {"format": "pt"}  # older readers refuse files without it; a second key would make the bytes vary by chance
+# Older readers refuse files without it. A second key makes the bytes vary by chance, so there is one only where needed.
+_METADATA = {"format": "pt"}
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -164,13 +166,14 @@ def _remove_abandoned(target: Path) -> None:
 
 def _write_folder(model: nn.Module, folder: Path, report: Report | None, tokenizer: Any) -> None:
     transformers_model: Any = model
+    note(model)
     if _is_packed(model):
         _write_packed_folder(transformers_model, folder)
     elif hasattr(transformers_model, "save_pretrained"):
         with _no_shard_bar():
             transformers_model.save_pretrained(folder)
     else:
-        save_file(_own_tensors(model), folder / WEIGHTS, metadata=_METADATA)
+        save_file(_own_tensors(model), folder / WEIGHTS, metadata={**_METADATA, **metadata_of(model)})
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if report is None:
@@ -228,12 +231,12 @@ def _write_packed_folder(model: Any, folder: Path) -> None:
 def _save_tensors(model: nn.Module, file: str | Path) -> None:
     own = _own_tensors(model)
     if not _is_packed(model):
-        save_file(own, file, metadata=_METADATA)
+        save_file(own, file, metadata={**_METADATA, **metadata_of(model)})
         return
-    from sparsec.packed_file import metadata_of
+    from sparsec.packed_file import metadata_of as metadata_of_packed
 
     shared = {name: names[0] for names, _ in _groups(model) for name in names[1:]}
-    save_file(own, file, metadata=metadata_of(model, own, shared))
+    save_file(own, file, metadata=metadata_of_packed(model, own, shared))
 
 
 def _own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -278,17 +281,19 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         from sparsec.packed_file import load_packed
 
         load_packed(packed, module)
+        note(module)
         return model
     files = _files(path)
     if _is_packed(module):
         raise BadModelFile(path=os.fspath(path), why="it is dense and the model is packed; call sparsec.unpack_(model)")
-    with contextlib.ExitStack() as stack, torch.no_grad(), _rounding_inputs(module, Path(path)):
+    with contextlib.ExitStack() as stack, torch.no_grad(), rounding(module, said_in(Path(path))):
         there = Checkpoint(os.fspath(path), [stack.enter_context(_opened(file)) for file in files])
         wanted = _matched(module, there.names, os.fspath(path))
         for name, tensor in wanted.items():
             _check(name, tensor, there.slice(name), os.fspath(path))
         for name, tensor in wanted.items():
             tensor.copy_(there.tensor(name))
+    note(module)
     return model
 
 
@@ -300,23 +305,6 @@ def _packed_file(path: str | os.PathLike[str]) -> Path | None:
     if inside.is_file():
         return inside
     return Path(path) if Path(path).is_file() and is_packed_file(Path(path)) else None
-
-
-@contextlib.contextmanager
-def _rounding_inputs(model: nn.Module, path: Path) -> Iterator[None]:
-    """Layers whose inputs were rounded when the model was saved round them again; not where the loading fails."""
-    said = {row["name"]: row.get("inputs", "") for row in _facts(path).get("layers", ())}
-    modules = dict(model.named_modules())
-    layers = {modules[name]: word for name, word in said.items() if name in modules and not refusal(modules[name])}
-    before = {module: inputs_of(module) for module in layers}
-    try:
-        for module, word in layers.items():
-            set_inputs(module, word)
-        yield
-    except BaseException:
-        for module, word in before.items():
-            set_inputs(module, word)
-        raise
 
 
 def _files(path: str | os.PathLike[str]) -> list[Path]:

@@ -26,7 +26,7 @@ from sparsec.cache import digest, one_at_a_time, read_json, write_json
 from sparsec.codegen.spec import KernelSpec
 from sparsec.errors import BuildError, PackError
 from sparsec.facts import WeightFact
-from sparsec.formats import Format, Pattern
+from sparsec.formats import BOOKS, Format, Pattern
 from sparsec.measure_calls import best_seconds, best_seconds_alone_too, cold_bytes, plausible, thread_count, tune_log
 from sparsec.measure_conv import dense_conv, gather_rate
 from sparsec.measure_kernels import TORCH, Text, compile_all, direct, kernel_texts, measure_kernel
@@ -109,8 +109,10 @@ def rates_for(
         return gpu_rates.rates_for(target, fact, formats)
     held = dict.fromkeys((*(Pattern.parse(name) for name in USUAL), *patterns(fact)))
     wanted = [str(p) for p in held if allowed(p, formats)]
-    codes = [str(f) for f in formats_of(fact, dtype) if f.values != dtype and allowed(f, formats)]
-    wanted += [*codes, *(f"{name}/{x}" for name in codes if x and not name.endswith("codebook"))]
+    codes = [f for f in formats_of(fact, dtype) if f.values != dtype and allowed(f, formats)]
+    small = {f.pattern for f in codes if f.values == "codebook2"}  # always faster than 4 bits, as 3 bits are not
+    codes = [f for f in codes if f.values != "codebook" or f.pattern not in small]
+    wanted += [*map(str, codes), *(f"{f}/{x}" for f in codes if x and f.values not in BOOKS)]
     parts = [f for f in formats_of(fact, dtype) if f.pattern.kind in KINDS and allowed(f, formats)]
     wanted += [f"{f}/{loop}" for f in parts for loop in loops]
     return rates(target, threads, cache, (dtype,) if dtype in TORCH else (), wanted)

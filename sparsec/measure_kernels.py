@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,9 +18,9 @@ import torch
 
 from sparsec.codegen import build, cpp
 from sparsec.codegen.spec import KernelSpec, Packed
-from sparsec.errors import BuildError, PackError
+from sparsec.errors import NoCompiler, PackError
 from sparsec.facts import Conv
-from sparsec.formats import Format, Pattern, value_kind
+from sparsec.formats import BOOKS, Format, Pattern, value_kind
 from sparsec.measure_calls import best_seconds, best_seconds_alone_too, cold_bytes, plausible, thread_count, tune_log
 from sparsec.passes.decide.candidates import PARTS_OF_WEIGHT
 from sparsec.passes.graph import DTYPES
@@ -80,15 +79,13 @@ def kernel_texts(wanted: Format | Pattern, dtype: str, target: Target, x: str = 
 
 def compile_all(texts: list[Text], cache: Path) -> None:
     """Compile side by side what will be needed one by one; failures are met again, and told, at use."""
-
-    def compile_one(t: Text) -> None:
-        try:
-            build.compile_shared(t.text, t.spec.name, build.isa_flags(t.spec), cache)
-        except BuildError as error:
-            _log.info("%s", error)
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(compile_one, texts))
+    try:
+        failed = build.compile_all([t.spec for t in texts], cache)
+    except NoCompiler as error:  # what an earlier one made is used
+        _log.info("%s", error)
+        return
+    for failure in failed.values():
+        _log.info("%s", failure)
 
 
 def direct(
@@ -192,7 +189,8 @@ def sample(pattern: Pattern, n: int, k: int, density: float, values: str = "") -
 
 def _on_grid(weight: torch.Tensor, values: str) -> torch.Tensor:
     """Numbers of 0.5 to 1.5 rounded to what quantised values can be: never zero, and at most 1."""
-    steps = {"int8": 127, "int4": 7, "codebook": 7, "ternary": 1}.get(value_kind(values)[0])
+    books = {name: min(most - 1, 7) for name, most in BOOKS.items()}
+    steps = {"int8": 127, "int4": 7, "ternary": 1, **books}.get(value_kind(values)[0])
     return weight if steps is None else (weight * steps).round().clamp(1, steps) / (steps + 1)
 
 

@@ -206,6 +206,9 @@ def _pretrained(source: str, dtype: str, shown: str) -> LoadedModel:
         missing = sorted(info["missing_keys"])
         if missing:  # transformers would fill them with random numbers
             raise BadModelFile(path=source, why=f"{len(missing)} weights are missing, for example {missing[0]}")
+        from sparsec.rounding import restore_from
+
+        restore_from(Path(source) if local else None, model)
         return LoadedModel(model.eval(), _tokenizer(transformers, source, options), kind_of(config), source, shown)
 
 

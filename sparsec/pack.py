@@ -12,7 +12,7 @@ import ctypes
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,10 +34,12 @@ from sparsec.packed import PackedEmbedding, PackedWeight, checksum, packed_layer
 from sparsec.passes.decide.candidates import plain_panel
 from sparsec.passes.decide.whole import UNPACK, WholePlan, best_whole, formats_by_size
 from sparsec.passes.graph import DTYPES
+from sparsec.passes.quantize.inputs import set_inputs
 from sparsec.plan import Plan
 from sparsec.runtime import library
 from sparsec.runtime.packed import Meta, kernels_in
 from sparsec.runtime.store import STORE
+from sparsec.targets.base import Rates
 
 Progress = Callable[[int, int, str], None]  # layers done, of how many, name
 _LOOKED_UP = "an embedding: the rows it is asked for are decoded, which takes longer than copying them"
@@ -63,7 +65,8 @@ def pack_(
     An embedding is packed in the smallest format that it holds, if that is smaller than dense: the rows it is asked for
     are decoded, which takes longer than copying them. Linear layers and embeddings that share a weight (a tied head)
     share its pack, as the linear layer decides; a weight that another kind of module reads too stays dense, and so do
-    convolutions. The values are the same bit for bit, except that -0.0 becomes 0.0. Packed layers are for
+    convolutions. Layers that round their inputs go on doing so, by integer kernels where those are faster.
+    The values are the same bit for bit, except that -0.0 becomes 0.0. Packed layers are for
     inference on the CPU: they cannot be trained, cast or moved. Weights that a loader mapped from a file and that were
     changed since (a pruned ``from_pretrained`` model) stay resident until the last tensor of that file goes.
     Raises OptionError, NoCompiler, CompileFailed.
@@ -145,7 +148,8 @@ def _pack_layer(layer: Found, policy: Policy) -> PackRow:
     )
     if layer.refusal:
         return row(reason=layer.refusal)
-    plan = Plan(layer.name, "hf_conv1d" if layer.transposed else "linear", policy, transposed=layer.transposed)
+    kind = "hf_conv1d" if layer.transposed else "linear"
+    plan = Plan(layer.name, kind, policy, transposed=layer.transposed, x=layer.x)
     try:
         made, reason = (_multiplying if layer.multiplies else _looking_up)(layer, plan, policy)
     except SparsecError as error:
@@ -177,10 +181,11 @@ def _multiplying(layer: Found, plan: Plan, policy: Policy) -> tuple[_Made | None
     """The pack of a weight that linear layers read, or None where it stays dense; and why."""
     weight = layer.weight
     fact, decision = STORE.decided(weight, plan)
-    chosen = best_whole(fact, DTYPES[weight.dtype], _rates(fact, weight, policy), policy)
+    rates = _rates(fact, weight, policy, plan.x_type)
+    chosen = best_whole(fact, DTYPES[weight.dtype], rates, policy, x=plan.x_type)
     if not _sparse(decision, policy) or chosen is None:
         return None, decision.reason if chosen is None or not decision.ours else _only_panels(decision)
-    return _made(weight.t() if layer.transposed else weight, fact, chosen, policy), decision.reason
+    return _made(weight.t() if layer.transposed else weight, fact, chosen, plan), decision.reason
 
 
 def _looking_up(layer: Found, plan: Plan, policy: Policy) -> tuple[_Made | None, str]:
@@ -194,7 +199,7 @@ def _looking_up(layer: Found, plan: Plan, policy: Policy) -> tuple[_Made | None,
         try:
             cpp.family(format.pattern.kind).text(KernelSpec.on(target, format, UNPACK, dtype))
             whole = WholePlan(str(format), ((0, UNPACK),), 1, 0.0, 1, 0.0)
-            return _made(weight, fact, whole, policy), _LOOKED_UP
+            return _made(weight, fact, whole, plan), _LOOKED_UP
         except PatternMismatch:  # values that this pattern's layout does not take
             continue
     return None, "no format of its values is smaller than the weight itself"
@@ -204,40 +209,36 @@ def _only_panels(decision: Decision) -> str:
     return f"no sparse format is faster; {decision.reason}"
 
 
-def _rates(fact: WeightFact, weight: torch.Tensor, policy: Policy) -> Any:
-    target = targets.resolve(policy.target)
-    return rates_for(
-        fact, DTYPES[weight.dtype], target, torch.get_num_threads(), cache_dir(policy.cache_dir), policy.formats
-    )
+def _rates(fact: WeightFact, weight: torch.Tensor, policy: Policy, x: str) -> Rates:
+    target, threads, cache = targets.resolve(policy.target), torch.get_num_threads(), cache_dir(policy.cache_dir)
+    return rates_for(fact, DTYPES[weight.dtype], target, threads, cache, policy.formats, x)
 
 
-def _made(weight: torch.Tensor, fact: WeightFact, chosen: WholePlan, policy: Policy) -> _Made:
+def _made(weight: torch.Tensor, fact: WeightFact, chosen: WholePlan, plan: Plan) -> _Made:
     """Pack a [N, K] weight, measure its decoding, choose the loops, and prove the pack block by block.
 
     The proof reads the pack with the kernel's own decoder, a few megabytes at a time: a whole second weight would break
     the bound on memory. Raises PatternMismatch, RoundTripMismatch.
     """
     format = Format.parse(chosen.format)
-    packed = cpp.family(format.pattern.kind).pack(weight.contiguous(), format.pattern, format.values, fact.key)
-    dtype = DTYPES[weight.dtype]
-    tensors = _tensors(packed, chosen, dtype, policy.target)
+    family = cpp.family(format.pattern.kind, chosen.x)
+    packed = family.pack(weight.contiguous(), format.pattern, format.values, fact.key)
+    dtype, policy = DTYPES[weight.dtype], plan.policy
+    tensors = _tensors(packed, chosen, dtype, plan)
     if not torch.ops.sparsec.holds_packed(list(tensors), weight):
         raise RoundTripMismatch(format=str(format), detail="a block of rows differs")
     if chosen.routes == ((0, UNPACK),):  # of an embedding: it has no loops to choose
         return _Made(tensors, chosen, fact)
     seconds = _seconds_of_unpacking(tensors, fact, weight)
-    final = best_whole(fact, dtype, _rates(fact, weight, policy), _only(policy, format), seconds) or chosen
-    return _Made(_tensors(packed, final, dtype, policy.target), final, fact)
+    rates = _rates(fact, weight, policy, plan.x_type)
+    final = best_whole(fact, dtype, rates, policy, seconds, plan.x_type, only=chosen.pack) or chosen
+    return _Made(_tensors(packed, final, dtype, plan), final, fact)
 
 
-def _only(policy: Policy, format: Format) -> Policy:
-    return replace(policy, formats=(str(format.pattern),))
-
-
-def _tensors(packed: Packed, plan: WholePlan, dtype: str, target: str) -> tuple[torch.Tensor, ...]:
+def _tensors(packed: Packed, chosen: WholePlan, dtype: str, plan: Plan) -> tuple[torch.Tensor, ...]:
     n, k = packed.shape
-    count, tiles = len(packed.tensors), packed.work.numel() - 1
-    meta = Meta(str(packed.format), packed.version, n, k, dtype, count, tiles, plan.routes, target)
+    count, tiles, target = len(packed.tensors), packed.work.numel() - 1, plan.policy.target
+    meta = Meta(str(packed.format), packed.version, n, k, dtype, count, tiles, chosen.routes, target, plan.x)
     return (meta.encode(), *packed.tensors, packed.work)
 
 
@@ -246,7 +247,8 @@ def _seconds_of_unpacking(tensors: tuple[torch.Tensor, ...], fact: WeightFact, w
 
     Other layers of the same format and about the same density say what a quiet moment of this machine gives.
     """
-    key = (Meta.decode(tensors[0]).format, round(10 * fact.density), torch.get_num_threads())
+    meta = Meta.decode(tensors[0])
+    key = (f"{meta.format}/{meta.reads}", round(10 * fact.density), torch.get_num_threads())
     best, until = _decoding.get(key, float("inf")) * weight.numel(), time.perf_counter() + _BUDGET_S
     for _ in range(10):
         started = time.perf_counter()
@@ -264,7 +266,7 @@ def _packed_module(module: nn.Module, made: _Made, layer: Found) -> PackedWeight
         "sum": checksum(made.tensors),
         "source": made.fact.key,
         "density": made.fact.density,
-        "kind": type(module).__name__,
+        "kind": layer.kind,
         "trained": layer.weight_trained,
         "bias_trained": bias is not None and bias.requires_grad,
         "dense_from": made.plan.dense_from,
@@ -302,6 +304,7 @@ def _dense_layer(layer: PackedWeight, weight: nn.Parameter, about: Mapping[str, 
     new.weight = weight
     if layer.bias is not None:
         new.bias = nn.Parameter(layer.bias.detach(), requires_grad=bool(about.get("bias_trained", True)))
+    set_inputs(new, layer.inputs)
     new.train(layer.training)
     new._forward_hooks, new._forward_pre_hooks = layer._forward_hooks, layer._forward_pre_hooks
     made: nn.Module = new

@@ -107,7 +107,8 @@ def _cells(row: PackRow) -> tuple[str, ...]:
     if row.plan is None:
         return name, shape, zeros, row.format, _mb(row.dense_bytes), _mb(row.packed_bytes), "", row.reason
     since = "never" if row.dense_from is None else f"{row.dense_from} rows"
-    return name, shape, zeros, row.format, _mb(row.dense_bytes), _mb(row.packed_bytes), since, row.cost
+    packed = row.plan.pack if row.plan else row.format
+    return name, shape, zeros, packed, _mb(row.dense_bytes), _mb(row.packed_bytes), since, row.cost
 
 
 def _mb(size: int) -> str:

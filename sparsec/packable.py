@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sparsec.passes.graph import DTYPES, TAKES, short
+from sparsec.passes.quantize.inputs import inputs_of, plain_class
 
 # Modules that read the weights of their children themselves, past their forward.
 _READERS = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
@@ -19,19 +20,26 @@ _READERS = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
 class Found:
     """One weight of linear layers or embeddings: its places in the model, or why it must stay dense.
 
-    ``weight`` is dropped by ``replace``. ``tied``: the other names of layers that share it.
+    ``weight`` is dropped by ``replace``. ``kind``: ``Linear`` or ``Conv1D``. ``tied``: the other names of layers that
+    share it. ``x``: how they round their inputs (``inputs_of``).
     """
 
     name: str
     modules: list[nn.Module]
     places: list[tuple[nn.Module, str]]  # (parent, name there)
-    transposed: bool = False
+    kind: str = "Linear"
     tied: tuple[str, ...] = ()
     refusal: str = ""
+    x: str = ""
     weight_trained: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.weight_trained = self.weight.requires_grad
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is stored [K, N]."""
+        return self.kind == "Conv1D"
 
     @property
     def weight(self) -> torch.Tensor:
@@ -94,17 +102,25 @@ def find_layers(model: nn.Module) -> Iterator[Found]:
             names[0],
             modules,
             [place for module in modules for place in places[id(module)]],
-            transposed=any(type(module).__name__ == "Conv1D" for module in modules),
+            kind=next(filter(None, map(kind_of, modules)), ""),
             tied=tuple(names[1:]),
             refusal=_tied(others.get(key, "")) or _refusal(modules, [p for m in modules for p, _ in places[id(m)]]),
+            x=next((inputs_of(module) for module in modules if kind_of(module)), ""),
         )
 
 
 def is_linear(module: nn.Module) -> bool:
-    """``nn.Linear`` itself or transformers' ``Conv1D``: a subclass may do anything in its forward."""
-    kind = type(module)
-    known = kind is nn.Linear or (kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."))
-    return known and isinstance(module._parameters.get("weight"), torch.Tensor)
+    """``nn.Linear`` itself, transformers' ``Conv1D``, or one of them that rounds its inputs: another subclass may do
+    anything in its forward."""
+    return bool(kind_of(module)) and isinstance(module._parameters.get("weight"), torch.Tensor)
+
+
+def kind_of(module: nn.Module) -> str:
+    """``Linear``, ``Conv1D``, or "" for any other module."""
+    kind = plain_class(type(module))
+    if kind is nn.Linear:
+        return "Linear"
+    return "Conv1D" if kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.") else ""
 
 
 def is_packable(module: nn.Module) -> bool:
@@ -137,9 +153,11 @@ def _refusal(modules: list[nn.Module], parents: list[nn.Module]) -> str:
         return f"nn.{type(reader).__name__} reads the weights of its layers itself"
     if any(is_convolution(module) for module in modules):
         return "convolutions are not packed in place so far; torch.compile packs them beside their dense weights"
-    kinds = {type(module) for module in modules}
-    if len(kinds) > 1 and kinds != {nn.Linear, nn.Embedding}:
+    kinds = {kind_of(module) or type(module).__name__ for module in modules}
+    if len(kinds) > 1 and kinds != {"Linear", "Embedding"}:
         return "layers of different kinds share its weight"
+    if len({inputs_of(module) for module in modules if kind_of(module)}) > 1:
+        return "layers that share its weight round their inputs differently"
     if any("_hf_hook" in vars(module) for module in modules):
         return "it is offloaded by accelerate: its weight comes and goes with every call"
     if type(weight) is not nn.Parameter:

@@ -18,6 +18,7 @@ from torch import nn
 from sparsec.errors import BadPack, PackedLayer, SparsecError
 from sparsec.formats import Format
 from sparsec.passes.graph import TAKES
+from sparsec.plan import FIXED, PER_TOKEN, RAW, input_rule
 from sparsec.runtime import library
 from sparsec.runtime.packed import Meta, unpacked
 
@@ -61,7 +62,7 @@ class PackedWeight(nn.Module):
 
     def _read(self, meta: Meta) -> None:
         self.in_features, self.out_features, self.dtype = meta.k, meta.n, meta.torch_dtype
-        self.format = meta.format
+        self.format, self.inputs = meta.format, meta.x
         # The same tensors as the buffers, where torch.compile looks: it takes every size of a registered buffer as
         # fixed, and would compile one graph for each layer of equal shape and another number of zeros.
         count = sum(name.startswith(PACK) for name in self._buffers) + 2
@@ -93,7 +94,8 @@ class PackedWeight(nn.Module):
 
     def extra_repr(self) -> str:
         size = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return f"{size}, format={self.format}, bytes={self.packed_bytes} of {self.dense_bytes}"
+        rounds = f", x={self.inputs}" if self.inputs else ""
+        return f"{size}, format={self.format}{rounds}, bytes={self.packed_bytes} of {self.dense_bytes}"
 
     # ------------------------------------------------------------------------------------- what moves and copies
 
@@ -165,7 +167,8 @@ class PackedWeight(nn.Module):
 
 
 class PackedLinear(PackedWeight):
-    """y = x W^T + b. x: [..., in_features] of the pack's dtype.
+    """y = x W^T + b. x: [..., in_features] of the pack's dtype, which is rounded to int8 first where ``inputs`` says so
+    (as ``passes.quantize.inputs.inputs_of``).
 
     Under autocast x is taken in the pack's dtype and the result has autocast's.
     """
@@ -228,8 +231,9 @@ def checked(tensors: Sequence[torch.Tensor]) -> Meta:
     try:
         meta = Meta.decode(tensors[0])
         Format.parse(meta.format)
-        if min(meta.n, meta.k, meta.tensors, meta.tiles) < 0 or meta.dtype not in TAKES["cpu"]:
+        if min(meta.n, meta.k, meta.tensors, meta.tiles) < 0 or meta.dtype not in TAKES["cpu"] or not meta.routes:
             raise ValueError
+        _check_inputs(meta.x, meta.reads)
     except (ValueError, KeyError, TypeError, IndexError, SparsecError):
         raise BadPack(why="its meta cannot be read") from None
     if len(tensors) != meta.tensors + 2 or tensors[-1].dtype != torch.int64 or tensors[-1].numel() != meta.tiles + 1:
@@ -237,6 +241,14 @@ def checked(tensors: Sequence[torch.Tensor]) -> Meta:
     if not all(t.is_contiguous() and t.device.type == "cpu" for t in tensors):
         raise BadPack(why="its tensors are not contiguous on the CPU")
     return meta
+
+
+def _check_inputs(said: str, reads: str) -> None:
+    """Raises ValueError where x is rounded as no layer rounds it, or kernels round what the layer does not."""
+    kind, number = input_rule(said)
+    known = kind in (RAW, PER_TOKEN) or (kind == FIXED and 0 < number < float("inf"))
+    if not known or number < 0 or said.partition(":")[0] not in ("", "int8") or reads not in ("", said[:4]):
+        raise ValueError
 
 
 def checksum(tensors: Sequence[torch.Tensor]) -> str:

@@ -22,11 +22,9 @@ import torch
 from torch import nn
 
 from sparsec import __version__, targets
-from sparsec.codegen import cpp
 from sparsec.errors import BadPack, BadPackedFile, SparsecError
-from sparsec.formats import Format
 from sparsec.pack_report import PackReport, PackRow
-from sparsec.packable import is_packable
+from sparsec.packable import is_packable, kind_of
 from sparsec.packed import (
     ABOUT,
     META,
@@ -39,6 +37,7 @@ from sparsec.packed import (
     text_of,
 )
 from sparsec.passes.decide.whole import WholePlan
+from sparsec.rounding import plain_but, rounded_inputs, rounding
 from sparsec.runtime.packed import Meta
 
 LAYOUT = 1  # of this file; another one cannot be read
@@ -58,6 +57,7 @@ def metadata_of(model: nn.Module, tensors: Mapping[str, torch.Tensor], shared: M
         "version": __version__,
         "isas": isas,
         "shared": dict(shared),
+        "inputs": rounded_inputs(model),
         "sums": {name: tensor_sum(name, tensor) for name, tensor in tensors.items()},
     }
     text = json.dumps(said, sort_keys=True)
@@ -82,11 +82,13 @@ def _hash(*parts: bytes | memoryview) -> str:
 
 @dataclass(frozen=True)
 class _Content:
-    """A checked file: its tensors by every name that the model has for them, and its packed layers."""
+    """A checked file: its tensors by every name that the model has for them, its packed layers, and which others
+    round their inputs."""
 
     path: str
     tensors: dict[str, torch.Tensor]
     metas: dict[str, Meta]
+    inputs: dict[str, str]
 
 
 def is_packed_file(path: Path) -> bool:
@@ -101,18 +103,20 @@ def load_packed(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
 
     ``model``: of the architecture that was saved, dense (on the meta device too) or packed. Dense tensors take the
     file's dtype. The file is mapped: replace it by renaming (``sparsec.save`` does), never write into it.
+    Layers that rounded their inputs when they were saved do so again, packed or not.
     Raises BadPackedFile, after which the model is as it was.
     """
     content = _read(os.fspath(path))
-    _check_model(content, model)
-    made: dict[str, PackedWeight] = {}
-    for name in content.metas:
-        bias, count = content.tensors.get(f"{name}.bias"), content.metas[name].tensors + 2
-        pack = [content.tensors[f"{name}.{part}"] for part in buffer_names(count)]
-        try:
-            made[name] = packed_layer(pack, bias, content.tensors[f"{name}.{ABOUT}"])
-        except BadPack as error:
-            raise BadPackedFile(path=content.path, why=f"{name}: {error}") from None
+    with rounding(model, plain_but(model, content.inputs)):
+        _check_model(content, model)
+        made: dict[str, PackedWeight] = {}
+        for name in content.metas:
+            bias, count = content.tensors.get(f"{name}.bias"), content.metas[name].tensors + 2
+            pack = [content.tensors[f"{name}.{part}"] for part in buffer_names(count)]
+            try:
+                made[name] = packed_layer(pack, bias, content.tensors[f"{name}.{ABOUT}"])
+            except BadPack as error:
+                raise BadPackedFile(path=content.path, why=f"{name}: {error}") from None
     for name, layer in made.items():
         _replace(model, name, layer)
     _assign(content, model)
@@ -135,7 +139,7 @@ def _row(content: _Content, names: list[str]) -> PackRow:
     plan = None
     if about is not None:
         numbers = about.get("dense_from"), about.get("worst", 0.0), about.get("worst_at", 1)
-        plan = WholePlan(meta.format, meta.routes, *numbers, 0.0)
+        plan = WholePlan(meta.format, meta.routes, *numbers, 0.0, meta.reads)
     pack = [content.tensors[f"{names[0]}.{part}"] for part in buffer_names(meta.tensors + 2)]
     size = sum(t.numel() * t.element_size() for t in pack)
     dense, density = meta.n * meta.k * meta.torch_dtype.itemsize, said[0].get("density", 1.0)
@@ -171,7 +175,7 @@ def _read(path: str) -> _Content:
     tensors.update({name: tensors[first] for name, first in said["shared"].items() if first in tensors})
     metas = {name.removesuffix(f".{META}"): name for name in tensors if name.endswith(f".{META}")}
     found = {layer: _meta(layer, tensors, said["isas"].get(layer, ""), path) for layer in sorted(metas)}
-    return _Content(path, tensors, found)
+    return _Content(path, tensors, found, dict(said.get("inputs", {})))
 
 
 def _said(metadata: Mapping[str, str], path: str) -> dict[str, Any]:
@@ -196,7 +200,7 @@ def _meta(layer: str, tensors: Mapping[str, torch.Tensor], isa: str, path: str) 
         if set(tensors) & {f"{layer}.{PACK}{i}" for i in range(99)} - {f"{layer}.{n}" for n in buffer_names(len(pack))}:
             raise ValueError("more tensors than the meta says")
         checked(pack)
-        family = cpp.family(Format.parse(meta.format).pattern.kind)
+        family = meta.family
         text_of(tensors[f"{layer}.{ABOUT}"])
     except (KeyError, ValueError, SparsecError):
         raise BadPackedFile(
@@ -267,7 +271,7 @@ def _shape_of(module: nn.Module) -> tuple[int, int]:
         return module.out_features, module.in_features
     weight: Any = module._parameters["weight"]
     rows, columns = (int(s) for s in weight.shape)
-    return (columns, rows) if type(module).__name__ == "Conv1D" else (rows, columns)
+    return (columns, rows) if kind_of(module) == "Conv1D" else (rows, columns)
 
 
 def _replace(model: nn.Module, name: str, layer: PackedWeight) -> None:

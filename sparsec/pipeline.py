@@ -7,6 +7,7 @@ later call brings (regional compilation, updates) go through the same functions 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,9 @@ from typing import Any
 import torch
 
 from sparsec import compat, dump, targets
+from sparsec.cache import cache_dir
+from sparsec.codegen import build
+from sparsec.errors import NoCompiler
 from sparsec.facts import Decision, Declined, Site, WeightFact
 from sparsec.options import Options, Policy
 from sparsec.passes.graph import View, erase_unused
@@ -24,13 +28,13 @@ from sparsec.passes.rewrite import RULES
 from sparsec.passes.rewrite.activation import activation_of
 from sparsec.passes.rewrite.contract import Rule
 from sparsec.passes.rewrite.expression import evaluate, part_node, part_of
-from sparsec.passes.rewrite.group import group_calls
 from sparsec.passes.rewrite.gates import only_needed
+from sparsec.passes.rewrite.group import group_calls
 from sparsec.passes.rewrite.inputs import Inputs, quantised_inputs, unrounded
 from sparsec.plan import Plan
 from sparsec.records import CompileRecord, LayerRecord, StageRecord
 from sparsec.runtime import gpu, library
-from sparsec.runtime.parts import needed
+from sparsec.runtime.parts import needed, spec_of
 from sparsec.runtime.store import STORE
 from sparsec.targets.base import Target
 
@@ -152,7 +156,9 @@ def rewrite(c: Compilation) -> int:
         if site.x:
             unrounded(graph, new, view)
     if not c.target.gpu:
-        only_needed(graph, [(now[s.node], now.get(s.needed) or c.nodes[s.needed]) for s in _gathering(c) if s.node in now])
+        only_needed(
+            graph, [(now[s.node], now.get(s.needed) or c.nodes[s.needed]) for s in _gathering(c) if s.node in now]
+        )
     if not c.target.gpu:
         group_calls(graph)
     graph.lint()
@@ -165,8 +171,13 @@ def generate(c: Compilation) -> int:
     if c.target.gpu:
         return 0  # Triton compiles a kernel at its first launch, which packing makes
     found = zip(c.sites, c.decisions, c.plans, strict=True)
-    parts = [(part, c.weight(site)) for (site, _), decision, plan in found for part in needed(decision, plan)]
-    return len({STORE.kernel(part, weight.dtype, c.options.policy).spec for part, weight in parts})
+    policy = c.options.policy
+    parts = [(part, c.weight(site).dtype) for (site, _), decision, plan in found for part in needed(decision, plan)]
+    specs = {spec_of(part, dtype, policy) for part, dtype in parts}
+    if len(specs) > 1:
+        with contextlib.suppress(NoCompiler):  # what an earlier compiler made may be there
+            build.compile_all(specs, cache_dir(policy.cache_dir))
+    return len({STORE.kernel(part, dtype, policy).spec for part, dtype in parts})
 
 
 def pack(c: Compilation) -> int:

@@ -14,7 +14,20 @@ from sparsec.options import Policy
 
 RAW, PER_TOKEN, FIXED, GIVEN = range(4)  # the kinds of ``InputRule`` in ``runtime/inputs.h``
 
-OPS = 4  # changes with the arguments of the ops: caches of compiled graphs hash the plan's text, not the ops' schemas
+OPS = 5  # changes with the arguments of the ops: caches of compiled graphs hash the plan's text, not the ops' schemas
+
+
+def input_rule(said: str) -> tuple[int, float]:
+    """(kind, number) of what ``Site.x`` says: the number is the scale of FIXED, the least scale of PER_TOKEN."""
+    kind, _, rest = said.partition(":")
+    if not kind:
+        return RAW, 0.0
+    if rest == "given":
+        return GIVEN, 0.0
+    least, found, number = rest.partition("=")
+    if found and least == "min":
+        return PER_TOKEN, float(number)
+    return (FIXED, float(rest)) if rest else (PER_TOKEN, 0.0)
 
 
 @dataclass(frozen=True)
@@ -47,16 +60,8 @@ class Plan:
 
     @property
     def x_rule(self) -> tuple[int, float]:
-        """(kind, number) of the input rule: the number is the scale of FIXED, the least scale of PER_TOKEN."""
-        kind, _, rest = self.x.partition(":")
-        if not kind:
-            return RAW, 0.0
-        if rest == "given":
-            return GIVEN, 0.0
-        least, found, number = rest.partition("=")
-        if found and least == "min":
-            return PER_TOKEN, float(number)
-        return (FIXED, float(rest)) if rest else (PER_TOKEN, 0.0)
+        """``input_rule`` of x."""
+        return input_rule(self.x)
 
     @property
     def x_type(self) -> str:

@@ -7,19 +7,18 @@ a weight of the same shape with more zeros.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from sparsec.facts import Conv, Decision, NMFact, WeightFact
+from sparsec.facts import Decision, NMFact, Site, WeightFact
 from sparsec.report_data import Layer, expected, percent
 from sparsec.report_fold import Group, merge_numbers
 
 if TYPE_CHECKING:
     from sparsec.explain import Explanation
 
-Decide = Callable[..., Decision]  # (fact, dtype), and ``conv`` of a convolution
+Decide = Callable[[WeightFact, Site], Decision]  # a weight in the place of a site's own
 
 TRIED = (0.5, 0.6, 0.7, 0.8, 0.9)  # shares of zeros that pruning methods reach
 WORTH = 0.03  # a group below this share of the time is not worth a sentence
@@ -53,20 +52,17 @@ def decider(report: Explanation) -> Decide | None:
         policy = report.options.policy
         target = targets.resolve(policy.target)
         threads, cache = torch.get_num_threads(), cache_dir(policy.cache_dir)
+
+        def decided(fact: WeightFact, site: Site) -> Decision:
+            x = site.x.partition(":")[0]
+            rates = conv_rates(rates_for(fact, site.dtype, target, threads, cache, policy.formats, x), site.conv)
+            return decide(fact, site.dtype, target, rates, policy, x=x)
+
         first = report.layers[0].record
-        rates_for(first.fact, first.site.dtype, target, threads, cache)
+        decided(first.fact, first.site)
     except Exception:
         return None
-
-    def decided(fact: WeightFact, dtype: str, conv: Conv | None = None) -> Decision:
-        return decide(fact, dtype, target, conv_rates(rates_for(fact, dtype, target, threads, cache), conv), policy)
-
     return decided
-
-
-def _of(decide: Decide, layer: Layer) -> Decide:
-    conv = layer.record.site.conv
-    return functools.partial(decide, conv=conv) if conv else decide
 
 
 def pruned(fact: WeightFact, share: float) -> WeightFact:
@@ -93,19 +89,19 @@ def _with_break_even(layer: Layer, decide: Decide, solved: dict[tuple[object, ..
         if at.decision != "dense":
             ats.append(at)
             continue
-        site = layer.record.site
-        key = (layer.shape, site.dtype, site.conv, at.rows)
+        fact, site = layer.record.fact, layer.record.site
+        key = (layer.shape, site.dtype, site.conv, site.x, fact.values, at.rows)
         if key not in solved:
-            solved[key] = break_even_at(layer.record.fact, site.dtype, at.rows, _of(decide, layer))
+            solved[key] = break_even_at(fact, site, at.rows, decide)
         ats.append(replace(at, break_even=solved[key]))
     return replace(layer, at=tuple(ats))
 
 
-def break_even_at(fact: WeightFact, dtype: str, rows: int, decide: Decide) -> float | None:
+def break_even_at(fact: WeightFact, site: Site, rows: int, decide: Decide) -> float | None:
     """The least share of zeros, to a percent, that is decided sparse at M = ``rows``; None where none is."""
 
     def wins(share: float) -> bool:
-        return decide(pruned(fact, share), dtype).at(rows).format != "dense"
+        return decide(pruned(fact, share), site).at(rows).format != "dense"
 
     low, high = 0, 99  # a weight without zeros is dense; more zeros never make sparse slower
     if not wins(high / 100):
@@ -161,7 +157,7 @@ def best_change(group: Group, decide: Decide) -> Change | None:
     n = len(group.layers)
     found = []
     for to, fact in imagined(layer.record.fact):
-        then = expected(_of(decide, layer)(fact, layer.record.site.dtype), layer.rows)
+        then = expected(decide(fact, layer.record.site), layer.rows)
         if then is not None and then.ours_s < cost.ours_s / n:
             found.append(Change(group, to, cost.ours_s - n * then.ours_s))
     most = max((c.saves for c in found), default=0.0)

@@ -31,6 +31,7 @@ from sparsec.passes.masks.contract import GRADIENTS, Updates
 from sparsec.prunable import Job, Selection, select_layers, survey
 from sparsec.recipe import Recipe
 from sparsec.recipe_steps import Piece, Step, Values
+from sparsec.rounding import noting
 from sparsec.sparsify_patches import laid_in_patches, only_masks
 from sparsec.sparsify_report import PrunedLayer, Report, counted
 from sparsec.sparsify_run import Runner
@@ -141,6 +142,7 @@ def execute(
         journal = Journal(Path(resume), digest(*about.values()), about)
     structured = None
     with (
+        noting(prepared.model),
         kept_until_done(journal, keep_journal),
         laid_in_patches(prepared.model, (job for _, selection in prepared.stages for job in selection.jobs)),
         taken_by(prepared.model, samples),

@@ -56,7 +56,7 @@ def _unpack_rows(packed: Packed) -> torch.Tensor:
     stored, run, start, *tail = packed.tensors
     values = packed.format.values
     if tail:
-        stored = coded.from_bytes(stored, bits(values))
+        stored = coded.from_bytes(stored[: run.numel() * RUN * bits(values) // 8], bits(values))
     n, k = packed.shape
     runs = -(-k // RUN)
     row = torch.repeat_interleave(torch.arange(start.numel() - 1), start.diff())

@@ -1,5 +1,5 @@
 // Weights that are stored as codes: Stored is a byte of kBits-bit codes, and a group of columns of a row has a scale, or
-// a row a book of 16 levels. The words of plain.h, written on what coded_<isa>.h makes of codes. Sums over a group are
+// a row a book of up to 16 levels (a table of 16, that repeats). The words of plain.h, written on what coded_<isa>.h makes of codes. Sums over a group are
 // of whole numbers times x, and scaled once; single values are scaled each. Behind the tensors of the layout (kTail of
 // them) a pack has: scales fp32 [tile][group][16 rows], or levels fp32 [row][16]; zero points uint8, in the order of
 // the scales (4 bits only); and the outliers of outliers.h. Rows have groups up to a multiple of kChunk columns.

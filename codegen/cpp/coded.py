@@ -9,6 +9,7 @@ uint8 in the order of the scales, of 4 bits only; and three of outliers, see ``o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +18,7 @@ from sparsec.codegen.cpp import outliers, packer
 from sparsec.codegen.cpp.codes import SYMMETRIC_ZERO, Codes, codes_of
 from sparsec.codegen.cpp.values import bits, refusal
 from sparsec.errors import PatternMismatch
-from sparsec.formats import Format, value_kind
-
+from sparsec.formats import BOOKS, Format, value_kind
 
 LANES_ARE_ROWS = ("sliced", "columns", "columns_bitmap")
 
@@ -42,21 +42,10 @@ def coded(weight: torch.Tensor, format: Format, layout: str) -> Coded:
         raise ValueError(f"a [N, K] fp32 or bf16 weight on the CPU is needed, not {tuple(weight.shape)} {weight.dtype}")
     weight = weight.detach().contiguous()
     main, aside = outliers.split(weight, format)
-    found = _empty(main, format) if not main.numel() else codes_of(main, format)
+    found = codes_of(main, format)
     if layout in LANES_ARE_ROWS and bool((found.zero != _middle(format.values)).any()):
         raise PatternMismatch(format=str(format), detail="its zero points differ; bitmap with another loop takes them")
     return Coded(main, found, _stored(found, format.values), (*_meaning(found, format.values), *outliers.stream(aside)))
-
-
-def _empty(weight: torch.Tensor, format: Format) -> Codes:
-    kind, group = value_kind(format.values)
-    n, k = weight.shape
-    groups = -(-k // group) if group else 1
-    ones, levels = torch.ones(n, groups), torch.zeros(n, 0)
-    if kind == "codebook":
-        ones, levels = torch.ones(n, 0), torch.zeros(n, 16)
-    zero = torch.full(ones.shape, SYMMETRIC_ZERO[kind], dtype=torch.uint8)
-    return Codes(torch.zeros(n, k, dtype=torch.int8), ones, zero, levels, group)
 
 
 def _middle(values: str) -> int:
@@ -68,7 +57,7 @@ def _wide(table: torch.Tensor, group: int, k: int) -> torch.Tensor:
 
 
 def _stored(found: Codes, values: str) -> torch.Tensor:
-    if bits(values) == 8 or value_kind(values)[0] == "codebook":
+    if bits(values) == 8 or value_kind(values)[0] in BOOKS:
         return found.q.view(torch.uint8)
     return (found.q.to(torch.int16) + _wide(found.zero.to(torch.int16), found.group, found.q.shape[1])).to(torch.uint8)
 
@@ -89,7 +78,7 @@ def _rows(tiled: torch.Tensor) -> torch.Tensor:
 
 def _meaning(found: Codes, values: str) -> tuple[torch.Tensor, torch.Tensor]:
     k, none = found.q.shape[1], torch.zeros(0, dtype=torch.uint8)
-    if value_kind(values)[0] == "codebook":
+    if value_kind(values)[0] in BOOKS:
         rows = -(-len(found.q) // packer.TILE) * packer.TILE
         return torch.nn.functional.pad(found.levels, (0, 0, 0, rows - len(found.q))), none
     zero = _tiled(found.zero, found.group, k) if bits(values) == 4 else none
@@ -104,7 +93,7 @@ def decoded(
     scale, zero = tail[:2]
     if not stored.numel():
         return torch.zeros(n, k, dtype=tail[4].dtype)
-    if kind == "codebook":
+    if kind in BOOKS:
         found = Codes(stored.view(torch.int8), torch.zeros(n, 0), zero, scale[:n], 0)
     else:
         groups = -(-k // group) if group else 1
@@ -121,20 +110,33 @@ def decoded(
 # ---- codes as bytes
 
 
+def _unit(width: int) -> tuple[int, int]:
+    """(codes, bytes) of the least number of codes that fill whole bytes."""
+    whole = math.lcm(8, width)
+    return whole // width, whole // 8
+
+
 def to_bytes(codes: torch.Tensor, width: int) -> torch.Tensor:
     """uint8 codes [..., J] of ``width`` bits as uint8 [..., J width / 8], the first code in the lowest bits."""
-    each = 8 // width
+    each, size = _unit(width)
     parts = codes.reshape(*codes.shape[:-1], codes.shape[-1] // each, each)
+    if size > 1:
+        parts = parts.int()
     out: torch.Tensor = parts[..., 0].clone()
     for i in range(1, each):
         out |= parts[..., i] << (width * i)
-    return out
+    if size == 1:
+        return out
+    return torch.stack([(out >> (8 * i)) & 255 for i in range(size)], -1).flatten(-2).to(torch.uint8)
 
 
 def from_bytes(data: torch.Tensor, width: int) -> torch.Tensor:
     """The inverse: uint8 [..., B] gives codes [..., 8 B / width]."""
-    each, mask = 8 // width, (1 << width) - 1
-    return torch.stack([(data >> (width * i)) & mask for i in range(each)], -1).flatten(-2)
+    (each, size), mask = _unit(width), (1 << width) - 1
+    if size > 1:
+        parts = data.reshape(*data.shape[:-1], data.shape[-1] // size, size).int()
+        data = torch.stack([parts[..., i] << (8 * i) for i in range(size)]).sum(0, dtype=torch.int32)
+    return torch.stack([(data >> (width * i)) & mask for i in range(each)], -1).flatten(-2).to(torch.uint8)
 
 
 def _slots(counts: torch.Tensor, width: int) -> torch.Tensor:

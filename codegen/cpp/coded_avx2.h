@@ -46,7 +46,7 @@ INLINE I16 codes16(const Code<8> *v) {
 template <int BITS>
 INLINE I16 codes16(const Code<BITS> *v) {
   uint64_t bits = 0;
-  __builtin_memcpy(&bits, v, 2 * BITS);
+  __builtin_memcpy(&bits, v, BITS == 3 ? 8 : 2 * BITS);  // 6 bytes would be put together in memory, and waited for
   return {split8<BITS>(static_cast<uint32_t>(bits)), split8<BITS>(static_cast<uint32_t>(bits >> (8 * BITS)))};
 }
 template <int BITS>
@@ -60,7 +60,7 @@ INLINE F16 number(I16 codes) {
 template <int BITS>
 INLINE __m256 expand8(uint32_t mask, uint32_t bits, const Lut<float> &lut) {
   __m256i p = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(kSpread.at[mask])));
-  __m256i shift = _mm256_slli_epi32(p, BITS == 4 ? 2 : 1);
+  __m256i twice = _mm256_slli_epi32(p, BITS == 4 ? 2 : 1), shift = BITS == 3 ? _mm256_add_epi32(twice, p) : twice;
   __m256 level = look8(lut.t, _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(bits)), shift));
   return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(p, 31)), level);
 }
@@ -112,4 +112,10 @@ struct Chunk<8, float> {
   MEMBER F32 word(int j, const Lut<float> &) const {
     return {number<8>(codes16(v + 32 * j)), number<8>(codes16(v + 32 * j + 16))};
   }
+};
+template <>
+struct Chunk<3, float> {
+  const Code<3> *v;
+  MEMBER explicit Chunk(const Code<3> *codes) : v(codes) {}
+  MEMBER F32 word(int j, const Lut<float> &lut) const { return {lut.at(codes16(v + 12 * j)), lut.at(codes16(v + 12 * j + 6))}; }
 };

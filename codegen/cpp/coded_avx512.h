@@ -64,6 +64,15 @@ INLINE I16 codes16(const Code<2> *v) {
   __builtin_memcpy(&all, v, 4);
   return _mm512_srlv_epi32(_mm512_set1_epi32(static_cast<int>(all)), at);
 }
+// A window of bytes in each lane, in which its code of 3 bits is shifted down.
+INLINE I16 codes16(const Code<3> *v) {
+  const __m512i bytes = _mm512_set_epi32(0x0605, 0x0605, 0x0504, 0x0504, 0x0504, 0x0403, 0x0403, 0x0403, 0x0302, 0x0302,
+                                         0x0201, 0x0201, 0x0201, 0x0100, 0x0100, 0x0100);
+  const __m512i at = _mm512_set_epi32(5, 2, 7, 4, 1, 6, 3, 0, 5, 2, 7, 4, 1, 6, 3, 0);
+  uint64_t all;
+  __builtin_memcpy(&all, v, 8);
+  return _mm512_srlv_epi32(_mm512_shuffle_epi8(_mm512_set1_epi64(static_cast<int64_t>(all)), bytes), at);
+}
 template <int BITS>
 INLINE F16 number(I16 codes) {
   return _mm512_cvtepi32_ps(BITS == 8 ? codes : _mm512_and_si512(codes, _mm512_set1_epi32((1 << BITS) - 1)));
@@ -84,6 +93,14 @@ INLINE B32 codes32(const Code<2> *v) {
                                         0x0302030203020302, 0x0302030203020302, 0x0100010001000100, 0x0100010001000100);
   const __m512i at = _mm512_set_epi64(0x000e000c000a0008, 0x0006000400020000, 0x000e000c000a0008, 0x0006000400020000,
                                       0x000e000c000a0008, 0x0006000400020000, 0x000e000c000a0008, 0x0006000400020000);
+  return _mm512_srlv_epi16(_mm512_shuffle_epi8(all, word), at);
+}
+INLINE B32 codes32(const Code<3> *v) {
+  __m512i all = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(v)));
+  const __m512i word = _mm512_set_epi64(0x0c0b0c0b0b0a0b0a, 0x0b0a0a090a090a09, 0x0908090808070807, 0x0807070607060706,
+                                        0x0605060505040504, 0x0504040304030403, 0x0302030202010201, 0x0201010001000100);
+  const __m512i at = _mm512_set_epi64(0x0005000200070004, 0x0001000600030000, 0x0005000200070004, 0x0001000600030000,
+                                      0x0005000200070004, 0x0001000600030000, 0x0005000200070004, 0x0001000600030000);
   return _mm512_srlv_epi16(_mm512_shuffle_epi8(all, word), at);
 }
 
@@ -144,4 +161,16 @@ struct Chunk<8, float> {
   MEMBER F32 word(int j, const Lut<float> &) const {
     return {_mm512_cvtepi32_ps(codes16(v + 32 * j)), _mm512_cvtepi32_ps(codes16(v + 32 * j + 16))};
   }
+};
+template <>
+struct Chunk<3, float> {
+  const Code<3> *v;
+  MEMBER explicit Chunk(const Code<3> *codes) : v(codes) {}
+  MEMBER F32 word(int j, const Lut<float> &lut) const { return {lut.at(codes16(v + 12 * j)), lut.at(codes16(v + 12 * j + 6))}; }
+};
+template <>
+struct Chunk<3, bf16> {
+  const Code<3> *v;
+  MEMBER explicit Chunk(const Code<3> *codes) : v(codes) {}
+  MEMBER B32 word(int j, const Lut<bf16> &lut) const { return _mm512_permutexvar_epi16(codes32(v + 12 * j), lut.t); }
 };

@@ -32,7 +32,9 @@ struct Lut<float> {
 template <int BITS>
 INLINE int32_t code_at(const Code<BITS> *v, int i) {
   if (BITS == 8) return static_cast<int8_t>(v[i].bits);
-  return v[i * BITS / 8].bits >> (i * BITS % 8) & ((1 << BITS) - 1);
+  int bits = v[i * BITS / 8].bits;
+  if (BITS == 3) bits |= v[i * BITS / 8 + 1].bits << 8;  // codes of 3 bits may begin in one byte and end in the next
+  return bits >> (i * BITS % 8) & ((1 << BITS) - 1);
 }
 template <int BITS>
 INLINE I16 codes16(const Code<BITS> *v) {
@@ -89,9 +91,7 @@ struct Chunk {
   MEMBER F32 word(int j, const Lut<float> &lut) const {
     float out[32];
     for (int i = 0; i < 32; ++i) {
-      int bit = BITS == 8 ? 0 : 4 * BITS * i + BITS * j;
-      const Code<BITS> *at = BITS == 8 ? v + 32 * j + i : v + bit / 8;
-      int32_t code = code_at(at, bit % 8 / BITS);
+      int32_t code = code_at(v, BITS == 8 || BITS == 3 ? 32 * j + i : 4 * i + j);
       out[i] = BITS == 8 ? static_cast<float>(code) : lut.t[code];
     }
     return {load16(out), load16(out + 16)};

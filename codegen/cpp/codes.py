@@ -1,6 +1,6 @@
 """Quantised values: the integers and scales that a floating-point weight was made of, found in the weight itself.
 
-In: a weight [N, K] and a value type (``int8``, ``int8g128``, ``int4g32``, ``ternary``, ``codebook``). Out: ``Codes``,
+In: a weight [N, K] and a value type (``int8``, ``int8g128``, ``int4g32``, ``ternary``, ``codebook3``). Out: ``Codes``,
 proven to give every element of the weight back. Packers store codes in the order their kernels read; kernels compute
 with ``q * scale`` before that product was rounded to the weight's dtype.
 """
@@ -12,21 +12,21 @@ from dataclasses import dataclass
 import torch
 
 from sparsec.errors import PatternMismatch
-from sparsec.formats import Format, value_kind
+from sparsec.formats import BOOKS, TABLE, Format, value_kind
 from sparsec.grid import OnGrid, on_grid
 
-BITS = {"int8": 8, "int4": 4, "ternary": 2, "codebook": 4}
-SYMMETRIC_ZERO = {"int8": 128, "int4": 8, "ternary": 1, "codebook": 0}
-LEVELS = 16
+BITS = {"int8": 8, "int4": 4, "ternary": 2, "codebook": 4, "codebook3": 3, "codebook2": 2}
+SYMMETRIC_ZERO = {"int8": 128, "int4": 8, "ternary": 1, **dict.fromkeys(BOOKS, 0)}
 
 
 @dataclass(frozen=True)
 class Codes:
     """weight = q * scale, rounded to the weight's dtype; for codebooks weight = levels[row, q].
 
-    ``q``: int8 [N, K], 0 where the weight is 0 (codebooks: the index of the level, also of a level 0).
-    ``scale``: fp32 [N, groups]; empty [N, 0] for codebooks. ``zero``: uint8 [N, groups], the unsigned code of 0, so
-    that q + zero lies in 0 .. 2^bits - 1. ``levels``: fp32 [N, 16] ascending, of codebooks only, else [N, 0].
+    ``q``: int8 [N, K], 0 where the weight is 0 (codebooks: the index of the level, also of a level 0; -1 where zero is
+    none of them, for a pattern that stores no zeros). ``scale``: fp32 [N, groups]; empty [N, 0] for codebooks.
+    ``zero``: uint8 [N, groups], the unsigned code of 0, so that q + zero lies in 0 .. 2^bits - 1. ``levels``: fp32
+    [N, 16], of codebooks only, else [N, 0]: as many as fit the bits, ascending, and then the same again.
     ``group``: columns that share a scale, 0 for the whole row; a last group may be shorter.
     """
 
@@ -39,7 +39,7 @@ class Codes:
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight [N, K] back, by plain torch."""
         if self.levels.numel():
-            return self.levels.gather(1, self.q.long()).to(dtype)
+            return self.levels.gather(1, self.q.long().clamp(min=0)).masked_fill(self.q < 0, 0.0).to(dtype)
         return OnGrid(self.q, self.scale, self.group).weight(dtype)
 
     def unsigned(self) -> torch.Tensor:
@@ -55,10 +55,15 @@ class Codes:
 
 
 def codes_of(weight: torch.Tensor, format: Format) -> Codes:
-    """The codes of a weight [N, K] on the CPU. Raises PatternMismatch where it lies on no such grid."""
+    """The codes of a weight [N, K] on the CPU. Raises PatternMismatch where it lies on no such grid.
+
+    Groups of zeros have the scale 1; so have those of a weight without rows or columns, which lies on any grid.
+    """
     kind, group = value_kind(format.values)
-    if kind == "codebook":
-        return _codebook(weight, format)
+    if not weight.numel():
+        return _empty(weight, kind, group)
+    if kind in BOOKS:
+        return _codebook(weight, format, BOOKS[kind])
     if kind == "ternary":
         found, group = on_grid(weight, 2, 0), 0
         if found is None:
@@ -73,6 +78,14 @@ def codes_of(weight: torch.Tensor, format: Format) -> Codes:
         where = f"groups of {group}" if group else "rows"
         raise PatternMismatch(format=str(format), detail=f"its {where} are on no grid of {bits} bits")
     return Codes(found.q, found.scale, _zero_points(found, bits), _none(weight), group)
+
+
+def _empty(weight: torch.Tensor, kind: str, group: int) -> Codes:
+    n, k = weight.shape
+    groups = 0 if kind in BOOKS else -(-k // group) if group else 1
+    zero = torch.full((n, groups), SYMMETRIC_ZERO[kind], dtype=torch.uint8)
+    levels = torch.zeros(n, TABLE if kind in BOOKS else 0)
+    return Codes(torch.zeros(n, k, dtype=torch.int8), torch.ones(n, groups), zero, levels, group)
 
 
 def _none(weight: torch.Tensor) -> torch.Tensor:
@@ -93,19 +106,33 @@ def _zero_points(found: OnGrid, bits: int) -> torch.Tensor:
     return torch.where(fits, middle, -low.int()).to(torch.uint8)
 
 
-def _codebook(weight: torch.Tensor, format: Format) -> Codes:
-    """Rows of at most 16 values; the largest repeats where there are fewer. Ascending, so a search finds each."""
+def _codebook(weight: torch.Tensor, format: Format, most: int) -> Codes:
+    """Rows of at most ``most`` values, of which a bitmap's zeros are none where that is what it takes.
+
+    The largest repeats where there are fewer. Ascending, so a search finds each.
+    """
     wide = weight.detach().float() + 0.0  # -0.0 and 0.0 are one level
+    ordered, rank = _ranked(wide)
+    left_out = torch.zeros_like(wide, dtype=torch.bool)
+    if format.pattern.kind == "bitmap" and bool((rank[:, -1] >= most).any()):
+        left_out = wide == 0
+        wide = torch.where(left_out, wide.masked_fill(left_out, -torch.inf).amax(1, keepdim=True), wide)
+        wide = wide.masked_fill(left_out & (wide == -torch.inf), 0.0)  # rows of zeros
+        ordered, rank = _ranked(wide)
+    off = ~wide.isfinite().all(1) | (rank[:, -1] >= most)
+    if bool(off.any()):
+        row = int(off.nonzero()[0])
+        raise PatternMismatch(format=str(format), detail=f"row {row} has more than {most} values, or one not finite")
+    levels = ordered[:, -1:].repeat(1, most)
+    levels.scatter_(1, rank, ordered)
+    q = torch.searchsorted(levels.contiguous(), wide.contiguous()).to(torch.int8).masked_fill(left_out, -1)
+    table = levels.repeat(1, TABLE // most)
+    return Codes(q, _none(weight), torch.zeros(len(weight), 0, dtype=torch.uint8), table, 0)
+
+
+def _ranked(wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row in ascending order, and how many other values come before each."""
     ordered = wide.sort(1).values
     new = torch.ones_like(ordered, dtype=torch.bool)
     new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    rank = new.cumsum(1) - 1
-    off = ~wide.isfinite().all(1)
-    off |= rank[:, -1] >= LEVELS if weight.shape[1] else False
-    if bool(off.any()):
-        row = int(off.nonzero()[0])
-        raise PatternMismatch(format=str(format), detail=f"row {row} has more than {LEVELS} values, or one not finite")
-    levels = ordered[:, -1:].repeat(1, LEVELS) if weight.shape[1] else torch.zeros(len(weight), LEVELS)
-    levels.scatter_(1, rank, ordered)
-    q = torch.searchsorted(levels.contiguous(), wide.contiguous()).to(torch.int8)
-    return Codes(q, _none(weight), torch.zeros(len(weight), 0, dtype=torch.uint8), levels, 0)
+    return ordered, new.cumsum(1) - 1

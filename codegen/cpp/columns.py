@@ -71,7 +71,7 @@ def _span(n: int) -> int:
 def _tiles(whole: torch.Tensor) -> Iterator[torch.Tensor]:
     """[N, K] as tiles [K, span], the last padded with zeros."""
     span = _span(len(whole))
-    for rows in whole.split(span) if span else ():
+    for rows in torch.split(whole, span) if span else ():
         yield torch.nn.functional.pad(rows, (0, 0, 0, span - len(rows))).t().contiguous()
 
 
@@ -81,7 +81,7 @@ def _dense(whole: torch.Tensor, values: str) -> torch.Tensor:
     rows = -(-n // CHUNK) * CHUNK
     out = packer.padded(k * rows * width // 8, torch.uint8)
     data = out[: k * rows * width // 8].view(k, rows * width // 8)
-    for at, columns in zip(range(0, k, _AT_ONCE), whole.split(_AT_ONCE, 1), strict=False) if n else ():
+    for at, columns in zip(range(0, k, _AT_ONCE), torch.split(whole, _AT_ONCE, 1), strict=False) if n else ():
         piece = torch.nn.functional.pad(columns.t(), (0, rows - n)).contiguous()
         if is_coded(values):
             chunks = elements(piece.view(len(piece), rows // CHUNK, CHUNK), width)

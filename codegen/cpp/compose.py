@@ -13,7 +13,18 @@ from sparsec.errors import PatternMismatch
 from sparsec.formats import VALUE_BYTES
 
 VALUE_TYPES = {"fp32": "float", "bf16": "bf16"}
-_TENSORS = {"panel": 1, "words": 1, "bitmap": 3, "rows": 3, "sliced": 5, "columns": 1, "columns_bitmap": 2, "row_plain": 1, "row_words": 1, "row_bitmap": 2}  # of a layout, before those of its values
+_TENSORS = {
+    "panel": 1,
+    "words": 1,
+    "bitmap": 3,
+    "rows": 3,
+    "sliced": 5,
+    "columns": 1,
+    "columns_bitmap": 2,
+    "row_plain": 1,
+    "row_words": 1,
+    "row_bitmap": 2,
+}  # of a layout, before those of its values
 
 
 def part(name: str) -> str:

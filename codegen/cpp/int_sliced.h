@@ -1,8 +1,7 @@
-// Loop over slices: lanes are the 16 rows of a tile, and each row has columns of its own. In each chunk of columns the
+// The layout "slices": lanes are the 16 rows of a tile, and each row has columns of its own. In each chunk of columns the
 // rows are sorted by how many values they keep, so that step s holds the s-th four values of the first lanes[s] rows,
 // without gaps. kShare neighbouring rows use the same columns (blocks of kShare x 1) and share their positions; with
 // kRun = 4 the four columns of a step are neighbours (blocks of 1 x 4) and share one position.
-// x is looked up with kXOffset added to it, and what that adds to the sums is taken off by the sums of the weights.
 // pack: codes (uint8, lanes x 4 of each step); positions in the chunk, in runs (uint8); lanes of each step (uint8); for
 // each tile and chunk 9 bytes, the number of steps and the rank of each row (16 x 4 bits); for each tile {first byte of
 // codes, first position, first step} (int64); scales [tile][group][16] (float); sums of q alike (int32); zeros
@@ -11,10 +10,6 @@
 // Expects kBits, kGroup, kShare, kRun and kSlice, the columns of a chunk: a group has a whole number of chunks.
 
 #define UNROLL _Pragma("GCC unroll 16")  // see int_steps.h
-
-constexpr bool kBroadcast = kShare == 16 && kRun == 4;  // all lanes take the same four columns
-constexpr int kMost = kBroadcast ? 16 : 8;              // rows of x whose tables and sums fit the registers
-static_assert(!kBroadcast || kSide == kMost, "prepare puts the rows of a block side by side");
 
 struct Cursor {
   const uint8_t *code, *position, *lanes, *head, *zero;
@@ -37,60 +32,3 @@ struct Cursor {
   }
   MEMBER void next_chunk() { head += 9, zero += apart; }
 };
-
-template <int MB>
-__attribute__((noinline)) void slices_times_x(const SparsecCall *call, const Activations &to, int64_t tile,
-                                              int64_t row) {
-  Cursor at(call, tile);
-  int64_t of_scale = kGroup ? to.groups : 1, group = -1;
-  const float *scale = pack_of<float>(call, 5) + tile * kRows * of_scale;
-  const int32_t *q_sum = pack_of<int32_t>(call, 6) + tile * kRows * to.groups;
-  const int8_t *x = to.x + row * to.columns;
-  F16 done[MB];
-  I16 whole[MB];
-  UNROLL for (int m = 0; m < MB; ++m) done[m] = zero16();
-  for (int64_t k = 0; k < call->k; k += kSlice, at.next_chunk()) {
-    if (k % kGroupColumns == 0) {
-      ++group;
-      I16 start = mul_i(load_i16(q_sum + group * kRows), splat_i(-kXOffset));
-      UNROLL for (int m = 0; m < MB; ++m) whole[m] = start;
-    }
-    XTable<kShare, kRun> table[MB];
-    I16 acc[MB];
-    UNROLL for (int m = 0; m < MB; ++m) {
-      acc[m] = zero_i16();
-      table[m].load(kBroadcast ? x + k * MB + 4 * m : x + m * to.columns + k);
-    }
-    Bytes zero = kBits == 8 ? splat_bytes(kByteZero) : four_times(load_u8(at.zero));
-    for (int s = at.head[0]; s > 0; --s) {
-      int lanes = *at.lanes++;
-      __builtin_prefetch(reinterpret_cast<const char *>(at.code) + kAhead / 2);
-      __builtin_prefetch(reinterpret_cast<const char *>(at.position) + kAhead / 2);
-      Bytes w = centred(codes64<kBits>(at.code), zero, lanes);
-      XPlaces<kShare, kRun> places(at.position);
-      at.code += lanes * kBits / 2;
-      at.position += lanes / kShare * (4 / kRun);
-      UNROLL for (int m = 0; m < MB; ++m) acc[m] = dot_signed(acc[m], table[m].at(places, MB), w);
-    }
-    uint64_t ranks = at.ranks();
-    UNROLL for (int m = 0; m < MB; ++m) whole[m] = add_i(whole[m], kShare == 16 ? acc[m] : unsort_i(acc[m], ranks));
-    if ((k + kSlice) % kGroupColumns && k + kSlice < call->k) continue;
-    F16 factor = load16(scale + (kGroup ? group * kRows : 0));
-    UNROLL for (int m = 0; m < MB; ++m) done[m] = fma(to_floats(whole[m]), factor, done[m]);
-  }
-  UNROLL for (int m = 0; m < MB; ++m) done[m] = mul(done[m], splat(to.scale[row + m]));
-  finish<X>(call, row, MB, tile * kRows, done);
-}
-
-EXPORT void sparsec_run(const SparsecCall *call, int64_t tile_begin, int64_t tile_end) {
-  Activations to(call);
-  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-    int64_t row = 0;
-    for (; row + kMost <= call->m; row += kMost) slices_times_x<kMost>(call, to, tile, row);
-    if constexpr (kMost > 8)
-      for (; row + 8 <= call->m; row += 8) slices_times_x<8>(call, to, tile, row);
-    for (; row + 4 <= call->m; row += 4) slices_times_x<4>(call, to, tile, row);
-    for (; row + 2 <= call->m; row += 2) slices_times_x<2>(call, to, tile, row);
-    for (; row < call->m; ++row) slices_times_x<1>(call, to, tile, row);
-  }
-}

@@ -18,7 +18,7 @@ from sparsec.codegen.spec import Packed
 from sparsec.formats import Format, Pattern, value_kind
 
 Array = np.ndarray[Any, Any]
-SEGMENT = 65536  # columns: kSegment of int_x.h
+SEGMENT = 65536  # columns: kSegment of int_groups.h
 
 
 def shape_of(pattern: Pattern) -> tuple[int, int]:
@@ -187,6 +187,8 @@ def _heads(slots: Slots, share: int) -> Array:
 
 def unpack(packed: Packed) -> torch.Tensor:
     """The weight back, in NumPy and from the layout's description alone."""
+    if 0 in packed.shape:
+        return torch.zeros(packed.shape, dtype=int_steps.DTYPES[int(packed.tensors[-1][0])])
     (n, k), (kind, group) = packed.shape, value_kind(packed.format.values)
     (share, run), wide, bits = shape_of(packed.format.pattern), slice_of(packed.format), BITS[kind]
     flat, position, lanes, heads, start, scale, _, zero, info = (t.numpy() for t in packed.tensors)

@@ -80,6 +80,8 @@ def _by_tile(values: torch.Tensor, tiles: int, rest: float) -> torch.Tensor:
 
 def unpack(packed: Packed) -> torch.Tensor:
     """The weight back, in NumPy and from the layout's description alone."""
+    if 0 in packed.shape:
+        return torch.zeros(packed.shape, dtype=DTYPES[int(packed.tensors[-1][0])])
     (n, k), (kind, group) = packed.shape, value_kind(packed.format.values)
     flat, masks, start, scale, zero, info = packed.tensors
     tiles, steps, bits = -(-n // packer.TILE), -(-k // QUAD) * QUAD // STEP, BITS[kind]

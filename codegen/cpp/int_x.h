@@ -1,16 +1,11 @@
 // Activations as whole numbers. prepare turns each row of x into q = round(x / s) of -127 .. 127 with s = max|x| / 127
-// (or the scale of the call, or at least its negative), to nearest even and by a true division, as plain PyTorch does. A row that holds a NaN, or
-// an infinity where s comes from it, gets the scale NaN, so that all its outputs are NaN.
+// (or the scale of the call, or at least its negative), to nearest even and by a true division, as plain PyTorch does.
+// A row that holds a NaN, or an infinity where s comes from it, gets the scale NaN, so that all its outputs are NaN.
 // Scratch: rows of x in blocks of up to kSide rows, of each block first 4 columns of every row, then the next 4; rows
 // as they were, quantised (only where kSide > 1); a scale for each row; and for each row the sums of q over the columns
 // of each group (only where kSums).
-// Expects X (type of x), kSide, kXColumns (columns are padded to a multiple with zeros), kGroup, kSums, kXFlip.
+// Expects X (type of x), kSide, kSums, kXFlip, and int_groups.h; columns are padded with zeros to kXColumns.
 
-constexpr int64_t kSegment = 65536;  // columns whose sum of products fits int32 with room to spare
-constexpr int64_t kGroupColumns = kGroup ? kGroup : kSegment;
-
-INLINE int64_t columns_of(int64_t k) { return ceil_div(k, kXColumns) * kXColumns; }
-INLINE int64_t groups_of(int64_t k) { return ceil_div(k, kGroupColumns); }
 // Rows of x side by side: kSide, then the powers of two that are left.
 INLINE int64_t block_rows(int64_t left) {
   int64_t rows = kSide;

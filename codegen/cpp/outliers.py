@@ -14,9 +14,9 @@ from __future__ import annotations
 import torch
 
 from sparsec.codegen.cpp import packer
-from sparsec.codegen.cpp.codes import BITS, LEVELS, codes_of
+from sparsec.codegen.cpp.codes import BITS, codes_of
 from sparsec.errors import PatternMismatch
-from sparsec.formats import Format, value_kind
+from sparsec.formats import BOOKS, Format, value_kind
 from sparsec.grid import common_scale
 
 MOST = 0.03  # of a weight's values; more are no outliers, and a whole weight in their format costs less
@@ -63,8 +63,8 @@ def _share(off: torch.Tensor) -> float:
 
 def _off(part: torch.Tensor, kind: str) -> torch.Tensor:
     """What of each group [G, size] is on no grid, where the best grid is the one that holds most of the group."""
-    if kind == "codebook":
-        return _off_book(part)
+    if kind in BOOKS:
+        return _off_book(part, BOOKS[kind])
     top = 1 if kind == "ternary" else 2 ** (BITS[kind] - 1) - 1
     left = torch.arange(len(part))
     best = torch.ones_like(part, dtype=torch.bool) & (part != 0)
@@ -105,14 +105,14 @@ def _off_scale(part: torch.Tensor, scale: torch.Tensor, top: int) -> torch.Tenso
     return found
 
 
-def _off_book(part: torch.Tensor) -> torch.Tensor:
-    """Rows have up to 16 frequent values, 0 among them; the rarest others are off."""
+def _off_book(part: torch.Tensor, most: int) -> torch.Tensor:
+    """Rows have up to ``most`` frequent values, 0 among them; the rarest others are off."""
     off = torch.zeros_like(part, dtype=torch.bool)
     for row, out in zip(part, off, strict=True):
         values, where, counts = (row + 0.0).unique(return_inverse=True, return_counts=True)
-        if len(values) > LEVELS:
+        if len(values) > most:
             counts[values == 0] = len(row) + 1  # main is 0 where an outlier stands
-            room = LEVELS if bool((values == 0).any()) else LEVELS - 1
+            room = most if bool((values == 0).any()) else most - 1
             out |= ~torch.isin(where, counts.topk(room).indices)
     return off
 

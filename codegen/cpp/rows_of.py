@@ -44,7 +44,7 @@ class Rows:
             kept, tail = whole != 0, ()
         n, k = whole.shape
         whole, kept = (torch.nn.functional.pad(t, (0, -k % 32)) for t in (whole, kept))
-        tensors, _ = masked.pack(zip(whole.split(_AT_ONCE), kept.split(_AT_ONCE), strict=True), format)
+        tensors, _ = masked.pack(zip(torch.split(whole, _AT_ONCE), torch.split(kept, _AT_ONCE), strict=True), format)
         return Packed(format, 1, (*tensors, *tail), _work(n, k + 1), (n, k), source_key, loop="gather")
 
     def unpack(self, packed: Packed) -> torch.Tensor:

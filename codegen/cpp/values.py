@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from sparsec.codegen.cpp.codes import BITS
-from sparsec.formats import value_kind
+from sparsec.formats import BOOKS, value_kind
 
 GROUPS = (0, 32, 64, 128)
-CODED = ("int8", "int4", "ternary", "codebook")
+CODED = tuple(BITS)
 
 
 def is_coded(values: str) -> bool:
@@ -14,7 +14,7 @@ def is_coded(values: str) -> bool:
 
 
 def bits(values: str) -> int:
-    """Bits of a stored code: 2, 4 or 8."""
+    """Bits of a stored code: 2, 3, 4 or 8."""
     return BITS[value_kind(values)[0]]
 
 
@@ -28,7 +28,7 @@ def refusal(layout: str, values: str) -> str:
     kind, group = value_kind(values)
     if group not in GROUPS:
         return f"groups of {group} are none of 32, 64 and 128"
-    if layout == "sliced" and kind == "codebook":
+    if layout == "sliced" and kind in BOOKS:
         return f"a {kind} would be looked up by a gather for each value; bitmap takes it"
     if layout.startswith("columns") and kind == "codebook":
         return "its lanes are rows, and each row of a codebook has levels of its own"
@@ -40,4 +40,4 @@ def refusal(layout: str, values: str) -> str:
 def constants(values: str, layout_tensors: int) -> dict[str, int]:
     """What coded.h asks for."""
     kind, group = value_kind(values)
-    return {"kBits": BITS[kind], "kBook": int(kind == "codebook"), "kTail": layout_tensors, "kGroupColumns": group}
+    return {"kBits": BITS[kind], "kBook": int(kind in BOOKS), "kTail": layout_tensors, "kGroupColumns": group}

@@ -25,13 +25,13 @@ def pack(weight: torch.Tensor, format: Format, source_key: str) -> Packed:
 
 
 def elements(parts: torch.Tensor, width: int) -> torch.Tensor:
-    """[..., 128]: the codes of an element follow each other, where they are not bytes."""
-    return parts if width == 8 else parts.reshape(*parts.shape[:-1], 4, 32).transpose(-1, -2).flatten(-2)
+    """[..., 128]: the codes of an element follow each other, where it has four in a byte or two."""
+    return parts if width in (3, 8) else parts.reshape(*parts.shape[:-1], 4, 32).transpose(-1, -2).flatten(-2)
 
 
 def from_elements(codes: torch.Tensor, width: int) -> torch.Tensor:
     """The inverse of ``elements``."""
-    return codes if width == 8 else codes.reshape(*codes.shape[:-1], 32, 4).transpose(-1, -2).flatten(-2)
+    return codes if width in (3, 8) else codes.reshape(*codes.shape[:-1], 32, 4).transpose(-1, -2).flatten(-2)
 
 
 def unpack(packed: Packed) -> torch.Tensor:

@@ -104,10 +104,11 @@ def our_ways(
 
 def formats_of(fact: WeightFact, dtype: str) -> Iterator[Format]:
     """The formats that this weight holds: its patterns with values as they are, and as the codes they lie on."""
-    codes = stored_types(fact.values)
-    yield from (Format(DENSE, values) for values in codes)  # GPUs read dense codes in the order they have; CPUs panels
+    zeros = fact.nnz < fact.n * fact.k
+    # GPUs read dense codes in the order they have; CPUs panels
+    yield from (Format(DENSE, values) for values in stored_types(fact.values, zeros))
     for pattern in patterns(fact):
-        for values in (dtype, *codes):
+        for values in (dtype, *stored_types(fact.values, zeros and pattern.kind != "bitmap")):
             yield Format(pattern, values)
 
 

@@ -92,4 +92,3 @@ def _skippers(fact: WeightFact, dtype: str, rates: Rates, policy: Policy, loop: 
         for rate in kernel_rates(rates, pattern, dtype, values, loop):
             stored = fact.nnz if pattern.kind != "panel" else stored_values(pattern, fact)
             yield Skipper(format, rate, read_bytes(rate, format, fact), stored)
-

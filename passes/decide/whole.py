@@ -29,7 +29,8 @@ SWITCH = 1.02  # another loop is another kernel to compile
 class WholePlan:
     """``routes``: ((from M, loop), ...), ascending, the first from 0. ``dense_from``: the least M at which dense would
     have been faster, None where there is none. ``worst``: how many times slower than dense it gets, at ``worst_at``;
-    below 1 where it is always faster. ``score``: mean time relative to dense over COMPARED_AT.
+    below 1 where it is always faster. ``score``: mean time relative to dense over COMPARED_AT. ``x``: "int8" where the
+    loops are those of integer kernels, which read other packs of the same format.
     """
 
     format: str
@@ -38,30 +39,46 @@ class WholePlan:
     worst: float
     worst_at: int
     score: float
+    x: str = ""
+
+    @property
+    def pack(self) -> str:
+        """What is packed: the format, and what its kernels round x to (``bitmap+int8/int8``)."""
+        return f"{self.format}/{self.x}" if self.x else self.format
 
 
-def formats_for(fact: WeightFact, dtype: str, rates: Rates, policy: Policy) -> dict[str, list[Way]]:
-    """The sparse formats that are smaller than the dense weight, with their loops."""
+def formats_for(fact: WeightFact, dtype: str, rates: Rates, policy: Policy, x: str = "") -> dict[str, list[Way]]:
+    """The packs (``WholePlan.pack``) that are smaller than the dense weight, with their loops. ``x``: as ``decide``."""
     found: dict[str, list[Way]] = {}
     dense = dense_way(fact, dtype, rates)
-    for way in ways_for(fact, dtype, rates, policy):
+    for way in ways_for(fact, dtype, rates, policy, x):
+        _, rounds, to = way.kernel.partition("/")
         if not way.panel and dense is not None and way.bytes < dense.bytes:
-            found.setdefault(way.format, []).append(way)
+            found.setdefault(f"{way.format}{rounds}{to}", []).append(way)
     return found
 
 
 def best_whole(
-    fact: WeightFact, dtype: str, rates: Rates, policy: Policy, unpack_s: float | None = None
+    fact: WeightFact,
+    dtype: str,
+    rates: Rates,
+    policy: Policy,
+    unpack_s: float | None = None,
+    x: str = "",
+    only: str = "",
 ) -> WholePlan | None:
     """The plan of the best format; None where no sparse format holds, is allowed and is smaller.
 
-    ``unpack_s``: seconds of decoding the whole weight; by default guessed from the bytes that move.
+    ``unpack_s``: seconds of decoding the whole weight; by default guessed from the bytes that move. ``x``: "int8" where
+    the layer rounds x to it. ``only``: the one pack (``WholePlan.pack``) that comes into question.
     """
     dense = dense_way(fact, dtype, rates)
     if dense is None:
         return None
     plans = []
-    for name, ways in formats_for(fact, dtype, rates, policy).items():
+    for name, ways in formats_for(fact, dtype, rates, policy, x).items():
+        if only and name != only:
+            continue
         guess = 2 * (dense.bytes + ways[0].bytes) / rates.bandwidth
         plans.append((plan_of(name, ways, dense, guess if unpack_s is None else unpack_s), ways[0].bytes))
     return min(plans, key=lambda p: (round(p[0].score, 3), p[1], p[0].format))[0] if plans else None
@@ -82,14 +99,15 @@ def formats_by_size(fact: WeightFact, dtype: str, policy: Policy) -> list[Format
 
 
 def plan_of(name: str, ways: Iterable[Way], dense: Way, unpack_s: float) -> WholePlan:
-    """Which loop of one format serves which M."""
-    costs = {way.kernel: way.cost for way in ways} | {UNPACK: plus(dense.cost, unpack_s)}
+    """Which loop of one pack serves which M; ``name``: ``WholePlan.pack``."""
+    format, rounds, x = name.partition("/")
+    costs = {way.kernel: way.cost for way in ways} | {UNPACK + rounds + x: plus(dense.cost, unpack_s)}
     starts = sorted(set(turning_points([dense.cost, *(c.times(f) for c in costs.values() for f in (1.0, SWITCH))])))
     routes: list[tuple[int, str]] = []
     worst, worst_at, dense_from = 0.0, 1, None
     for m in starts:
         last = routes[-1][1] if routes else ""
-        loop = min(costs, key=lambda name: costs[name].at(m) * (1.0 if name == last else SWITCH))
+        loop = min(costs, key=lambda way: costs[way].at(m) * (1.0 if way == last else SWITCH))
         if loop != last:
             routes.append((m if routes else 0, loop))
         ratio = costs[loop].at(m) / dense.cost.at(m)
@@ -98,7 +116,7 @@ def plan_of(name: str, ways: Iterable[Way], dense: Way, unpack_s: float) -> Whol
         if ratio > worst:
             worst, worst_at = ratio, m
     logs = [math.log(min(c.at(m) for c in costs.values()) / dense.cost.at(m)) for m in COMPARED_AT]
-    return WholePlan(name, tuple(routes), dense_from, worst, worst_at, math.exp(sum(logs) / len(logs)))
+    return WholePlan(format, tuple(routes), dense_from, worst, worst_at, math.exp(sum(logs) / len(logs)), x)
 
 
 def plus(cost: Cost, seconds: float) -> Cost:

@@ -16,6 +16,7 @@ from sparsec.grid import OnGrid, on_grid
 
 REAL = ValueFact()
 MAX_LEVELS = 256
+MAX_BOOK = 16  # levels of a row that has its own
 MAX_BITS = 8
 GROUPS = (0, 128, 64, 32)  # 0: one scale a row. The coarsest that holds is reported
 _SAMPLE_ROWS = 16
@@ -34,16 +35,18 @@ def value_set(weight: torch.Tensor, nnz: int) -> ValueFact:
     levels = _levels(weight, sample, nnz)
     if levels is not None and _is_ternary(levels):
         return ValueFact("ternary", levels.numel())
-    count = 0 if levels is None else levels.numel()
+    count, most = 0 if levels is None else levels.numel(), _row_levels(weight, sample, nnz)
     for group in GROUPS:
         if group >= weight.shape[1]:
             continue
         if _grid([sample], group) is not None and (grid := _grid(_bands(weight), group)):
             kind = "ternary" if grid.largest == 1 else "grid"
-            return ValueFact(kind, count, grid.bits, group, _proven(_bands(weight), grid.bits, group))
+            least = 2 if kind == "ternary" else 3  # -1 .. 2 has four values too, and codes of 2 bits are -1 .. 1
+            proven = _proven(_bands(weight), max(grid.bits, least), group)
+            return ValueFact(kind, count, grid.bits, group, proven, most)
         if weight.dtype != torch.float32 and (bits := _exact_bits(weight, sample, group)):
-            return ValueFact("ternary" if bits == 2 else "grid", count, bits, group, True)
-    return REAL if levels is None else ValueFact("codebook", count)
+            return ValueFact("ternary" if bits == 2 else "grid", count, bits, group, True, most)
+    return REAL if levels is None and not most else ValueFact("codebook", count, row_levels=most)
 
 
 def _exact_bits(weight: torch.Tensor, sample: torch.Tensor, group: int) -> int:
@@ -96,6 +99,23 @@ def _levels(weight: torch.Tensor, sample: torch.Tensor, nnz: int) -> torch.Tenso
         if known.numel() > most:
             return None
     return known
+
+
+def _row_levels(weight: torch.Tensor, sample: torch.Tensor, nnz: int) -> int:
+    """The most kept values that a row has, 0 where it is more than a book of 16 has or they are hardly used."""
+    if int(_counted(sample).max()) > MAX_BOOK:
+        return 0
+    used = torch.cat([_counted(band.to("cpu")) for band in _bands(weight)])
+    most = int(used.max())
+    return most if most <= MAX_BOOK and _REPEATS * int(used.sum()) <= nnz else 0
+
+
+def _counted(band: torch.Tensor) -> torch.Tensor:
+    """How many different values each row keeps, int64 [rows]."""
+    ordered = band.sort(1).values
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    return (first & (ordered != 0)).sum(1)
 
 
 def _contains(known: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

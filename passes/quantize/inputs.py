@@ -95,8 +95,12 @@ def set_inputs(module: nn.Module, said: str) -> None:
         quantize_inputs(module, scale_in(said))
     elif isinstance(module, QuantizesInput):
         del module._buffers["x_scale"]
-        layer: type[Any] = next(cls for cls in type(module).__mro__ if not issubclass(cls, QuantizesInput))
-        module.__class__ = layer
+        module.__class__ = plain_class(type(module))
+
+
+def plain_class(kind: type[Any]) -> type[Any]:
+    """The class of a layer as it was before it rounded its inputs; any other as it is."""
+    return next(cls for cls in kind.__mro__ if not issubclass(cls, QuantizesInput))
 
 
 def scale_in(said: str) -> float | None:

@@ -11,10 +11,11 @@ Importing this file imports neither transformers nor torch.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sparsec.errors import MissingPackage, OffloadedModel
+from sparsec.errors import MissingPackage, OffloadedModel, SparsecWarning
 from sparsec.options import Options
 
 if TYPE_CHECKING:
@@ -34,14 +35,19 @@ def compile_(
     is compiled again. A second call with the same options does nothing, one with others starts again from the plain
     model. Copies, pickles and saved files of the model are plain.
 
+    Warns where the model's config says that layers round their inputs, and they do not (``sparsec.restore``).
     Raises UnknownOption and its kin, OffloadedModel, MissingPackage.
     """
     import torch
+
+    from sparsec.rounding import warning_of
 
     _need_transformers()
     Options.parse(options)
     if offloaded := next(_offloaded(model), ""):
         raise OffloadedModel(name=offloaded)
+    if said := warning_of(model):
+        warnings.warn(said, SparsecWarning, stacklevel=2)
     wanted = (_backend, tuple(sorted((k, repr(v)) for k, v in options.items())))
     if getattr(model, _MARK, None) != wanted or model._compiled_call_impl is None:
         arguments: dict[str, Any] = {"backend": _backend}

@@ -6,6 +6,7 @@ Out: ``load()`` makes ``torch.ops.sparsec.*`` exist. The library is compiled onc
 from __future__ import annotations
 
 import functools
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +90,15 @@ def _needed_shape(
 
 def _group_shapes(
     x: torch.Tensor,
-    weights: list[torch.Tensor],
+    parts: list[torch.Tensor],
+    counts: list[int],
     biases: list[torch.Tensor | None],
     plans: list[str],
     x_scales: list[torch.Tensor | None],
 ) -> list[torch.Tensor]:
-    return [_linear_shape(x, w, b, p) for w, b, p in zip(weights, biases, plans, strict=True)]
+    ends = list(itertools.accumulate(counts))
+    weights = [parts[end - count : end] for end, count in zip(ends, counts, strict=True)]
+    return [_codes_shape(x, w, b, p) for w, b, p in zip(weights, biases, plans, strict=True)]
 
 
 def _conv_shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, plan: str) -> torch.Tensor:

@@ -13,7 +13,6 @@
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/equal.h>
-#include <ATen/ops/eye.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
@@ -294,24 +293,30 @@ struct Rounded {
   }
 };
 
-std::vector<Tensor> linear_group(const Tensor &x, at::TensorList weights, const c10::List<std::optional<Tensor>> &biases,
-                                 const std::vector<std::string> &plans,
+// Several linears on one x. `parts`: what each weight is made of, one after the other, `counts` of each.
+std::vector<Tensor> linear_group(const Tensor &x, at::TensorList parts, at::IntArrayRef counts,
+                                 const c10::List<std::optional<Tensor>> &biases, const std::vector<std::string> &plans,
                                  const c10::List<std::optional<Tensor>> &x_scales) {
   at::AutoDispatchBelowADInplaceOrView guard;  // inference only: no autograd bookkeeping for the calls inside
   Tensor rows = as_rows(x.dim() == 1 ? x.unsqueeze(0) : x);
   int64_t m = rows.size(0);
   std::vector<std::shared_ptr<const Entry>> entries;
+  std::vector<at::TensorList> weights;
   std::vector<Way> ways;
-  std::vector<Tensor> ys(weights.size()), reads(weights.size());
+  std::vector<Tensor> ys(plans.size()), reads(plans.size());
   std::vector<Job> jobs;
   Rounded rounded;
   Active active;
   bool looked = false;
-  jobs.reserve(weights.size());
-  for (size_t i = 0; i < weights.size(); ++i) {
+  jobs.reserve(plans.size());
+  TORCH_CHECK(counts.size() == plans.size() && biases.size() == plans.size() && x_scales.size() == plans.size() &&
+                  c10::sum_integers(counts) == static_cast<int64_t>(parts.size()),
+              "sparsec::linear_group: its lists do not fit together");
+  for (size_t i = 0, first = 0; i < plans.size(); first += counts[i++]) {
+    weights.push_back(parts.slice(first, counts[i]));
     entries.push_back(lookup(weights[i], plans[i]));
     const Entry &e = *entries[i];
-    check_shapes(x, weights[i], e);
+    check_shapes(x, weights[i][0], e);
     Way &way = ways.emplace_back(e, x_scales.get(i), m);
     way.skip(e, rows, active, looked);
     reads[i] = way.rounds_here() ? rounded.of(rows, way.rule) : rows;
@@ -321,9 +326,9 @@ std::vector<Tensor> linear_group(const Tensor &x, at::TensorList weights, const 
     if (way.route->loop == kSkip) narrow(jobs.back(), active);
   }
   run(jobs);
-  for (size_t i = 0; i < weights.size(); ++i) {
+  for (size_t i = 0; i < plans.size(); ++i) {
     const std::optional<Tensor> b = biases.get(i);
-    if (!ys[i].defined()) ys[i] = dense_rows(reads[i], weights[i], b, *entries[i]);
+    if (!ys[i].defined()) ys[i] = dense_rows(reads[i], weight_of(*entries[i], weights[i]), b, *entries[i]);
     verify(*entries[i], rows, weights[i], b, ys[i], ways[i].rule);
     ys[i] = x.dim() == 1 ? ys[i].squeeze(0) : shaped(std::move(ys[i]), x);
   }
@@ -351,8 +356,8 @@ TORCH_LIBRARY_FRAGMENT(sparsec, lib) {
   lib.def("linear_codes(Tensor x, Tensor[] codes, Tensor? bias, str plan, Tensor? x_scale=None) -> Tensor", tags);
   lib.def("linear_needed(Tensor x, Tensor[] parts, Tensor? bias, Tensor needed, str plan, Tensor? x_scale=None) "
           "-> Tensor", tags);
-  lib.def("linear_group(Tensor x, Tensor[] weights, Tensor?[] biases, str[] plans, Tensor?[] x_scales) -> Tensor[]",
-          tags);
+  lib.def("linear_group(Tensor x, Tensor[] parts, int[] counts, Tensor?[] biases, str[] plans, Tensor?[] x_scales) "
+          "-> Tensor[]", tags);
   lib.def("resolve(Tensor[] parts, str plan) -> ()");
   lib.def("computed(Tensor[] parts, str plan) -> Tensor");
   lib.def("verify(Tensor x, Tensor weight, Tensor? bias, Tensor y, str plan, float x_scale) -> ()");

@@ -12,6 +12,7 @@ struct PackedEntry {
   int64_t n, k, tensors;
   at::ScalarType dtype;
   bool verify;
+  InputRule input;  // how the layer rounds x
   std::vector<std::vector<int64_t>> routes;  // as routes_from reads them; the last one unpacks and serves no M
   std::vector<char> dense;                   // per route: unpack blocks of W and multiply densely
 };
@@ -78,10 +79,11 @@ void multiply_blocks(const PackedEntry &e, const Route &route, const Tensor &row
   }
 }
 
-Tensor packed_reference(const Tensor &x, const std::optional<Tensor> &b, at::TensorList pack) {
+// The product by Python; without x, the weight.
+Tensor packed_reference(const std::optional<Tensor> &x, const std::optional<Tensor> &b, at::TensorList pack) {
   static auto op = c10::Dispatcher::singleton()
                        .findSchemaOrThrow("sparsec::reference_packed", "")
-                       .typed<Tensor(const Tensor &, const std::optional<Tensor> &, at::TensorList)>();
+                       .typed<Tensor(const std::optional<Tensor> &, const std::optional<Tensor> &, at::TensorList)>();
   return op.call(x, b, pack);
 }
 
@@ -100,11 +102,13 @@ Tensor rows_packed(const PackedEntry &e, const Tensor &rows, const std::optional
   Tensor y = at::empty({m, e.n}, rows.options());
   if (!m) return y;
   Route route = packed_route(e, i, pack);
+  bool rounds_here = !e.input.raw() && (e.dense[i] || !route.rounds_x);
+  Tensor read = rounds_here ? quantised_rows(rows, e.input) : rows;
   if (e.dense[i]) {
-    multiply_blocks(e, route, rows, b, y);
+    multiply_blocks(e, route, read, b, y);
   } else {
     std::vector<Job> jobs;
-    jobs.push_back(make_job(route, kNone, rows, b, y));
+    jobs.push_back(make_job(route, kNone, read, b, y, e.input.code()));
     run(jobs);
   }
   if (e.verify) verify_packed(rows, b, pack, y);
@@ -130,9 +134,7 @@ Tensor unpack_packed(at::TensorList pack, int64_t n, int64_t k, at::ScalarType d
   const PackedEntry &e = *entry;
   TORCH_CHECK(n == e.n && k == e.k && dtype == e.dtype, "sparsec::unpack_packed: the packed weight is [", e.n, ", ",
               e.k, "] ", e.dtype);
-  if (e.routes.empty()) {  // by Python: the product with the unit matrix is W^T
-    return packed_reference(at::eye(k, at::TensorOptions().dtype(e.dtype)), std::nullopt, pack).t().contiguous();
-  }
+  if (e.routes.empty()) return packed_reference(std::nullopt, std::nullopt, pack);
   Tensor out = at::empty({n, k}, at::TensorOptions().dtype(e.dtype));
   Route route = packed_route(e, e.routes.size() - 1, pack);
   unpack_tiles(e, route, 0, route.tiles, out);
@@ -195,11 +197,14 @@ bool holds_packed(at::TensorList pack, const Tensor &w) {
   return true;
 }
 
-// `facts`: n, k, tensors of the pack, dtype, verify. `table`: routes; the last one unpacks. `dense`: one flag a route.
-void install_packed(const Tensor &meta, at::IntArrayRef facts, at::IntArrayRef table, at::IntArrayRef dense) {
+// `facts`: n, k, tensors of the pack, dtype, verify, kind of the input rule, whose number is `x_scale`. `table`: routes;
+// the last one unpacks. `dense`: one flag a route.
+void install_packed(const Tensor &meta, at::IntArrayRef facts, double x_scale, at::IntArrayRef table,
+                    at::IntArrayRef dense) {
   auto entry = std::make_shared<PackedEntry>();
   entry->n = facts[0], entry->k = facts[1], entry->tensors = facts[2];
   entry->dtype = static_cast<at::ScalarType>(facts[3]), entry->verify = facts[4];
+  entry->input = InputRule{static_cast<InputRule::Kind>(facts[5]), static_cast<float>(x_scale)};
   TORCH_CHECK(table.size() == dense.size() * kRouteInts, "sparsec: a route has ", kRouteInts, " integers");
   for (size_t i = 0; i < dense.size(); ++i) {
     entry->routes.push_back(table.slice(i * kRouteInts, kRouteInts).vec());
@@ -219,9 +224,9 @@ TORCH_LIBRARY_FRAGMENT(sparsec, lib) {
   lib.def("unpack_packed(Tensor[] pack, int n, int k, ScalarType dtype) -> Tensor", tags);
   lib.def("holds_packed(Tensor[] pack, Tensor weight) -> bool");
   lib.def("resolve_packed(Tensor meta) -> ()");
-  lib.def("reference_packed(Tensor x, Tensor? bias, Tensor[] pack) -> Tensor");
+  lib.def("reference_packed(Tensor? x, Tensor? bias, Tensor[] pack) -> Tensor");
   lib.def("verify_packed(Tensor x, Tensor? bias, Tensor[] pack, Tensor y) -> ()");
-  lib.def("install_packed(Tensor meta, int[] facts, int[] table, int[] dense) -> ()");
+  lib.def("install_packed(Tensor meta, int[] facts, float x_scale, int[] table, int[] dense) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(sparsec, CPU, lib) {

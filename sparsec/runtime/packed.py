@@ -19,12 +19,13 @@ import torch
 from sparsec import targets
 from sparsec.cache import cache_dir
 from sparsec.codegen import build, cpp
-from sparsec.codegen.spec import KernelSpec, Packed
+from sparsec.codegen.spec import Family, KernelSpec, Packed
 from sparsec.errors import BuildError, SparsecWarning
 from sparsec.formats import Format
 from sparsec.options import Policy
 from sparsec.passes.graph import DTYPES
-from sparsec.plan import Plan
+from sparsec.passes.quantize.inputs import quantized, scale_in
+from sparsec.plan import FIXED, Plan, input_rule
 from sparsec.runtime.parts import FOREVER, route
 from sparsec.runtime.store import STORE
 
@@ -37,10 +38,11 @@ _ALIGN = 64  # metas are padded, so that their size seldom differs between layer
 
 @dataclass(frozen=True)
 class Meta:
-    """What the tensors of a pack are. ``routes``: ((from M, loop), ...) ascending, the first from 0.
+    """What the tensors of a pack are. ``routes``: ((from M, loop), ...) ascending, the first from 0; loops are spelled
+    as ``KernelSpec.way`` spells them, so ``dot/int8`` and ``unpack/int8`` read the packs of integer kernels.
 
     ``tensors``: how many the pack has, without meta and work. ``tiles`` of 16 rows. ``dtype``: of x and y.
-    ``target``: as in ``pack_``.
+    ``target``: as in ``pack_``. ``x``: how the layer rounds x, as ``passes.quantize.inputs.inputs_of`` says it.
     """
 
     format: str
@@ -52,10 +54,12 @@ class Meta:
     tiles: int
     routes: tuple[tuple[int, str], ...]
     target: str = "auto"
+    x: str = ""
 
     def encode(self) -> torch.Tensor:
         """A uint8 tensor; equal metas have equal bytes."""
-        text = json.dumps(asdict(self), separators=(",", ":"))
+        said = {key: value for key, value in asdict(self).items() if key != "x" or value}
+        text = json.dumps(said, separators=(",", ":"))
         return torch.frombuffer(bytearray(text.ljust(-(-len(text) // _ALIGN) * _ALIGN).encode()), dtype=torch.uint8)
 
     @classmethod
@@ -72,10 +76,31 @@ class Meta:
     def torch_dtype(self) -> torch.dtype:
         return _TORCH[self.dtype]
 
+    @property
+    def reads(self) -> str:
+        """What the kernels of the pack round x to: "int8" or nothing."""
+        return self.routes[0][1].partition("/")[2]
+
+    @property
+    def unpack(self) -> str:
+        """The loop that decodes the pack."""
+        return f"{UNPACK}/{self.reads}" if self.reads else UNPACK
+
+    @property
+    def family(self) -> Family:
+        """Of the pack's layout. Raises KeyError for a pattern that CPUs have no kernels for."""
+        return cpp.family(Format.parse(self.format).pattern.kind, self.reads)
+
+    @property
+    def x_code(self) -> float:
+        """How x is rounded as a kernel is told: ``SparsecCall.x_scale``; 0 also where it is not rounded."""
+        kind, number = input_rule(self.x)
+        return number if kind == FIXED else 0.0 - number
+
     def packed(self, tensors: Sequence[torch.Tensor]) -> Packed:
         """The record that families read, from ``(meta, tensors ..., work)``."""
-        shape = (self.n, self.k)
-        return Packed(Format.parse(self.format), self.version, tuple(tensors[1:-1]), tensors[-1], shape, "packed layer")
+        format, shape = Format.parse(self.format), (self.n, self.k)
+        return Packed(format, self.version, tuple(tensors[1:-1]), tensors[-1], shape, "packed layer", self.reads)
 
 
 def kernels_in(cache: str) -> None:
@@ -86,25 +111,25 @@ def kernels_in(cache: str) -> None:
 def unpacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """The dense weight [N, K] by plain torch, from the layout's description alone."""
     meta = Meta.decode(tensors[0])
-    packed = meta.packed(tensors)
-    return cpp.family(packed.format.pattern.kind).unpack(packed)
+    return meta.family.unpack(meta.packed(tensors))
 
 
 def resolve(meta_tensor: torch.Tensor) -> None:
     """Build the kernels of a meta and install its routes; without a compiler, Python computes the products."""
     meta = Meta.decode(meta_tensor)
-    facts = [meta.n, meta.k, meta.tensors, _SCALAR_TYPES[meta.torch_dtype], int(_verifying())]
+    x_kind, x_number = input_rule(meta.x)
+    facts = [meta.n, meta.k, meta.tensors, _SCALAR_TYPES[meta.torch_dtype], int(_verifying()), x_kind]
     table: list[int] = []
     try:
         ends = [lo - 1 for lo, _ in meta.routes[1:]] + [FOREVER]
         for (lo, loop), hi in zip(meta.routes, ends, strict=True):
             table += _route(meta, loop, lo, hi)
-        table += _route(meta, UNPACK, 1, 0)
-        dense = [int(loop == UNPACK) for _, loop in meta.routes] + [1]
+        table += _route(meta, meta.unpack, 1, 0)
+        dense = [int(loop == meta.unpack) for _, loop in meta.routes] + [1]
     except BuildError as error:
         warnings.warn(f"packed layers run slowly, by plain PyTorch: {error}", SparsecWarning, stacklevel=2)
         table, dense = [], []
-    torch.ops.sparsec.install_packed(meta_tensor, facts, table, dense)
+    torch.ops.sparsec.install_packed(meta_tensor, facts, x_number, table, dense)
 
 
 def _route(meta: Meta, loop: str, m_lo: int, m_hi: int) -> list[int]:
@@ -119,15 +144,22 @@ def _verifying() -> bool:
     return os.environ.get("SPARSEC_VERIFY", "0") not in ("", "0")
 
 
-def reference(x: torch.Tensor, bias: torch.Tensor | None, pack: list[torch.Tensor]) -> torch.Tensor:
-    """x @ W.T + bias by plain torch, where no kernel can be made."""
+def reference(x: torch.Tensor | None, bias: torch.Tensor | None, pack: list[torch.Tensor]) -> torch.Tensor:
+    """x @ W.T + bias by plain torch, where no kernel can be made; W itself where there is no x."""
+    if x is None:
+        return unpacked(pack)
+    meta = Meta.decode(pack[0])
+    if meta.x:
+        scale = scale_in(meta.x)
+        x = quantized(x, None if scale is None else torch.tensor(scale))
     return torch.nn.functional.linear(x, unpacked(pack), bias)
 
 
 def verify(x: torch.Tensor, bias: torch.Tensor | None, pack: list[torch.Tensor], y: torch.Tensor) -> None:
     """Compare one result with the reference. Raises VerifyError."""
     meta = Meta.decode(pack[0])
-    STORE.verify(x, unpacked(pack), bias, y, Plan(f"a packed layer ({meta.format})", meta.format, Policy()).encode())
+    plan = Plan(f"a packed layer ({meta.format})", meta.format, Policy(), x=meta.x)
+    STORE.verify(x, unpacked(pack), bias, y, plan.encode(), meta.x_code)
 
 
 def register(library: Any) -> None:

@@ -11,10 +11,11 @@ import torch
 
 from sparsec import targets
 from sparsec.codegen import triton
-from sparsec.codegen.spec import Kernel, Packed
+from sparsec.codegen.spec import Kernel, KernelSpec, Packed
 from sparsec.facts import Decision, Range
 from sparsec.formats import Format
 from sparsec.options import Policy
+from sparsec.passes.graph import DTYPES
 from sparsec.passes.rewrite.expression import evaluate
 from sparsec.plan import Plan
 from sparsec.targets.base import Target
@@ -66,6 +67,11 @@ def pack_key(part: Range, target: Target) -> str:
 def rounds(part: Range) -> str:
     """What the kernel of a range rounds x to: "int8" of ``dot/int8``."""
     return part.kernel.partition("/")[2]
+
+
+def spec_of(part: Range, dtype: torch.dtype, policy: Policy) -> KernelSpec:
+    """The kernel of a range on the CPU that a policy means."""
+    return KernelSpec.on(targets.resolve(policy.target), Format.parse(part.format), part.kernel, DTYPES[dtype])
 
 
 def matrix(weight: torch.Tensor, plan: Plan) -> torch.Tensor:

@@ -16,11 +16,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from sparsec import targets
 from sparsec.activation_rates import rate_of
 from sparsec.cache import cache_dir
 from sparsec.codegen import build, cpp, reference, triton
-from sparsec.codegen.spec import ACTS, Kernel, KernelSpec, Packed
+from sparsec.codegen.spec import ACTS, Kernel, Packed
 from sparsec.compat import is_fake
 from sparsec.errors import SparsecWarning, VerifyError
 from sparsec.facts import Decision, Range, Site, WeightFact
@@ -33,7 +32,19 @@ from sparsec.passes.profile.weights import profile
 from sparsec.plan import Plan
 from sparsec.records import CompileRecord, LayerRecord
 from sparsec.runtime import gpu
-from sparsec.runtime.parts import FOREVER, computed, matrix, needed, pack_key, part_of_weight, rounds, route, runs_dense, target_of
+from sparsec.runtime.parts import (
+    FOREVER,
+    computed,
+    matrix,
+    needed,
+    pack_key,
+    part_of_weight,
+    rounds,
+    route,
+    runs_dense,
+    spec_of,
+    target_of,
+)
 from sparsec.targets.base import Rates, Target
 from sparsec.targets.cuda import GpuTarget
 
@@ -210,9 +221,7 @@ class Store:
 
     def kernel(self, part: Range, dtype: torch.dtype, policy: Policy) -> Kernel:
         """The compiled kernel of one range of a decision; made once per process, compiled once per machine."""
-        target = targets.resolve(policy.target)
-        spec = KernelSpec.on(target, Format.parse(part.format), part.kernel, DTYPES[dtype])
-        return build.build(spec, cache_dir(policy.cache_dir))
+        return build.build(spec_of(part, dtype, policy), cache_dir(policy.cache_dir))
 
     def place(self, plan_text: str, record: CompileRecord, site: Site) -> None:
         """Remember which layer a plan belongs to, so that weights seen later are reported under its name."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from sparsec.codegen.build import build, compile_shared, isa_flags
-from sparsec.codegen.cpp import family, packer
+from sparsec.codegen.build import build
+from sparsec.codegen.build import compile_all as build_all
+from sparsec.codegen.cpp import packer
 from sparsec.codegen.spec import Kernel, KernelSpec
 
 NEEDS = {
@@ -29,8 +30,11 @@ def _cpu_flags() -> set[str]:
 
 @pytest.fixture(scope="session")
 def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache directory shared by the tests of this session; the packer is compiled into it too."""
-    path = tmp_path_factory.mktemp("kernels")
+    """A cache directory shared by the tests of this session, also between the workers of pytest-xdist; the packer is
+    compiled into it too."""
+    own = tmp_path_factory.getbasetemp()
+    path = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "kernels"
+    path.mkdir(exist_ok=True)
     packer.load(path)
     return path
 
@@ -68,15 +72,12 @@ def runnable(
 
 
 @pytest.fixture(scope="session")
-def compile_all(kernel_cache: Path) -> Callable[[list[KernelSpec]], None]:
-    """Compile many specs two at a time, ahead of the tests that use them."""
-
-    def compile_one(spec: KernelSpec) -> None:
-        text = family(spec.format.pattern.kind, spec.x).text(spec)
-        compile_shared(text, spec.name, isa_flags(spec), kernel_cache)
+def compile_all(kernel_cache: Path, request: pytest.FixtureRequest) -> Callable[[list[KernelSpec]], None]:
+    """Compile many specs two at a time, ahead of the tests that use them: those of the tests that were chosen."""
+    chosen = [getattr(item, "callspec", None) for item in request.session.items]
+    wanted = {v for found in chosen if found for v in found.params.values() if isinstance(v, KernelSpec)}
 
     def run(specs: list[KernelSpec]) -> None:
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(compile_one, specs))
+        assert not build_all([spec for spec in specs if spec in wanted], kernel_cache, threads=2)
 
     return run

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sparsec.codegen import build as build_module
-from sparsec.codegen.build import build, compile_shared, find_compiler, isa_flags
+from sparsec.codegen.build import build, compile_all, compile_shared, find_compiler, isa_flags
 from sparsec.codegen.spec import KernelSpec
 from sparsec.errors import BuildError, CompileFailed, NoCompiler, SparsecWarning
 from sparsec.formats import Format
@@ -177,3 +177,56 @@ def test_flags_name_the_isa_and_nothing_of_this_machine() -> None:
         assert ("-mfma" in flags) == (isa != "portable")
     with_dot = KernelSpec(Format.parse("bitmap+bf16"), "dot", "bf16", "avx512", bf16_dot=True)
     assert "-mavx512bf16" in isa_flags(with_dot)
+
+
+MANY = [KernelSpec(Format.parse(f"{pattern}+fp32"), loop, "fp32", isa)
+        for pattern in ("bitmap", "index") for loop in ("dot", "outer") for isa in ("avx2", "portable")]  # fmt: skip
+
+
+def test_many_kernels_are_compiled_ahead_and_each_is_the_object_that_it_is_alone(tmp_path: Path) -> None:
+    assert compile_all(MANY, tmp_path / "all") == {}
+    for spec in MANY[:3]:
+        alone = build(spec, tmp_path / "alone").source.with_suffix(".so")
+        together = tmp_path / "all" / "kernels" / alone.name
+        assert together.read_bytes() == alone.read_bytes()
+    assert len(list((tmp_path / "all" / "kernels").glob("*.so"))) == len(MANY)
+    assert not list((tmp_path / "all" / "kernels").glob("*.gch"))
+
+
+def test_what_is_compiled_already_is_left_alone(tmp_path: Path, counting_compiler: Path) -> None:
+    compile_all(MANY, tmp_path)
+    assert counting_compiler.read_text() == "x" * (len(MANY) + 1)  # and a header for the four of AVX2
+    compile_all(MANY, tmp_path)
+    build(MANY[0], tmp_path)
+    assert counting_compiler.read_text() == "x" * (len(MANY) + 1)
+
+
+@pytest.mark.parametrize("version", ["clang version 16", "g++ 12"])
+def test_a_compiler_that_takes_no_precompiled_header_compiles_all_the_same(
+    version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clang is not asked for one; a GCC that cannot make one goes without."""
+    script = tmp_path / "other"
+    script.write_text(
+        f"#!{sys.executable}\nimport subprocess, sys\n"
+        f"if '--version' in sys.argv: print({version!r}); sys.exit()\n"
+        f"if 'c++-header' in sys.argv: sys.exit({'g++' in version} or 'clang was asked for a header')\n"
+        f"assert '-include' not in sys.argv\n"
+        f"sys.exit(subprocess.call([{shutil.which('g++') or shutil.which('c++')!r}, *sys.argv[1:]]))\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    assert compile_all(MANY, tmp_path) == {}
+
+
+def test_kernels_that_fail_are_told_apart_from_those_that_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = type(build_module.family("index"))
+    text = real.text
+    monkeypatch.setattr(real, "text", lambda self, spec: text(self, spec) + ("nonsense" if spec.loop == "dot" else ""))
+    failed = compile_all(MANY, tmp_path)
+    assert set(failed) == {spec for spec in MANY if spec.format.pattern.kind == "index" and spec.loop == "dot"}
+    assert all(isinstance(error, CompileFailed) for error in failed.values())
+    with pytest.raises(CompileFailed):
+        build(next(iter(failed)), tmp_path)

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparsec.codegen.cpp import coded, family, pack_verified
 from sparsec.codegen.cpp.codes import codes_of
 from sparsec.errors import PatternMismatch
-from sparsec.formats import Format
+from sparsec.formats import BOOKS, Format
 from sparsec.passes.quantize.contract import Grid
 
 
@@ -60,7 +61,39 @@ def test_ternary_and_codebooks() -> None:
     assert torch.equal(codes_of(few, Format.parse("panel+codebook")).weight(torch.bfloat16), few)
 
 
-@pytest.mark.parametrize("values", ["int8", "int4g32", "ternary", "codebook"])
+@pytest.mark.parametrize(("values", "most"), BOOKS.items())
+@pytest.mark.parametrize("pattern", ["panel", "bitmap"])
+def test_zeros_that_a_bitmap_leaves_out_take_no_level(pattern: str, values: str, most: int) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(7, most).gather(1, torch.randint(0, most, (7, 200))) * (torch.rand(7, 200) > 0.5)
+    weight[2] = 0.0
+    format = Format.parse(f"{pattern}+{values}")
+    if pattern == "panel":
+        with pytest.raises(PatternMismatch, match=f"more than {most} values"):
+            codes_of(weight, format)
+        return
+    codes = codes_of(weight, format)
+    assert torch.equal(codes.weight(torch.float32), weight)
+    assert bool((codes.q[weight == 0] <= 0).all())
+    assert codes.levels.shape == (7, 16)
+    assert torch.equal(codes.levels, codes.levels[:, :most].repeat(1, 16 // most))
+    packed = pack_verified(weight, format, "")
+    assert torch.equal(family("bitmap").unpack(packed), weight)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(0, 5), st.integers(1, 8), st.sampled_from([2, 3, 4]), st.integers(0, 99))
+def test_codes_of_any_width_come_back_from_their_bytes(rows: int, units: int, width: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**width, (rows, 8 * units), generator=generator, dtype=torch.uint8)
+    data = coded.to_bytes(codes, width)
+    assert data.shape == (rows, units * width)
+    assert torch.equal(coded.from_bytes(data, width), codes)
+    whole = sum(int(c) << (width * i) for i, c in enumerate(codes[0].tolist())) if rows else 0
+    assert not rows or bytes(data[0].tolist()) == whole.to_bytes(units * width, "little")
+
+
+@pytest.mark.parametrize("values", ["int8", "int4g32", "ternary", *BOOKS])
 def test_what_lies_on_no_grid_is_refused(values: str) -> None:
     weight = torch.randn(4, 64)
     with pytest.raises(PatternMismatch, match="stays dense"):

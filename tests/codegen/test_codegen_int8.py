@@ -15,13 +15,11 @@ from sparsec.codegen import direct, reference
 from sparsec.codegen.build import build
 from sparsec.codegen.cpp import family, integer, pack_verified
 from sparsec.codegen.cpp.codes import codes_of
-from sparsec.codegen.spec import ACTS, Kernel, KernelSpec, Packed
+from sparsec.codegen.spec import ACTS, KernelSpec, Packed
 from sparsec.errors import PatternMismatch
-from sparsec.formats import Format, value_kind
+from sparsec.formats import Format
 from sparsec.targets.base import Target
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-Compiled = Callable[[KernelSpec], Kernel]
+from tests.codegen.samples import DTYPES, Compiled, assert_within, on_grid
 
 
 def spec_of(text: str) -> KernelSpec:
@@ -58,50 +56,10 @@ def every(test: Callable[..., None]) -> Callable[..., None]:
     return chosen
 
 
-def kept_by(format: Format, n: int, k: int, density: float, generator: torch.Generator) -> torch.Tensor:
-    """bool [n, k] that holds the pattern."""
-    pattern = format.pattern
-    if pattern.kind == "nm":
-        keep, of = pattern.params
-        order = torch.rand(n, -(-k // of), of, generator=generator).argsort(2)
-        return (order < keep).flatten(1)[:, :k] & (torch.rand(n, k, generator=generator) < max(density, 0.5))
-    rows, cols = pattern.params if pattern.kind == "block" else (1, 1)
-    blocks = torch.rand(-(-n // rows), -(-k // cols), generator=generator) < density
-    return blocks.repeat_interleave(rows, 0).repeat_interleave(cols, 1)[:n, :k]
-
-
-def weight_of(
-    format: Format,
-    n: int,
-    k: int,
-    density: float,
-    generator: torch.Generator,
-    shifted: bool = False,
-    whole: bool = False,
-) -> torch.Tensor:
-    """[n, k] on the format's grid, with random scales; ``shifted``: with zero points (int4)."""
-    kind, group = value_kind(format.values)
-    top = {"int8": 127, "int4": 7, "ternary": 1}[kind]
-    size = group or k
-    groups = -(-k // size)
-    zero = torch.randint(0, 9, (n, groups), generator=generator) if shifted else torch.full((n, groups), top)
-    low, high = -zero, 2 * top - zero
-    q = torch.randint(0, 2 * top + 1, (n, groups * size), generator=generator).view(n, groups, size) - zero[..., None]
-    q[:, :, 0], q[:, :, -1] = low, high  # the ends of the grid are used, so that its scale can be told
-    scale = 2.0 ** torch.randint(-4, 4, (n, groups), generator=generator)
-    scale = scale * (1 + torch.rand(n, groups, generator=generator))
-    weight = (q * scale[..., None]).reshape(n, -1)[:, :k]
-    return weight * kept_by(format, n, k, density, generator)
-
-
 def assert_close(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, expected: torch.Tensor) -> None:
-    """fp32 sums may differ by 2e-6 of the sum of magnitudes; bf16 results by one rounding of the last bit."""
-    allowed = 2e-6 * (reference.quantised(x).abs().double() @ weight.abs().double().T) + 2e-6 * expected.abs() + 1e-6
-    if y.dtype == torch.bfloat16:
-        allowed = allowed + expected.abs() * 2**-7
-    worst = ((y.double() - expected.double()).abs() / allowed).nan_to_num(nan=1e9)
-    assert y.shape == expected.shape
-    assert worst.numel() == 0 or float(worst.max()) <= 1
+    """Bf16 results may be off by two roundings of the last bit: kernels multiply by the scale of x last."""
+    size = reference.quantised(x).abs().double() @ weight.abs().double().T
+    assert_within(y, expected, 2e-6 * size + 2e-6 * expected.abs() + 1e-6, 2**-7)
 
 
 cases = st.fixed_dictionaries(
@@ -130,7 +88,7 @@ def test_a_kernel_computes_the_reference(spec: KernelSpec, runnable: Compiled) -
         generator = torch.Generator().manual_seed(int(str(case["seed"])))
         m, n, k = (int(str(case[name])) for name in "mnk")
         shifted = bool(case["shifted"]) and "int4" in spec.format.values
-        weight = weight_of(spec.format, n, k, float(str(case["density"])), generator, shifted)
+        weight = on_grid(spec.format, n, k, float(str(case["density"])), generator, shifted)
         wide = torch.randn(m, k + int(str(case["gap"])), generator=generator).to(DTYPES[spec.dtype])
         x, act, scale = wide[:, :k], str(case["act"]), 0.03 if case["static"] else 0.0
         bias = torch.randn(n, generator=generator).to(x.dtype) if case["bias"] else None
@@ -147,7 +105,7 @@ def test_sums_are_those_of_int64(spec: KernelSpec, runnable: Compiled) -> None:
     """Sums of a group stay below 2^20, so a wrong unit in one would be more than fp32 may round."""
     kernel = runnable(spec)
     generator = torch.Generator().manual_seed(7)
-    weight = weight_of(spec.format, 75, 285, 0.3, generator, "int4" in spec.format.values)
+    weight = on_grid(spec.format, 75, 285, 0.3, generator, "int4" in spec.format.values)
     packed = pack_verified(weight, spec.format, "test", x="int8")
     codes = codes_of(weight, spec.format)
     size = codes.group or 285
@@ -173,7 +131,7 @@ some = few("bitmap+int8", "panel+int4g32", "nm:2:4+int8", "index+int8", "block:1
 
 
 def packed_of(spec: KernelSpec, n: int, k: int, density: float = 0.5) -> tuple[torch.Tensor, Packed]:
-    weight = weight_of(spec.format, n, k, density, torch.Generator().manual_seed(n + k))
+    weight = on_grid(spec.format, n, k, density, torch.Generator().manual_seed(n + k))
     return weight, pack_verified(weight, spec.format, "test", x="int8")
 
 
@@ -261,7 +219,7 @@ def test_every_code_comes_back(spec: KernelSpec, runnable: Compiled) -> None:
     )
     def check(n: int, k: int, density: float, shifted: bool, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        weight = weight_of(spec.format, n, k, density, generator, shifted and "int4" in spec.format.values)
+        weight = on_grid(spec.format, n, k, density, generator, shifted and "int4" in spec.format.values)
         packed = pack_verified(weight, spec.format, "key", x="int8")
         assert torch.equal(family(spec.format.pattern.kind, "int8").unpack(packed), weight)
         assert all(tensor.is_contiguous() for tensor in packed.tensors)
@@ -269,6 +227,34 @@ def test_every_code_comes_back(spec: KernelSpec, runnable: Compiled) -> None:
         assert codes is None or torch.equal(codes.weight(torch.bfloat16), weight.bfloat16())
 
     check()
+
+
+@every
+def test_weights_without_a_value_a_row_or_a_column_are_packed_and_give_the_bias(
+    spec: KernelSpec, runnable: Compiled
+) -> None:
+    kernel, dtype = runnable(spec), DTYPES[spec.dtype]
+    for n, k in ((0, 0), (0, 128), (5, 0), (17, 129), (1, 1)):
+        weight = torch.zeros(n, k, dtype=dtype)
+        packed = pack_verified(weight, spec.format, "", x="int8")
+        assert packed.work.numel() == -(-n // 16) + 1
+        assert torch.equal(family(spec.format.pattern.kind, "int8").unpack(packed), weight)
+        bias = torch.arange(n).to(dtype)
+        for m in (0, 1, 20):
+            x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(dtype)
+            assert torch.equal(direct.linear(kernel, packed, x, bias), bias.repeat(m, 1))
+
+
+@pytest.mark.parametrize("text", ["panel+int4", "bitmap+int4"])
+def test_rows_of_more_than_65536_columns_have_one_zero_point(text: str, runnable: Compiled) -> None:
+    """Sums of x are kept for each 65536 columns; scales and zero points of a whole row are there once."""
+    spec = spec_of(f"{text} fp32 avx512")
+    generator = torch.Generator().manual_seed(2)
+    weight = on_grid(spec.format, 33, 70_000, 0.9, generator, shifted=True)
+    packed = pack_verified(weight, spec.format, "test", x="int8")
+    assert not codes_of(weight, spec.format).symmetric
+    x = torch.randn(3, 70_000, generator=generator)
+    assert_close(direct.linear(runnable(spec), packed, x), x, weight, reference.linear(x, weight, x_scale=0.0))
 
 
 @pytest.mark.parametrize("text", ["bitmap+int8", "panel+int4g64", "panel+int8g32", "nm:2:4+ternary"])
@@ -286,7 +272,7 @@ def test_tiles_compute_the_reference(
     assert "emulated_product" in kernel.source.read_text()
     generator = torch.Generator().manual_seed(11)
     for n, k, m in [(16, 64, 16), (33, 70, 17), (75, 1285, 80), (48, 512, 64), (5, 1, 16)]:
-        weight = weight_of(spec.format, n, k, 0.5, generator, "int4" in text)
+        weight = on_grid(spec.format, n, k, 0.5, generator, "int4" in text)
         x = torch.randn(m, k, generator=generator)
         packed = pack_verified(weight, spec.format, "test", x="int8")
         assert_close(direct.linear(kernel, packed, x), x, weight, reference.linear(x, weight, x_scale=0.0))

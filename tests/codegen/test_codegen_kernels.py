@@ -13,11 +13,9 @@ from hypothesis import strategies as st
 
 from sparsec.codegen import direct, reference
 from sparsec.codegen.cpp import FAMILIES, family, pack_verified
-from sparsec.codegen.spec import ACTS, Kernel, KernelSpec
+from sparsec.codegen.spec import ACTS, KernelSpec
 from sparsec.formats import PATTERN_KINDS, Format
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-Compiled = Callable[[KernelSpec], Kernel]
+from tests.codegen.samples import DTYPES, Compiled, assert_close, kept
 
 
 def spec_of(text: str) -> KernelSpec:
@@ -67,30 +65,7 @@ def sparse_weight(format: Format, n: int, k: int, density: float, generator: tor
     weight = torch.randint(1, 9, (n, k), generator=generator) * (
         torch.randint(0, 2, (n, k), generator=generator) * 2 - 1
     )
-    pattern = format.pattern
-    if pattern.kind == "nm":
-        keep, of = pattern.params
-        order = torch.rand(n, -(-k // of), of, generator=generator).argsort(2)
-        kept = (order < keep).flatten(1)[:, :k] & (torch.rand(n, k, generator=generator) < max(density, 0.5))
-    elif pattern.kind == "block":
-        rows, cols = pattern.params
-        blocks = torch.rand(-(-n // rows), -(-k // cols), generator=generator) < density
-        kept = blocks.repeat_interleave(rows, 0).repeat_interleave(cols, 1)[:n, :k]
-    else:
-        kept = torch.rand(n, k, generator=generator) < density
-    return (weight * kept).to(DTYPES[format.values])
-
-
-def assert_close(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, act: str) -> None:
-    """fp32 sums may differ by 2e-6 of the sum of magnitudes; bf16 results by one rounding of the last bit."""
-    expected = reference.linear(x.float(), weight, None if bias is None else bias.float(), act)
-    size = x.abs().double() @ weight.abs().double().T + (0 if bias is None else bias.abs().double())
-    allowed = 2e-6 * size + 1e-6
-    if y.dtype == torch.bfloat16:
-        allowed = allowed + expected.abs() * 2**-8
-    worst = ((y.double() - expected.double()).abs() / allowed).nan_to_num(nan=1e9)
-    assert y.shape == expected.shape
-    assert worst.numel() == 0 or float(worst.max()) <= 1
+    return (weight * kept(format, n, k, density, generator)).to(DTYPES[format.values])
 
 
 cases = st.fixed_dictionaries(

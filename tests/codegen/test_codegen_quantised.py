@@ -9,20 +9,19 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sparsec.codegen import direct, reference
+from sparsec.codegen import direct
 from sparsec.codegen.cpp import family, loops_of, pack_verified
 from sparsec.codegen.cpp.codes import codes_of
 from sparsec.codegen.cpp.values import refusal
-from sparsec.codegen.spec import ACTS, Kernel, KernelSpec
+from sparsec.codegen.spec import ACTS, KernelSpec
 from sparsec.errors import PatternMismatch
-from sparsec.formats import Format, value_kind
+from sparsec.formats import BOOKS, Format, value_kind
 from sparsec.passes.quantize.contract import Grid
+from tests.codegen.samples import DTYPES, Compiled, assert_close, kept
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PATTERNS = ["panel", "bitmap", "index", "nm:2:4", "nm:1:8", "block:16x1", "block:4x1", "block:1x16"]
-VALUES = ["int8", "int8g32", "int8g128", "int4", "int4g32", "int4g64", "int4g128", "ternary", "codebook"]
+VALUES = ["int8", "int8g32", "int8g128", "int4", "int4g32", "int4g64", "int4g128", "ternary", *BOOKS]
 SLICED = ("index", "block:16x1", "block:4x1")
-Compiled = Callable[[KernelSpec], Kernel]
 
 
 def taken(pattern: str, values: str) -> bool:
@@ -44,7 +43,7 @@ def _all() -> list[KernelSpec]:
     wide += ["nm:2:4+int8", "nm:2:4+int4g128", "nm:2:4+ternary", "nm:1:8+int4", "nm:1:8+codebook"]
     wide += ["block:16x1+int8g128", "block:16x1+ternary", "block:4x1+int4"]
     texts = [f"{pair} bf16 dot avx512 bf16_dot" for pair in wide]
-    for values in ("int8", "int4", "ternary", "codebook"):
+    for values in ("int8", "int4", "ternary", "codebook", "codebook3"):
         for i, isa in enumerate(("avx512", "avx2", "portable")):
             here, there = ("fp32", "bf16") if (len(values) + i) % 2 else ("bf16", "fp32")
             texts += [f"{pattern}+{values} {here} dot {isa}" for pattern in ("panel", "bitmap")]
@@ -69,35 +68,23 @@ def _compile_ahead(compile_all: Callable[[list[KernelSpec]], None]) -> None:
     compile_all(SPECS)
 
 
-def kept_at(format: Format, n: int, k: int, density: float, generator: torch.Generator) -> torch.Tensor:
-    pattern = format.pattern
-    if pattern.kind == "nm":
-        keep, of = pattern.params
-        order = torch.rand(n, -(-k // of), of, generator=generator).argsort(2)
-        return (order < keep).flatten(1)[:, :k] & (torch.rand(n, k, generator=generator) < max(density, 0.5))
-    if pattern.kind == "block":
-        rows, cols = pattern.params
-        blocks = torch.rand(-(-n // rows), -(-k // cols), generator=generator) < density
-        return blocks.repeat_interleave(rows, 0).repeat_interleave(cols, 1)[:n, :k]
-    return torch.rand(n, k, generator=generator) < density
-
-
 def quantised(
     format: Format, n: int, k: int, density: float, seed: int, dtype: torch.dtype, symmetric: bool = True
 ) -> torch.Tensor:
     """A weight [n, k] that holds the pattern and lies on the values' grid."""
     generator = torch.Generator().manual_seed(seed)
-    kept = kept_at(format, n, k, density, generator)
+    mask = kept(format, n, k, density, generator)
     kind, group = value_kind(format.values)
     if kind == "ternary":
         signs = torch.randint(0, 2, (n, k), generator=generator) * 2 - 1
-        return (signs * kept * torch.rand(n, 1, generator=generator)).to(dtype)
-    if kind == "codebook":
-        levels = (torch.arange(16) - 8) * (0.5 + torch.rand(n, 1, generator=generator))
-        levels[:, 8] = -0.0
-        chosen = levels.gather(1, torch.randint(0, 16, (n, k), generator=generator))
-        return torch.where(kept, chosen, 0.0).to(dtype)
-    wide = torch.randn(n, k, generator=generator) * kept
+        return (signs * mask * torch.rand(n, 1, generator=generator)).to(dtype)
+    if kind in BOOKS:
+        most = BOOKS[kind]
+        levels = (torch.arange(most) - most // 2) * (0.5 + torch.rand(n, 1, generator=generator))
+        levels[:, most // 2] = -0.0
+        chosen = levels.gather(1, torch.randint(0, most, (n, k), generator=generator))
+        return torch.where(mask, chosen, 0.0).to(dtype)
+    wide = torch.randn(n, k, generator=generator) * mask
     if not symmetric:
         wide = wide.abs() + wide / 4
     return (
@@ -108,18 +95,6 @@ def quantised(
 def meant(weight: torch.Tensor, format: Format) -> torch.Tensor:
     """The weight as kernels compute with it: q times scale, not rounded to the weight's dtype."""
     return codes_of(weight, format).weight(torch.float32) if weight.numel() else weight.float()
-
-
-def assert_close(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, act: str) -> None:
-    """fp32 sums may differ by 2e-6 of the sum of magnitudes; bf16 results by one rounding of the last bit."""
-    expected = reference.linear(x.float(), weight, None if bias is None else bias.float(), act)
-    size = x.abs().double() @ weight.abs().double().T + (0 if bias is None else bias.abs().double())
-    allowed = 2e-6 * size + 1e-6
-    if y.dtype == torch.bfloat16:
-        allowed = allowed + expected.abs() * 2**-8
-    worst = ((y.double() - expected.double()).abs() / allowed).nan_to_num(nan=1e9)
-    assert y.shape == expected.shape
-    assert worst.numel() == 0 or float(worst.max()) <= 1
 
 
 cases = st.fixed_dictionaries(
@@ -225,6 +200,7 @@ def test_zero_points_far_from_the_middle_are_stored_and_come_back() -> None:
     ("text", "why"),
     [
         ("index+codebook", "a codebook would be looked up by a gather"),
+        ("block:4x1+codebook3", "a codebook3 would be looked up by a gather"),
         ("index+int4g32", "one scale a row, not one for 32 columns"),
         ("block:16x1+int8g64", "one scale a row, not one for 64 columns"),
         ("panel+int4g48", "groups of 48 are none of 32, 64 and 128"),
@@ -282,7 +258,7 @@ def test_rows_and_groups_of_zeros_have_codes_like_any() -> None:
             assert torch.equal(family(packed.format.pattern.kind).unpack(packed), weight)
 
 
-@pytest.mark.parametrize("values", ["int8", "int4g128", "ternary", "codebook"])
+@pytest.mark.parametrize("values", ["int8", "int4g128", "ternary", *BOOKS])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=list(DTYPES))
 def test_outliers_are_found_again_and_nothing_else_is_taken_for_one(values: str, dtype: torch.dtype) -> None:
     format = Format.parse(f"bitmap+{values}")
@@ -327,6 +303,9 @@ def test_codes_take_the_bytes_their_bits_say() -> None:
         ("panel+int8", 1.05),
         ("panel+int4g128", 0.57),
         ("panel+ternary", 0.27),
+        ("panel+codebook2", 0.25 + 0.14),  # and 64 bytes of levels a row of 512
+        ("panel+codebook3", 0.375 + 0.14),
+        ("bitmap+codebook3", 0.125 + 0.375 / 2 + 0.13 + 0.02),
         ("bitmap+int4g128", 0.43),
     ):
         format = Format.parse(text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,12 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sparsec.codegen.cpp import family, pack_verified
-from sparsec.codegen.direct import Call
-from sparsec.codegen.spec import Kernel, KernelSpec, Packed
+from sparsec.codegen.cpp.codes import codes_of
+from sparsec.codegen.spec import KernelSpec
 from sparsec.formats import Format
+from tests.codegen.samples import DTYPES, Compiled, kept, on_grid, unpacked
 
-Compiled = Callable[[KernelSpec], Kernel]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FORMATS = ("bitmap+fp32", "bitmap+bf16", "index+fp32", "index+bf16", "nm:2:4+fp32", "nm:1:8+bf16", "block:16x1+fp32",
            "block:4x1+bf16", "block:1x16+fp32")  # fmt: skip
 SPECS = [KernelSpec(Format.parse(f), "unpack", Format.parse(f).values, isa)
@@ -26,37 +24,15 @@ SPECS = [KernelSpec(Format.parse(f), "unpack", Format.parse(f).values, isa)
 
 @pytest.fixture(scope="module", autouse=True)
 def _compile_ahead(compile_all: Callable[[list[KernelSpec]], None]) -> None:
-    compile_all(SPECS)
+    compile_all([*SPECS, *INTEGER])
 
 
 def weight_of(format: Format, n: int, k: int, density: float, seed: int) -> torch.Tensor:
     """[n, k] random values that hold the pattern."""
-    g = torch.Generator().manual_seed(seed)
-    weight = torch.randn(n, k, generator=g)
-    if format.pattern.kind == "nm":
-        keep, of = format.pattern.params
-        order = torch.rand(n, -(-k // of), of, generator=g).argsort(2)
-        kept = (order < keep).flatten(1)[:, :k] & (torch.rand(n, k, generator=g) < density)
-    elif format.pattern.kind == "block":
-        rows, cols = format.pattern.params
-        blocks = torch.rand(-(-n // rows), -(-k // cols), generator=g) < density
-        kept = blocks.repeat_interleave(rows, 0).repeat_interleave(cols, 1)[:n, :k]
-    else:
-        kept = torch.rand(n, k, generator=g) < density
-    return torch.where(kept, weight, torch.zeros(())).to(DTYPES[format.values])
-
-
-def unpacked(kernel: Kernel, packed: Packed, tile: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of W from ``tile`` on, between rows of guard values that must stay."""
-    n, k = packed.shape
-    out = torch.full((n - 16 * tile + 2, k), 7.0, dtype=dtype)
-    pointers = (ctypes.c_void_p * len(packed.tensors))(*(t.data_ptr() for t in packed.tensors))
-    call = Call(y=out[1:].data_ptr(), y_stride=k, pack=pointers, m=16 * tile, n=n, k=k)
-    run = ctypes.CFUNCTYPE(None, ctypes.POINTER(Call), ctypes.c_int64, ctypes.c_int64)(kernel.run)
-    run(ctypes.byref(call), tile, packed.work.numel() - 1)
-    assert bool((out[0] == 7).all())
-    assert bool((out[-1] == 7).all())
-    return out[1:-1]
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(n, k, generator=generator)
+    mask = kept(format, n, k, density, generator)
+    return torch.where(mask, weight, torch.zeros(())).to(DTYPES[format.values])
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
@@ -80,3 +56,33 @@ def test_unpacking_gives_every_bit_back(
     tile = (packed.work.numel() - 1) // 2 if later else 0
     assert torch.equal(unpacked(kernel, packed, tile, weight.dtype), weight[16 * tile :])
     assert torch.equal(family(spec.format.pattern.kind).unpack(packed), weight)
+
+
+INTEGER = [KernelSpec(Format.parse(f), "unpack", dtype, isa, x="int8")
+           for f, dtype in (("panel+int8", "bf16"), ("bitmap+int8", "fp32"), ("nm:2:4+int4g32", "bf16"),
+                            ("panel+ternary", "fp32"), ("index+int4g32", "fp32"), ("index+int8", "bf16"),
+                            ("block:4x1+int4g64", "fp32"), ("block:16x16+int8", "fp32"),
+                            ("block:1x16+int8g128", "bf16"))
+           for isa in ("avx512", "avx2", "portable")]  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", INTEGER, ids=lambda s: s.name)
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    n=st.one_of(st.integers(1, 70), st.sampled_from([64, 65])),
+    k=st.one_of(st.integers(1, 70), st.sampled_from([127, 128, 129, 300, 530])),
+    density=st.sampled_from([0.0, 0.03, 0.3, 0.7, 1.0]),
+    shifted=st.booleans(),
+    later=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_unpacking_what_integer_kernels_read_gives_every_bit_back(
+    spec: KernelSpec, runnable: Compiled, n: int, k: int, density: float, shifted: bool, later: bool, seed: int
+) -> None:
+    kernel, generator = runnable(spec), torch.Generator().manual_seed(seed)
+    weight = on_grid(spec.format, n, k, density, generator, shifted and "int4" in spec.format.values)
+    if spec.dtype == "bf16":
+        weight = (codes_of(weight, spec.format).q / 8).bfloat16()  # exact in bf16
+    packed = pack_verified(weight, spec.format, "test", x="int8")
+    tile = (packed.work.numel() - 1) // 2 if later else 0
+    assert torch.equal(unpacked(kernel, packed, tile, weight.dtype), weight[16 * tile :])

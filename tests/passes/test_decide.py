@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsec import targets
-from sparsec.facts import BlockFact, Decision, NMFact, WeightFact
-from sparsec.formats import VALUE_BYTES, Format, Pattern, storage_bytes
+from sparsec.facts import BlockFact, Decision, NMFact, ValueFact, WeightFact
+from sparsec.formats import VALUE_BITS, VALUE_BYTES, Format, Pattern, storage_bytes
 from sparsec.options import Policy
 from sparsec.passes.decide import bucket, decide, dense_decision
 from sparsec.passes.decide.candidates import (
@@ -296,6 +296,29 @@ def test_near_patterns_are_told_with_the_groups_that_break_them() -> None:
     assert "99.9 %" in decide(almost, "fp32", TARGET, RATES, Policy()).near
 
 
+def with_integer_kernels() -> Rates:
+    """Codes of int8 whose kernels are no faster than dense, but for those that round x."""
+    codes = [
+        KernelRate(pattern, loop, "fp32", ((1, 0.0, each, 0.0),), stored=(0.125, 1.0), values="int8")
+        for pattern in ("bitmap", "nm", "panel")
+        for loop, each in (("dot", 1.0), ("dot/int8", 1e-12))
+    ]
+    slow = tuple(dataclasses.replace(k, points=((1, 0.0, 1.0, 0.0),)) for k in RATES.kernels)
+    return dataclasses.replace(RATES, kernels=(*slow, *codes))
+
+
+def test_help_and_break_even_know_what_kernels_that_round_x_would_give() -> None:
+    fact = a_fact(4096, 4096, 0.99, values=ValueFact("grid", 0, 8, 0, True))
+    policy = Policy(formats=("bitmap", "nm"))
+    plain = decide(fact, "fp32", TARGET, with_integer_kernels(), policy)
+    rounded = decide(fact, "fp32", TARGET, with_integer_kernels(), policy, x="int8")
+    assert (plain.help, plain.break_even) == ("", None)
+    full = dataclasses.replace(fact, nnz=4096 * 4096)
+    assert "2:4 would give" in decide(full, "fp32", TARGET, with_integer_kernels(), policy, x="int8").help
+    assert rounded.break_even is not None
+    assert rounded.ranges[0].kernel == "dot/int8"
+
+
 def test_help_names_a_mask_that_would_gain() -> None:
     assert "would give" in decide(a_fact(4096, 4096, 1.0), "fp32", TARGET, RATES, Policy()).help
     assert "2:4" in decide(a_fact(4096, 4096, 0.9), "bf16", TARGET, RATES, Policy()).help
@@ -465,3 +488,34 @@ def test_storage_bytes_agree_with_what_is_packed(dtype: str, density: float) -> 
         packed = cpp.pack_verified(weight, wanted, "test")
         assert storage_bytes(wanted, profile(weight)) == pytest.approx(packed.bytes, rel=0.1), name
     assert VALUE_BYTES[dtype] == torch_dtype.itemsize
+
+
+@pytest.mark.parametrize("density", [0.03, 0.2, 0.5])
+@pytest.mark.parametrize("values", ["int8", "int8g32", "int4", "int4g64", "int4g128", "ternary", "codebook"])
+def test_storage_bytes_of_codes_agree_with_what_is_packed(values: str, density: float) -> None:
+    from sparsec.codegen import cpp
+    from sparsec.codegen.cpp.values import refusal
+
+    sliced = ("index", "block:16x1", "block:4x4")
+    for name in ("panel", "bitmap", "nm:2:4", "nm:1:8", "block:1x16", *sliced):
+        if name in sliced and refusal("sliced", values):
+            continue
+        wanted = Format(Pattern.parse(name), values)
+        levels = torch.randint(1, {"ternary": 2, "int8": 128}.get(values[:4], 8), (256, 1024)).float()
+        levels[:, ::16] = 1.0 if values == "ternary" else {"int8": 127.0}.get(values[:4], 7.0)
+        weight = levels * mask_of(wanted.pattern, 256, 1024, density)
+        packed = cpp.pack_verified(weight, wanted, "test")
+        assert storage_bytes(wanted, profile(weight)) == pytest.approx(packed.bytes, rel=0.1), name
+
+
+def test_storage_bytes_count_outliers_and_know_every_value_type() -> None:
+    fact = a_fact(64, 256, 0.5)
+    plain = storage_bytes(Format.parse("bitmap+int8"), fact)
+    assert storage_bytes(Format.parse("bitmap+int8"), fact, outliers=100) == plain + 100 * 6
+    wide = dataclasses.replace(fact, k=2**16 + 1, dtype="bf16")
+    more = storage_bytes(Format.parse("bitmap+int8"), wide, 10) - storage_bytes(Format.parse("bitmap+int8"), wide)
+    assert more == 10 * 6
+    for values in VALUE_BITS:
+        for pattern in ("dense", "panel", "bitmap", "index", "nm:2:4", "vnm:64:2:8", "block:16x1"):
+            known = dataclasses.replace(fact, blocks=(BlockFact(16, 1, 1024, 512, 1.0),))
+            assert storage_bytes(Format.parse(f"{pattern}+{values}"), known) > 0

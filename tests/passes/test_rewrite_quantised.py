@@ -17,6 +17,7 @@ from sparsec.codegen import reference
 from sparsec.options import Options
 from sparsec.passes.quantize.inputs import quantize_inputs, quantized
 from sparsec.passes.rewrite.expression import evaluate
+from sparsec.passes.rewrite.group import group_calls
 from sparsec.pipeline import Compilation
 from sparsec.plan import FIXED, GIVEN, PER_TOKEN, RAW, Plan
 from sparsec.runtime.store import STORE
@@ -382,6 +383,98 @@ def test_rounded_inputs_and_dequantised_weights_go_together() -> None:
     assert site.x == "int8"
     assert site.w
     assert not arithmetic(seen[0])
+
+
+class Attention(nn.Module):
+    """Three weights on one x: stored, from codes by row, and from codes of 4 bits, two to a byte."""
+
+    def __init__(self, rounds: bool = False, bias: str = "stored") -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(N, K) * (torch.rand(N, K) > 0.7))
+        self.b = nn.Parameter(torch.randn(N))
+        self.rounds, self.bias = rounds, bias
+        few = torch.randint(7, 10, (N, K // 2), dtype=torch.uint8)  # 8 is zero
+        for name, tensor in {**tensors(), "packed": few | few.flip(0) << 4}.items():
+            self.register_buffer(name, tensor)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = quantized(x) if self.rounds else x
+        b = self.b if self.bias == "stored" else self.b * 2
+        k = F.linear(x, self.q.float() * self.scale, b)
+        return k, F.linear(x, self.w, self.b), F.linear(x, nibbles(self))
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+def test_weights_from_codes_are_called_together_with_stored_ones(rounds: bool) -> None:
+    model, x = Attention(rounds), torch.randn(2, 3, K)
+    run, seen = compiled(model, {**FORCED, "verify": True})
+    before = STORE.verified
+    for ours, theirs in zip(run(x), model(x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+    assert STORE.verified == before + 3
+    assert ops(seen[0]) == ["sparsec.linear_group.default"]
+    assert len({s.group for s, _ in seen[0].sites}) == 1
+    model.scale.mul_(1.5)
+    model.q.copy_(codes().to(torch.int8))
+    for ours, theirs in zip(run(x), model(x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+    assert len(seen) == 1
+
+
+def test_a_group_of_codes_compiles_and_changing_batches_share_its_graph() -> None:
+    model = Attention()
+    fast = torch.compile(model, backend="sparsec", options=FORCED)
+    for rows in (1, 5, 6):
+        x = torch.randn(rows, K)
+        for ours, theirs in zip(fast(x), model(x), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+
+
+def test_a_call_whose_bias_is_computed_waits_for_it_and_stays_by_itself() -> None:
+    model, x = Attention(bias="computed"), torch.randn(4, K)
+    run, seen = compiled(model, FORCED)
+    for ours, theirs in zip(run(x), model(x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+    assert sorted(ops(seen[0])) == ["sparsec.linear_codes.default", "sparsec.linear_group.default"]
+
+
+def test_calls_do_not_move_over_a_write_in_place() -> None:
+    def changing(s: Layer, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = x + 0
+        before = F.linear(x, s.w, s.b), F.linear(x, s.w)
+        x.mul_(2)
+        return *before, F.linear(x, s.w, s.b)
+
+    model, x = Layer(changing), torch.randn(4, K)
+    run, seen = compiled(model, FORCED)
+    for ours, theirs in zip(run(x), model(x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+    assert ops(seen[0]) == ["sparsec.linear_group.default", "sparsec.linear.default"]
+
+
+def test_fields_of_graph_inputs_are_read_before_the_group() -> None:
+    """Weights of tensor subclasses are given by their fields, which the graph reads where each call stood."""
+    pipeline.prepare(Options.parse(FORCED))
+    graph = torch.fx.Graph()
+    x, held = graph.placeholder("x"), graph.placeholder("held")
+    plans = [Plan("layer", "linear", Options.parse(FORCED).policy, w=w).encode() for w in ("", "[1]")]
+    first = graph.call_function(torch.ops.sparsec.linear.default, (x, held, None, plans[0]))
+    field = graph.call_function(getattr, (held, "qdata"))
+    last = graph.call_function(torch.ops.sparsec.linear_codes.default, (x, [field, held], None, plans[1]))
+    graph.output((first, last))
+    assert group_calls(graph) == 1
+    graph.lint()  # raises where something is read before it is made
+    group = next(n for n in graph.nodes if "linear_group" in str(n.target))
+    assert group.args == (x, [held, field, held], [1, 2], [None, None], plans, [None, None])
+
+
+def test_lists_of_a_group_that_do_not_fit_together_are_refused() -> None:
+    pipeline.prepare(Options.parse(FORCED))
+    x, w = torch.randn(2, K), torch.randn(N, K)
+    plan = Plan("layer", "linear", Options.parse(FORCED).policy).encode()
+    for counts in ([2], [1, 1], []):
+        with pytest.raises(RuntimeError, match="its lists do not fit together"):
+            torch.ops.sparsec.linear_group(x, [w], counts, [None], [plan], [None])
 
 
 REFUSED: dict[str, tuple[str, Callable[[Layer, torch.Tensor], torch.Tensor]]] = {

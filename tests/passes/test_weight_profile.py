@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsec.facts import WeightFact
+from sparsec.formats import VALUE_BITS, stored_types
 from sparsec.passes.profile.weights import BLOCK_SHAPES, NM_SHAPES, VNM_SHAPES, content_key, profile
 
 DENSITIES = (0.0, 0.02, 0.1, 0.3, 0.5, 0.8, 0.97, 1.0)
@@ -317,6 +318,41 @@ def test_a_codebook_without_a_grid_keeps_its_number_of_levels() -> None:
     picks = torch.randint(0, 13, (64, 128), generator=torch.Generator().manual_seed(20))
     found = profile(table[picks] * random_weight(64, 128, 0.5, 21).ne(0)).values
     assert (found.kind, found.levels) == ("codebook", 13)
+
+
+@pytest.mark.parametrize("most", [3, 4, 7, 8, 15, 16])
+@pytest.mark.parametrize("density", [0.4, 1.0])
+def test_rows_with_levels_of_their_own_are_codebooks_of_the_bits_that_hold_them(most: int, density: float) -> None:
+    g = torch.Generator().manual_seed(most)
+    weight = torch.randn(64, most, generator=g).gather(1, torch.randint(0, most, (64, 512), generator=g))
+    weight *= torch.rand(64, 512, generator=g) < density
+    found = profile(weight).values
+    assert (found.kind, found.row_levels) == ("codebook", most)
+    for zeros in (False, True):
+        bits = 2 if most + zeros <= 4 else 3 if most + zeros <= 8 else 4 if most + zeros <= 16 else 0
+        types = stored_types(found, zeros)
+        assert (VALUE_BITS[types[0]] if types else 0) == bits
+        assert not types or types[-1] == "codebook"  # GPUs have no other
+
+
+def test_seventeen_levels_in_one_row_are_no_book() -> None:
+    g = torch.Generator().manual_seed(1)
+    weight = torch.randn(64, 12, generator=g).gather(1, torch.randint(0, 12, (64, 512), generator=g))
+    weight[40] = torch.randn(17, generator=g)[torch.arange(512) % 17]
+    assert profile(weight).values.row_levels == 0
+    assert (
+        profile(torch.randn(64, 12, generator=g)).values.row_levels == 0
+    )  # 12 columns are 12 levels, whatever they hold
+
+
+def test_grids_of_few_steps_are_books_of_fewer_bits_too() -> None:
+    g = torch.Generator().manual_seed(2)
+    steps = torch.randint(-1, 3, (64, 512), generator=g)
+    found = profile(steps * torch.rand(64, 1, generator=g)).values
+    assert (found.kind, found.row_levels) == ("grid", 3)
+    assert stored_types(found) == ("codebook2", "int4")
+    grouped = profile((steps.view(64, 4, 128) * torch.rand(64, 4, 1, generator=g)).view(64, 512)).values
+    assert stored_types(grouped) == ("int4g128",)  # a book would need 12 levels
 
 
 def test_a_level_outside_the_sampled_rows_is_still_found() -> None:

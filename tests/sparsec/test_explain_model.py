@@ -134,11 +134,11 @@ def test_break_even_is_where_the_decision_flips() -> None:
     report = of(mlp(512, 512), torch.randn(32, 512))
     layer, decide = report.layers[0], decider(report)
     assert decide is not None
-    share = break_even_at(layer.record.fact, "fp32", 32, decide)
+    share = break_even_at(layer.record.fact, layer.record.site, 32, decide)
     assert share == layer.at[0].break_even
     assert share is not None
-    assert decide(pruned(layer.record.fact, share), "fp32").at(32).format != "dense"
-    assert decide(pruned(layer.record.fact, share - 0.01), "fp32").at(32).format == "dense"
+    assert decide(pruned(layer.record.fact, share), layer.record.site).at(32).format != "dense"
+    assert decide(pruned(layer.record.fact, share - 0.01), layer.record.site).at(32).format == "dense"
     assert f"break-even is {100 * share:.0f} % zero at 32 rows" in layer.reason
 
 
