@@ -31,7 +31,7 @@ from sparsec.packed import ABOUT, META, PACK, PackedLinear, buffer_names, checke
 from sparsec.passes.decide.whole import WholePlan
 from sparsec.runtime.packed import Meta
 
-LAYOUT = 1  # of this file; another one cannot be read
+LAYOUT = 2  # of this file and of the packs in it; another one cannot be read
 KEY = "sparsec"
 NAME = "packed.safetensors"  # in a folder; not a name that other tools would take for plain weights
 
