@@ -39,7 +39,6 @@ __attribute__((noinline)) void dot_rows(const SparsecCall *call, int64_t tile, i
 EXPORT void sparsec_run(const SparsecCall *call, int64_t tile_begin, int64_t tile_end) {
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
     int64_t row = 0;
-    fetch_outliers(call, tile);
     if constexpr (kMostRows >= 4)
       for (; row + 4 <= call->m; row += 4) dot_rows<4>(call, tile, row);
     if constexpr (kMostRows >= 2)

@@ -7,20 +7,31 @@
 constexpr int kQuadPlaces = 5;
 typedef float Four __attribute__((vector_size(16)));
 
-INLINE Four four(float a, float b, float c, float d) { return Four{a, b, c, d}; }
 template <class T>
-INLINE Four four(const T *p) { return four(to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])); }
-
-// Between the first bytes of two tiles there is much else to read, which no prefetcher of a machine jumps over.
-INLINE void fetch_outliers(const SparsecCall *call, int64_t tile) {
-  const int32_t *begin = pack_of<int32_t>(call, kTail + 2) + tile;
-  if (begin[0] == begin[1]) return;
-  int64_t place = kQuadPlaces * (call->k > 65536 ? 4 : 2);
-  const char *places = pack_of<char>(call, kTail + 3), *values = pack_of<char>(call, kTail + 4);
-  for (int64_t i = begin[0] * place; i < begin[1] * place + 63; i += 64) __builtin_prefetch(places + i);
-  int64_t value = 4 * sizeof(X);
-  for (int64_t i = begin[0] * value; i < begin[1] * value + 63; i += 64) __builtin_prefetch(values + i);
+INLINE Four four(const T *p) {
+  return Four{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
 }
+// x at four places. Compilers collect them in general registers, which is most of the work.
+template <class T, class Place>
+INLINE Four four_of(const T *x, const Place *at) {
+  return Four{to_float(x[at[0]]), to_float(x[at[1]]), to_float(x[at[2]]), to_float(x[at[3]])};
+}
+#ifdef __SSE4_1__
+template <class Place>
+INLINE Four four_of(const float *x, const Place *at) {
+  Four v = _mm_load_ss(x + at[0]);
+  v = _mm_insert_ps(v, _mm_load_ss(x + at[1]), 0x10);
+  v = _mm_insert_ps(v, _mm_load_ss(x + at[2]), 0x20);
+  return _mm_insert_ps(v, _mm_load_ss(x + at[3]), 0x30);
+}
+template <class Place>
+INLINE Four four_of(const bf16 *x, const Place *at) {  // the upper half of a float
+  __m128i v = _mm_insert_epi16(_mm_setzero_si128(), x[at[0]].bits, 1);
+  v = _mm_insert_epi16(v, x[at[1]].bits, 3);
+  v = _mm_insert_epi16(v, x[at[2]].bits, 5);
+  return reinterpret_cast<Four>(_mm_insert_epi16(v, x[at[3]].bits, 7));
+}
+#endif
 
 template <class Place>
 INLINE void add_outliers_of(const SparsecCall *call, int64_t row, int rows, const int32_t *begin, F16 *sums) {
@@ -28,9 +39,9 @@ INLINE void add_outliers_of(const SparsecCall *call, int64_t row, int rows, cons
     const X *x = static_cast<const X *>(call->x) + (row + i) * call->x_stride;
     const Place *at = pack_of<Place>(call, kTail + 3) + kQuadPlaces * static_cast<int64_t>(begin[0]);
     const X *value = pack_of<X>(call, kTail + 4) + 4 * static_cast<int64_t>(begin[0]);
+    asm("" : "+r"(x));  // one register, not a sum that is worked out for each place
     Four sum[kRows] = {};
-    for (int32_t q = begin[0]; q < begin[1]; ++q, at += kQuadPlaces, value += 4)
-      sum[at[0]] += four(value) * four(to_float(x[at[1]]), to_float(x[at[2]]), to_float(x[at[3]]), to_float(x[at[4]]));
+    for (int32_t q = begin[0]; q < begin[1]; ++q, at += kQuadPlaces, value += 4) sum[at[0]] += four(value) * four_of(x, at + 1);
     alignas(64) float whole[kRows];
     for (int r = 0; r < kRows; ++r) whole[r] = (sum[r][0] + sum[r][1]) + (sum[r][2] + sum[r][3]);
     sums[i] = add(sums[i], load16(whole));
