@@ -1,4 +1,4 @@
-"""Kernels of the loop ``skip``: weights in the order of their columns, so that those that meet no value of x are skipped.
+"""Kernels of the loop ``skip``: weights in the order of their columns, so that what meets no value of x is skipped.
 
 Formats are those of other loops; the pack is another one. ``panel`` stores every position (``columns.h``); ``bitmap``,
 ``nm`` and ``block`` store the kept values of each column behind a mask (``columns_bitmap.h``), so zeros of the weight
@@ -48,7 +48,7 @@ class Columns:
         return Packed(format, 1, (*tensors, *tail), packer.prefix(work), (n, k), source_key, loop="skip")
 
     def unpack(self, packed: Packed) -> torch.Tensor:
-        (n, k), values = packed.shape, packed.format.values
+        values = packed.format.values
         dense = packed.format.pattern.kind == "panel"
         whole, kept = (_dense_back(packed), None) if dense else _kept_back(packed)
         if not is_coded(values):

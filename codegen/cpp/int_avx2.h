@@ -153,6 +153,9 @@ INLINE __m256i dot8_signed(__m256i acc, __m256i x, __m256i w) {
 INLINE I16 dot_signed(const I16 &acc, const Bytes &x, const Bytes &w) {
   return {dot8_signed(acc.a, x.a, w.a), dot8_signed(acc.b, x.b, w.b)};
 }
+INLINE Bytes minus(const Bytes &w, const Bytes &zero) {
+  return {_mm256_sub_epi8(w.a, zero.a), _mm256_sub_epi8(w.b, zero.b)};
+}
 // Lane r of the result is lane rank[r] of v.
 INLINE I16 unsort_i(const I16 &v, uint64_t ranks) {
   F16 out = unsort({_mm256_castsi256_ps(v.a), _mm256_castsi256_ps(v.b)}, ranks);
@@ -206,3 +209,21 @@ struct XTable<16, 4> {
     return four_columns(x + 4 * wide * p.at);
   }
 };
+
+// ---- pairs: two of every 4 neighbouring columns
+
+// 8 bytes of x, again and again.
+INLINE Bytes eight_columns(const int8_t *x) {
+  long long eight;
+  __builtin_memcpy(&eight, x, 8);
+  __m256i all = _mm256_set1_epi64x(eight);
+  return {all, all};
+}
+// Columns of 0 .. 7 of the 4 bytes of each lane: of step s of the 4 that share `all`, two bits in each byte.
+INLINE Bytes places_of(const Bytes &all, int s) {
+  __m256i second = _mm256_set1_epi32(0x04040000);
+  return {_mm256_or_si256(shifted(all.a, 2 * s, 2), second), _mm256_or_si256(shifted(all.b, 2 * s, 2), second)};
+}
+INLINE Bytes at_places(const Bytes &x, const Bytes &places) {
+  return {_mm256_shuffle_epi8(x.a, places.a), _mm256_shuffle_epi8(x.b, places.b)};
+}

@@ -80,6 +80,7 @@ INLINE Bytes centred(Bytes w, Bytes zero, int lanes) {
 }
 // acc lane i += the sum over j < 4 of w[4i + j] x[4i + j]; x has kXOffset added, w is signed.
 INLINE I16 dot_signed(I16 acc, Bytes x, Bytes w) { return _mm512_dpbusd_epi32(acc, x, w); }
+INLINE Bytes minus(Bytes w, Bytes zero) { return _mm512_sub_epi8(w, zero); }
 // Lane r of the result is lane rank[r] of v.
 INLINE I16 unsort_i(I16 v, uint64_t ranks) { return _mm512_castps_si512(unsort(_mm512_castsi512_ps(v), ranks)); }
 
@@ -115,3 +116,18 @@ struct XTable<16, 4> {
     return four_columns(x + 4 * wide * p.at);
   }
 };
+
+// ---- pairs: two of every 4 neighbouring columns
+
+// 8 bytes of x, again and again.
+INLINE Bytes eight_columns(const int8_t *x) {
+  int64_t eight;
+  __builtin_memcpy(&eight, x, 8);
+  return _mm512_set1_epi64(eight);
+}
+// Columns of 0 .. 7 of the 4 bytes of each lane: of step s of the 4 that share `all`, two bits in each byte.
+INLINE Bytes places_of(Bytes all, int s) {
+  const __m512i low = splat_bytes(3), second = _mm512_set1_epi32(0x04040000);
+  return _mm512_ternarylogic_epi32(s ? _mm512_srli_epi16(all, 2 * s) : all, low, second, 0xea);  // a & b | c
+}
+INLINE Bytes at_places(Bytes x, Bytes places) { return _mm512_shuffle_epi8(x, places); }

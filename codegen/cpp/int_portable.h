@@ -124,6 +124,7 @@ INLINE I16 dot_signed(const I16 &acc, const Bytes &x, const Bytes &w) {
     return sum;
   });
 }
+INLINE Bytes minus(const Bytes &w, const Bytes &zero) { return centred(w, zero, 16); }
 // Lane r of the result is lane rank[r] of v.
 INLINE I16 unsort_i(const I16 &v, uint64_t ranks) {
   return each_i([&](int i) { return v.at[ranks >> (4 * i) & 15]; });
@@ -150,3 +151,23 @@ struct XTable {
     return out;
   }
 };
+
+// ---- pairs: two of every 4 neighbouring columns
+
+// 8 bytes of x, again and again.
+INLINE Bytes eight_columns(const int8_t *x) {
+  Bytes out;
+  for (int i = 0; i < 64; ++i) out.at[i] = static_cast<uint8_t>(x[i % 8]);
+  return out;
+}
+// Columns of 0 .. 7 of the 4 bytes of each lane: of step s of the 4 that share `all`, two bits in each byte.
+INLINE Bytes places_of(const Bytes &all, int s) {
+  Bytes out;
+  for (int i = 0; i < 64; ++i) out.at[i] = static_cast<uint8_t>((all.at[i] >> (2 * s) & 3) + 2 * (i & 2));
+  return out;
+}
+INLINE Bytes at_places(const Bytes &x, const Bytes &places) {
+  Bytes out;
+  for (int i = 0; i < 64; ++i) out.at[i] = x.at[places.at[i]];
+  return out;
+}

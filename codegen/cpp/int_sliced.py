@@ -33,6 +33,11 @@ def slice_of(format: Format) -> int:
     return math.gcd(value_kind(format.values)[1], 512 if whole else packer.CHUNK)
 
 
+def on_tiles(format: Format) -> bool:
+    """As in ``int_steps``: where all rows of a tile take the same columns, of which whole tiles can be empty."""
+    return shape_of(format.pattern) == (packer.TILE, 4) and slice_of(format) % 64 == 0
+
+
 def constants(format: Format) -> dict[str, int | str]:
     share, run = shape_of(format.pattern)
     side = 16 if (share, run) == (packer.TILE, 4) else 1
@@ -113,7 +118,7 @@ def pack(weight: torch.Tensor, format: Format, source_key: str) -> Packed:
     start = _starts(slots, share * bits // 2, 4 // run)
     tensors = (
         *(int_codes.padded(flat), int_codes.padded(position.ravel()), int_codes.padded(_lanes(slots, share))),
-        *(int_codes.padded(_heads(slots, share)), torch.from_numpy(start), scale, _sums(q, group, tiles)),
+        *(int_codes.padded(_heads(slots, share)), torch.from_numpy(start), scale, sums_of(q, group, tiles)),
         *(torch.from_numpy(zeros.ravel()), torch.tensor([int_steps.DTYPES.index(weight.dtype), _apart(zeros)])),
     )
     work = start[:, 0] + start[:, 1] + 8 * start[:, 2] + np.arange(tiles + 1) * (32 * chunks + 1)
@@ -157,7 +162,7 @@ def _members(slots: Slots) -> tuple[Array, Array, Array, Array]:
     return tile, chunk, rank, step
 
 
-def _sums(q: Array, group: int, tiles: int) -> torch.Tensor:
+def sums_of(q: Array, group: int, tiles: int) -> torch.Tensor:
     """Sums of q over each group of columns, or over each segment of a row: int32 [tile][group][16]."""
     size = group or SEGMENT
     columns = np.arange(0, q.shape[1], size)

@@ -11,6 +11,7 @@
 constexpr int kQuad = 4;  // steps that are decoded together; packs are padded to it
 constexpr int64_t kStepsOfGroup = kGroupColumns / 4;
 constexpr int kUnit = 8 / kBits;  // codes in a byte
+constexpr bool kAsStored = kPerStep == 64 && kBits == 8 && kByteZero == 128;  // nothing has to be decoded
 
 struct Zeros {
   const uint8_t *at;

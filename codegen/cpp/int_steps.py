@@ -29,6 +29,11 @@ def kept_of(pattern: Pattern) -> int:
     return 0
 
 
+def on_tiles(format: Format) -> bool:
+    """Whether the loop has AMX's tiles of int8."""
+    return True
+
+
 def constants(format: Format) -> dict[str, int | str]:
     return {"kPerStep": kept_of(format.pattern), "kSide": 16, "kXColumns": QUAD, "kXFlip": 0, "kSums": 1}
 

@@ -113,8 +113,9 @@ __attribute__((noinline)) void tiles_of_x(const SparsecCall *call, const Tiles<T
     int64_t pause = stop < end ? stop : end;
     for (int t = 0; t < T; ++t)
       for (int m = 0; m < 16 && s % kStepsOfGroup == 0; ++m) results[t].open[first + m] = zero_i16();
-    tile_products<T>(from.of[0].at + 64 * (s - begin), 64 * kAtOnce, to.flat + row * to.columns + 4 * s, to.columns,
-                     pause - s, &results[0].open[first], sizeof(Results));
+    const int8_t *x = to.flat + row * to.columns + 4 * s;
+    tile_products<T>(from.of[0].at + 64 * (s - begin), from.of[T - 1].at - from.of[0].at, x, to.columns, pause - s,
+                     &results[0].open[first], sizeof(Results));
     s = pause;
     if (s < stop) continue;
     for (int t = 0; t < T; ++t) {
@@ -146,6 +147,11 @@ INLINE void tiles_times_x(const SparsecCall *call, int64_t tile, const Activatio
     for (int64_t s = 0, end; s < steps; s = end) {
       end = s + kAtOnce < steps ? s + kAtOnce : steps;
       for (int t = 0; t < T; ++t) {
+        again.of[t].at = from.of[t].code;
+        if (kAsStored && !(TILES && (end - s) % 16)) {
+          from.of[t].code += 64 * (end - s);
+          continue;
+        }
         decode(from.of[t], s, end, decoded[t]);
         if (TILES) __builtin_memset(decoded[t] + 64 * (end - s), 0, 64 * ((s - end) & 15));
         again.of[t].at = decoded[t];

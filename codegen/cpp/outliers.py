@@ -1,9 +1,10 @@
 """Outliers beside a coded weight, the CPU's sidecar: W = main + outliers, which share no position.
 
-  begin[rows + 1] int32   first outlier of each row, N rounded up to whole tiles
-  column[O] int16         unsigned, ascending in a row; int32 for more than 65536 columns
-  value[O]                in the weight's dtype
+  begin[tiles + 1] int32  first quad of each tile of 16 rows
+  place[Q, 5] int16       unsigned: row in the tile, four columns; int32 for more than 65536 columns
+  value[Q, 4]             in the weight's dtype; a row's last quad is filled up with zeros at its first column
 
+A quad has outliers of one row, ascending; in a tile the first quads of all rows come before the second ones.
 Every coded pack has the three; most have no outlier in them. SpQR (Dettmers et al., 2023) and SqueezeLLM (Kim et al.,
 2023, "dense-and-sparse") keep 0.05 to 1 % of weights so. Here they are found again in the float weight: what is on no
 grid, where nearly everything else of its group is on one.
@@ -20,6 +21,7 @@ from sparsec.formats import BOOKS, Format, value_kind
 from sparsec.grid import common_scale
 
 MOST = 0.03  # of a weight's values; more are no outliers, and a whole weight in their format costs less
+QUAD = 4  # outliers of a row that are multiplied together
 _TRIED = 1 << 22  # values that are looked at together
 
 
@@ -118,19 +120,39 @@ def _off_book(part: torch.Tensor, most: int) -> torch.Tensor:
 
 
 def stream(aside: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(begin, column, value) of outliers [N, K], mostly zero."""
+    """(begin, place, value) of outliers [N, K], mostly zero."""
     n, k = aside.shape
+    tiles = -(-n // packer.TILE)
     row, column = aside.nonzero().unbind(1)
-    rows = -(-n // packer.TILE) * packer.TILE
-    begin = packer.prefix(torch.bincount(row, minlength=rows)).int()
-    return begin, column.to(torch.int16 if k <= 2**16 else torch.int32), aside[row, column].contiguous()
+    counts = torch.bincount(row, minlength=n)
+    number = torch.arange(len(row)) - packer.prefix(counts)[row]  # of an outlier in its row
+    quads = -(-counts // QUAD)
+    of_quad = torch.repeat_interleave(torch.arange(n), quads)
+    turn = torch.arange(len(of_quad)) - packer.prefix(quads)[of_quad]
+    tile, in_tile = of_quad // packer.TILE, of_quad % packer.TILE
+    order = ((tile * (k // QUAD + 1) + turn) * packer.TILE + in_tile).argsort()
+    new_place = torch.empty_like(order)
+    new_place[order] = torch.arange(len(order))
+    quad = new_place[packer.prefix(quads)[row] + number // QUAD]
+
+    first = number % QUAD == 0
+    place = torch.zeros(len(order), 1 + QUAD, dtype=torch.int64)
+    place[new_place, 0] = in_tile
+    place[quad[first], 1:] = column[first, None]
+    place[quad, 1 + number % QUAD] = column
+    value = aside.new_zeros(len(order), QUAD)
+    value[quad, number % QUAD] = aside[row, column]
+    begin = packer.prefix(torch.bincount(tile, minlength=tiles)).int()
+    return begin, place.to(torch.int16 if k <= 2**16 else torch.int32), value
 
 
 def joined(main: torch.Tensor, stream: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """main + outliers [N, K], by plain torch."""
-    begin, column, value = stream
-    row = torch.repeat_interleave(torch.arange(len(begin) - 1), begin.diff().long())
-    wide = column.long() & 0xFFFF if column.dtype == torch.int16 else column.long()
+    begin, place, value = stream
+    tile = torch.repeat_interleave(torch.arange(len(begin) - 1), begin.diff().long())
+    wide = place.long() & 0xFFFF if place.dtype == torch.int16 else place.long()
+    row = (tile * packer.TILE + wide[:, 0])[:, None].expand(-1, QUAD)
+    kept = value != 0
     out = main.clone()
-    out[row, wide] = value
+    out[row[kept], wide[:, 1:][kept]] = value[kept]
     return out

@@ -48,7 +48,7 @@ class Rows:
         return Packed(format, 1, (*tensors, *tail), _work(n, k + 1), (n, k), source_key, loop="gather")
 
     def unpack(self, packed: Packed) -> torch.Tensor:
-        (n, k), values = packed.shape, packed.format.values
+        (_, k), values = packed.shape, packed.format.values
         if layout(packed.format.pattern, values) == "row_words":
             return words.unpack(packed)
         whole, kept = (t[:, :k].contiguous() for t in masked.unpack(packed, -(-k // 32) * 32))

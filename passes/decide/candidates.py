@@ -81,8 +81,8 @@ def our_ways(
 
     ``x``: what the graph rounds x to (``int8``); kernels that do it themselves come into question only then.
 
-    A sparse pack must be smaller than the weight, unless ``any_size``: what a bitmap gains on a weight with three
-    zeros in it is not sparsity's, and panels have it too.
+    A sparse pack must be smaller than the weight, and than all of its codes where it has any, unless ``any_size``: what
+    a bitmap gains on a weight with three zeros in it is not sparsity's, and panels have it too.
     """
     ways = []
     whole = fact.n * fact.k * VALUE_BYTES[dtype]
@@ -99,7 +99,22 @@ def our_ways(
                 continue
             cost = kernel_cost(rate, rates, fact.n, fact.k, stored_values(pattern, fact), read)
             ways.append(Way(str(name), rate.loop, read, cost, PANEL_MARGIN if whole_again else MODEL_MARGIN))
-    return ways
+    return ways if any_size else _smaller_than_all_codes(ways)
+
+
+def _smaller_than_all_codes(ways: list[Way]) -> list[Way]:
+    """Without those that skip zeros and yet read no fewer bytes than a way that reads every code.
+
+    Rounding leaves a few zeros in any weight. Rates are measured at densities where skipping pays, so what a line
+    through them says about a weight that is nearly full is no reason to store a bit for each of its positions.
+    """
+    formats = {way: Format.parse(way.format) for way in ways}
+    whole: dict[str, int] = {}
+    for way, format in formats.items():
+        if format.pattern.kind in ("panel", "dense") and not way.panel:
+            whole[format.values] = min(way.bytes, whole.get(format.values, way.bytes))
+    every = ("panel", "dense")
+    return [w for w, f in formats.items() if f.pattern.kind in every or w.bytes < whole.get(f.values, w.bytes + 1)]
 
 
 def formats_of(fact: WeightFact, dtype: str) -> Iterator[Format]:

@@ -1,4 +1,5 @@
-"""Where activation sparsity pays: at most which share of columns (or rows) may be left for a kernel that skips the rest.
+"""Where activation sparsity pays: which share of columns (or rows) may be left at most for a kernel that skips the
+rest.
 
 In: what is known of the weight and of the zeros of x (or of who reads y), and the decision for calls without zeros.
 Out: ranges with ``below``; the op counts at each call and takes the kernel where no larger share is left. A kernel that

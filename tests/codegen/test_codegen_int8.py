@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,9 @@ from sparsec.codegen import direct, reference
 from sparsec.codegen.build import build
 from sparsec.codegen.cpp import family, integer, pack_verified
 from sparsec.codegen.cpp.codes import codes_of
-from sparsec.codegen.spec import ACTS, KernelSpec, Packed
+from sparsec.codegen.spec import ACTS, Kernel, KernelSpec, Packed
 from sparsec.errors import PatternMismatch
-from sparsec.formats import Format
+from sparsec.formats import Format, value_kind
 from sparsec.targets.base import Target
 from tests.codegen.samples import DTYPES, Compiled, assert_within, on_grid
 
@@ -31,13 +32,14 @@ def spec_of(text: str) -> KernelSpec:
 FORMATS = [
     *("panel+int8", "panel+int8g64", "panel+int4", "panel+int4g32", "panel+ternary"),
     *("bitmap+int8", "bitmap+int8g32", "bitmap+int4g128", "bitmap+ternary"),
-    *("nm:2:4+int8", "nm:2:4+int4g32", "nm:3:7+int8", "nm:1:2+ternary"),
+    *("nm:2:4+int8", "nm:2:4+int4g32", "nm:3:7+int8", "nm:1:2+ternary", "nm:2:4+int4g16"),
     *("index+int8", "index+int4g32", "index+int8g256", "nm:1:8+int8", "index+ternary"),
     *("block:16x1+int8", "block:4x1+int4g64", "block:2x3+int8", "block:16x16+int8", "block:1x16+int8g128"),
 ]
 NARROW = [  # on the other ISAs: each decoder of positions and of values once
     *("panel+int8", "panel+int4g32", "panel+ternary", "bitmap+int8", "bitmap+int4g128", "nm:2:4+int8", "index+int8"),
-    *("index+int4g32", "block:16x1+int8", "block:4x1+int4g64", "block:16x16+int8", "block:1x16+int8g128"),
+    *("nm:2:4+int4g32", "index+int4g32", "block:16x1+int8", "block:4x1+int4g64", "block:16x16+int8"),
+    *("block:1x16+int8g128",),
 ]
 SPECS = [spec_of(f"{format} fp32 avx512") for format in FORMATS]
 SPECS += [spec_of(f"{format} fp32 {isa}") for format in NARROW for isa in ("avx2", "portable")]
@@ -257,31 +259,72 @@ def test_rows_of_more_than_65536_columns_have_one_zero_point(text: str, runnable
     assert_close(direct.linear(runnable(spec), packed, x), x, weight, reference.linear(x, weight, x_scale=0.0))
 
 
-@pytest.mark.parametrize("text", ["bitmap+int8", "panel+int4g64", "panel+int8g32", "nm:2:4+ternary"])
-def test_tiles_compute_the_reference(
-    text: str, can_run: Callable[[KernelSpec], bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a machine without AMX too: plain C++ stands in for its instructions."""
-    spec = KernelSpec(Format.parse(text), "dot", "fp32", "avx512", x="int8", int_dot="amx")
-    if not can_run(spec):
-        pytest.skip("compiled by another test; this machine cannot run avx512 with integer dot products")
+@pytest.fixture
+def on_tiles(
+    can_run: Callable[[KernelSpec], bool], kernel_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], Kernel]:
+    """The AMX kernel of a format, on a machine without AMX too: plain C++ stands in for its instructions."""
     emulation = Path(__file__).with_name("emulated_tiles.h").read_text()
     real = integer.part
-    monkeypatch.setattr(integer, "part", lambda name: (emulation if name == "int_amx.h" else "") + real(name))
-    kernel = build(spec, tmp_path)
-    assert "emulated_product" in kernel.source.read_text()
+
+    def made(text: str) -> Kernel:
+        spec = KernelSpec(Format.parse(text), "dot", "fp32", "avx512", x="int8", int_dot="amx")
+        if not can_run(spec):
+            pytest.skip("compiled by another test; this machine cannot run avx512 with integer dot products")
+        monkeypatch.setattr(integer, "part", lambda name: (emulation if name == "int_amx.h" else "") + real(name))
+        kernel = build(spec, kernel_cache / "emulated")
+        assert "emulated_product" in kernel.source.read_text()
+        return kernel
+
+    return made
+
+
+def products_of(kernel: Kernel) -> int:
+    """Products of tiles since this was asked last."""
+    return int(ctypes.CDLL(str(kernel.source.with_suffix(".so"))).emulated_products())
+
+
+TILED = [
+    *("bitmap+int8", "panel+int8", "panel+int4g64", "panel+int8g32", "nm:2:4+ternary", "nm:2:4+int8"),
+    *("nm:1:2+int4g64", "block:16x16+int8", "block:32x64+int4g64", "block:16x4+ternary"),
+]
+
+
+@pytest.mark.parametrize("text", TILED)
+def test_tiles_compute_the_reference(text: str, on_tiles: Callable[[str], Kernel]) -> None:
+    kernel = on_tiles(text)
+    spec = kernel.spec
+    products_of(kernel)
     generator = torch.Generator().manual_seed(11)
     for n, k, m in [(16, 64, 16), (33, 70, 17), (75, 1285, 80), (48, 512, 64), (5, 1, 16)]:
         weight = on_grid(spec.format, n, k, 0.5, generator, "int4" in text)
         x = torch.randn(m, k, generator=generator)
         packed = pack_verified(weight, spec.format, "test", x="int8")
         assert_close(direct.linear(kernel, packed, x), x, weight, reference.linear(x, weight, x_scale=0.0))
+    assert (products_of(kernel) > 0) == (value_kind(spec.format.values)[1] % 64 == 0)  # a product is with 64 columns
+
+
+@pytest.mark.parametrize("text", ["block:16x16+int8", "block:32x32+int8", "block:16x64+int4g128"])
+@pytest.mark.parametrize("m", [16, 48, 64, 70])
+def test_only_tiles_that_keep_something_are_multiplied(text: str, m: int, on_tiles: Callable[[str], Kernel]) -> None:
+    """A tile is 16 rows by 64 columns; one product is its own with 16 rows of x."""
+    kernel = on_tiles(text)
+    generator = torch.Generator().manual_seed(12)
+    for n, k, density in [(64, 1024, 0.1), (96, 640, 0.4), (32, 256, 1.0), (32, 256, 0.0)]:
+        weight = on_grid(kernel.spec.format, n, k, density, generator)
+        x = torch.randn(m, k, generator=generator)
+        packed = pack_verified(weight, kernel.spec.format, "test", x="int8")
+        products_of(kernel)
+        assert_close(direct.linear(kernel, packed, x), x, weight, reference.linear(x, weight, x_scale=0.0))
+        kept = (weight.view(n // 16, 16, k // 64, 64) != 0).any(3).any(1)
+        assert products_of(kernel) == int(kept.sum()) * (m // 16)
 
 
 @pytest.mark.parametrize(
     ("text", "isa", "int_dot"),
     [
         *(("bitmap+int8", "avx512", "amx"), ("panel+int4g32", "avx512", "amx"), ("index+int8", "avx512", "amx")),
+        *(("nm:2:4+int4", "avx512", "amx"), ("block:16x16+int8", "avx512", "amx"), ("nm:2:4+int8", "avx2", "vnni")),
         *(("bitmap+int8", "avx2", "vnni"), ("panel+int4g32", "avx2", "vnni"), ("index+int4", "avx2", "vnni")),
     ],
 )

@@ -264,11 +264,32 @@ def test_outliers_are_found_again_and_nothing_else_is_taken_for_one(values: str,
     format = Format.parse(f"bitmap+{values}")
     clean = quantised(format, 64, 512, 0.5, 3, dtype)
     weight, where = with_outliers(clean, 0.01, 3)
-    begin, column, value = pack_verified(weight, format, "").tensors[-3:]
-    assert int(begin[-1]) == column.numel() == value.numel() == int(where.sum())
-    assert torch.equal(column.long(), where.nonzero()[:, 1])
-    assert torch.equal(value, weight[where])
+    begin, place, value = pack_verified(weight, format, "").tensors[-3:]
+    tile = torch.repeat_interleave(torch.arange(4), begin.diff())
+    row = (16 * tile + place[:, 0])[:, None].expand(-1, 4)
+    kept = value != 0
+    assert int(begin[-1]) == len(place) == len(value)
+    found = torch.stack([row[kept], place[:, 1:][kept]], 1)
+    order = (found[:, 0] * 512 + found[:, 1]).argsort()
+    assert torch.equal(found[order], where.nonzero())
+    assert torch.equal(value[kept][order], weight[where])
     assert pack_verified(clean, format, "").tensors[-1].numel() == 0
+
+
+def test_each_row_of_a_tile_has_its_first_outliers_before_any_has_its_second() -> None:
+    """Sums that follow each other are of different rows; what fills a quad up is at a column that it has anyway."""
+    format = Format.parse("panel+int8")
+    clean = quantised(format, 40, 512, 1.0, 3, torch.float32)
+    where = torch.zeros(40, 512, dtype=torch.bool)
+    for row, columns in {0: 9, 1: 1, 2: 4, 15: 5, 33: 2}.items():
+        where[row, 7 : 7 + 11 * columns : 11] = True
+    packed = pack_verified(torch.where(where, 1e3 * clean.abs().amax(1, keepdim=True) + 0.25, clean), format, "")
+    begin, place, value = packed.tensors[-3:]
+    assert begin.tolist() == [0, 7, 7, 8]
+    assert place[:, 0].tolist() == [0, 1, 2, 15, 0, 15, 0, 1]
+    assert (value != 0).sum(1).tolist() == [4, 1, 4, 4, 4, 1, 1, 2]
+    assert place[1].tolist() == [1, 7, 7, 7, 7]
+    assert place[7].tolist() == [1, 7, 18, 7, 7]
 
 
 def test_too_many_outliers_are_no_outliers() -> None:

@@ -358,6 +358,23 @@ def test_panels_run_weights_without_zeros_where_they_are_clearly_faster_than_den
     assert slow.reason == "no zeros"
 
 
+def test_zeros_that_rounding_made_are_not_worth_a_bit_for_each_code() -> None:
+    """Rates that promise more of bitmaps than of panels do not hold where a weight is nearly full."""
+    line = DenseRate("fp32", ((1, 1e-9),))
+    kernels = tuple(
+        KernelRate(pattern, "dot/int8", "fp32", ((1, 0.0, seconds, 0.0),), 1e15, stored, values="int8")
+        for pattern, seconds, stored in (("panel", 2e-10, (0.0, 1.0)), ("bitmap", 1e-10, (0.125, 1.0)))
+    )
+    rates = dataclasses.replace(RATES, dense=(line,), overhead=0.0, kernels=kernels)
+    values = ValueFact("grid", bits=8, exact=True)
+    for density, best in ((0.99, "panel+int8"), (0.88, "panel+int8"), (0.87, "bitmap+int8"), (0.5, "bitmap+int8")):
+        fact = a_fact(density=density, values=values)
+        assert [w.format for w in ways_for(fact, "fp32", rates, Policy(), x="int8")][-1] == best
+        assert decide(fact, "fp32", TARGET, rates, Policy(), x="int8").at(1).format == best
+    only = ways_for(a_fact(density=0.99, values=values), "fp32", rates, Policy(formats=("bitmap",)), x="int8")
+    assert [w.format for w in only] == ["bitmap+int8"]
+
+
 def test_panels_are_no_sparse_way() -> None:
     rates = with_panels(RATES, 0.1)
     forced = decide(a_fact(density=0.5), "fp32", TARGET, rates, Policy(min_speedup=0))
