@@ -86,7 +86,7 @@ class _Stream:
 
     def lead(self, module: nn.Module, x: torch.Tensor, mask: torch.Tensor | None) -> None:
         self.calls[self.leader] += 1
-        self.collector.add(_rows(module, x, mask))
+        self.collector.add(rows_of(module, x, mask))
         if not x.is_inference():  # those count no versions
             self.last, self.version = weakref.ref(x), x._version
 
@@ -129,7 +129,7 @@ def _in_features(module: nn.Module) -> int:
     return int(weight.shape[0] if hasattr(module, "nf") else weight.shape[1])  # HF's Conv1D holds [K, N]
 
 
-def _rows(module: nn.Module, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def rows_of(module: nn.Module, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Inputs as [tokens, K], without padding; of a 1x1 convolution every position it reads is a token."""
     x = x.detach()
     if isinstance(module, nn.Conv2d):

@@ -28,6 +28,7 @@ from torch import nn
 
 from sparsec.bitmask_file import Checkpoint
 from sparsec.errors import BadModelFile, ModelNotFound, OutputExists, Unsavable, WriteFailed
+from sparsec.gated_file import gating
 from sparsec.passes.quantize.inputs import inputs_of, refusal, set_inputs
 
 if TYPE_CHECKING:
@@ -270,7 +271,8 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
 
     Strict: every tensor of the model must be there with its shape and none may be left over, or BadModelFile says
     which, before anything is copied. A tied tensor may be there under any one of its names. Values are converted only
-    where that loses nothing (bf16 file, fp32 model). Layers that rounded their inputs when they were saved do so again.
+    where that loses nothing (bf16 file, fp32 model). Layers that rounded their inputs when they were saved do so again,
+    and gates are put in again.
     """
     inner = getattr(model, "_orig_mod", None)
     module = inner if isinstance(inner, nn.Module) else model
@@ -282,13 +284,19 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     files = _files(path)
     if _is_packed(module):
         raise BadModelFile(path=os.fspath(path), why="it is dense and the model is packed; call sparsec.unpack_(model)")
-    with contextlib.ExitStack() as stack, torch.no_grad(), _rounding_inputs(module, Path(path)):
-        there = Checkpoint(os.fspath(path), [stack.enter_context(_opened(file)) for file in files])
-        wanted = _matched(module, there.names, os.fspath(path))
-        for name, tensor in wanted.items():
-            _check(name, tensor, there.slice(name), os.fspath(path))
-        for name, tensor in wanted.items():
-            tensor.copy_(there.tensor(name))
+    facts, name = _facts(Path(path)), os.fspath(path)
+    with (
+        contextlib.ExitStack() as stack,
+        torch.no_grad(),
+        _rounding_inputs(module, facts),
+        gating(module, facts, name),
+    ):
+        there = Checkpoint(name, [stack.enter_context(_opened(file)) for file in files])
+        wanted = _matched(module, there.names, name)
+        for key, tensor in wanted.items():
+            _check(key, tensor, there.slice(key), name)
+        for key, tensor in wanted.items():
+            tensor.copy_(there.tensor(key))
     return model
 
 
@@ -303,9 +311,9 @@ def _packed_file(path: str | os.PathLike[str]) -> Path | None:
 
 
 @contextlib.contextmanager
-def _rounding_inputs(model: nn.Module, path: Path) -> Iterator[None]:
+def _rounding_inputs(model: nn.Module, facts: Mapping[str, Any]) -> Iterator[None]:
     """Layers whose inputs were rounded when the model was saved round them again; not where the loading fails."""
-    said = {row["name"]: row.get("inputs", "") for row in _facts(path).get("layers", ())}
+    said = {row["name"]: row.get("inputs", "") for row in facts.get("layers", ())}
     modules = dict(model.named_modules())
     layers = {modules[name]: word for name, word in said.items() if name in modules and not refusal(modules[name])}
     before = {module: inputs_of(module) for module in layers}
