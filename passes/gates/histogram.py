@@ -15,7 +15,7 @@ import torch
 
 _HALF = 1 << 15
 _FINITE = 0x7F80  # first bits of infinity
-_STEPS = 120  # halvings of a bisection: down to the last bit of a double
+_STEPS = 400  # halvings of a bisection; it ends at the last bit of a double long before
 _GRID = 1024  # points where a density is looked at
 _PIECE = 1 << 22  # values reduced at once
 
