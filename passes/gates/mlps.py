@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsec.errors import NonFinite
 from sparsec.passes.gates.layers import Gated, matrix
 from sparsec.passes.masks.evaluating import evaluating
 from sparsec.passes.masks.structure.find import ATTENTIONS, FFNS, linears_of
@@ -55,7 +56,10 @@ def queries_and_outputs(model: nn.Module) -> frozenset[str]:
 
 
 def find_mlps(model: nn.Module, batch: Mapping[str, Any], readers: Collection[str]) -> Mlps:
-    """The MLPs whose reader is among ``readers``, in module order. ``batch``: keyword arguments of one forward."""
+    """The MLPs whose reader is among ``readers``, in module order. ``batch``: keyword arguments of one forward.
+
+    Raises NonFinite where a reader reads NaN or infinity.
+    """
     proposed = list(_proposed(model, readers))
     with evaluating(model), torch.no_grad():
         seen = _Seen(model, proposed)
@@ -111,6 +115,8 @@ class _Seen:
         if not read or not all(made):
             return "it does not run on the calibration data"
         p = read[-1][0]
+        if not bool(p.isfinite().all()):
+            raise NonFinite(what="the inputs", name=repr(reader), where="")
         outs = [calls[-1][1] for calls in made]
         if len(outs) == 1 and outs[0].shape[-1] == 2 * p.shape[-1]:
             outs = list(outs[0].chunk(2, -1))
