@@ -21,7 +21,7 @@ from sparsec.gradients import loss_of
 from sparsec.gradients import rows_of as sequences_of
 from sparsec.passes.gates.contract import Place, See, Side, Site
 from sparsec.passes.gates.forms import Gate
-from sparsec.passes.gates.layers import put, refusal
+from sparsec.passes.gates.layers import GatedActivation, put, refusal
 from sparsec.passes.gates.mlps import Mlp
 from sparsec.passes.masks.evaluating import evaluating
 from sparsec.prunable import Job
@@ -79,6 +79,8 @@ class GateWork:
         with ExitStack() as stack, torch.no_grad():
             for name in see:
                 module = self.model.get_submodule(name)
+                if isinstance(module, GatedActivation) and side == "out":
+                    module = module.act  # an earlier gate is about to be replaced
                 if side == "in":
                     stack.callback(module.register_forward_pre_hook(hook(name), with_kwargs=True).remove)
                 else:

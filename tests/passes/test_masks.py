@@ -253,7 +253,13 @@ def test_every_registered_method_keeps_the_contract(name: str) -> None:
     assert cls.source
     assert cls.cost
     assert (cls.__doc__ or "").splitlines()[0].endswith(".")
-    calls = {"post": ("refine",), "reparam": ("apply",), "structure": ("apply",), "quantize": ("update",), "gate": ("gate",)}
+    calls = {
+        "post": ("refine",),
+        "reparam": ("apply",),
+        "structure": ("apply",),
+        "quantize": ("update",),
+        "gate": ("gate",),
+    }
     if cls.role == "mask":
         assert cls.scope in SCOPES
         assert cls.norm in ("l2", "sum")

@@ -476,6 +476,15 @@ def test_a_second_recipe_replaces_gates_of_the_first() -> None:
     assert len(report.gates) == 14
 
 
+def test_gating_an_activation_again_calibrates_on_what_it_gives_without_the_first_gate() -> None:
+    once, twice = llama(), llama()
+    sparsify(twice, step("cats", sparsity=0.8), tokens(), progress=False)
+    for model in (once, twice):
+        sparsify(model, step("cats", sparsity=0.4, targets=["*.layers.0.*"]), tokens(), progress=False)
+    name = "model.layers.0.mlp.act_fn"
+    assert torch.equal(once.get_submodule(name).gate.threshold, twice.get_submodule(name).gate.threshold)
+
+
 def test_padding_is_no_part_of_a_threshold() -> None:
     ids = torch.cat(tokens(8))
     mask = torch.ones_like(ids)
