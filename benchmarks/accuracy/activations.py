@@ -108,11 +108,11 @@ def activation_claims() -> list[Relation]:
             "skipping sensitive layers helps Amber", "An et al., 2025", (Pair("amber 50%", "amber(skip=0) 50%"),)
         ),
         Relation(
-            "SCAP's mode helps after GELU", "Chua et al., 2024",
-            tuple(Pair(f"scap({m}) 70%", "teal 70%") for m in ("median", "kde")), "encoder", hard=True,
+            "centring on the median helps after GELU", "Chua et al., 2024",
+            tuple(Pair(f"scap(median) {x}", f"teal {x}") for x in ("50%", "70%")), "encoder", hard=True,
         ),
         Relation(
-            "SCAP's mode helps after GELU at 50 %", "Chua et al., 2024",
-            tuple(Pair(f"scap({m}) 50%", "teal 50%") for m in ("median", "kde")), "encoder", hard=True,
+            "centring on the peak of the density helps after GELU", "Chua et al., 2024",
+            tuple(Pair(f"scap(kde) {x}", f"teal {x}") for x in ("50%", "70%")), "encoder",
         ),
     ]  # fmt: skip
