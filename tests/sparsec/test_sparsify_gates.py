@@ -507,7 +507,10 @@ def test_the_command_line_gates_saves_and_tells(
     out, err = capsys.readouterr()
     assert code == 0, err
     assert "sparsify teal: 14 gates" in out
-    assert (tmp_path / "out" / "sparsec_report.html").is_file()
+    page = (tmp_path / "out" / "sparsec_report.html").read_text()
+    assert page.count("<td>input</td>") == 14
+    assert "zero activations" in page
+    assert "of 0 layers" not in page
     model = llama()
     sparsec.load(tmp_path / "out", model)
     assert len(list(gates_of(model))) == 14
