@@ -6,6 +6,7 @@ takes the same number of weights out of use, whatever layer it is made in.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -38,7 +39,7 @@ def _spread(block: GateBlock, seen: Mapping[str, Histogram], step: float) -> dic
     trial = _Trial(block, seen)
     try:
         share = dict.fromkeys(seen, 0.0)
-        known = dict.fromkeys(seen, 0.0)  # what a weight of each site costs, as it was last tried
+        known = dict.fromkeys(seen, -math.inf)  # what a move of each site adds, as it was last tried
         while (left := wanted - sum(share[n] * size for n, size in sizes.items()) / total) > 1e-9:
             move = min(step / len(seen), left) * total  # weights
             raised = {n: min(share[n] + move / sizes[n], MOST) for n in seen if share[n] < MOST - 1e-9}
@@ -60,14 +61,16 @@ def _cheapest(
 ) -> str:
     """The site whose next move adds least error a weight; ``known`` is brought up to date.
 
-    Costs grow as shares do, so one that was higher when it was last tried need not be tried again.
+    What a move adds grows as shares do, so one that added more when it was last tried need not be tried again.
     """
     fresh: set[str] = set()
+    now = trial.error(share)
     while True:
         best = min(raised, key=lambda n: (known[n], n))
         if best in fresh:
             return best
-        known[best] = trial.error({**share, best: raised[best]}) / ((raised[best] - share[best]) * sizes[best])
+        more = trial.error({**share, best: raised[best]}) - now
+        known[best] = more / ((raised[best] - share[best]) * sizes[best])
         fresh.add(best)
 
 
@@ -81,7 +84,7 @@ class _Trial:
 
     def __init__(self, block: GateBlock, seen: Mapping[str, Histogram]) -> None:
         self.block, self.seen = block, seen
-        self.dense = [y.float() for y, _ in zip(block.outputs(), range(TRIED), strict=False)]
+        self.dense = [y.float() for _, y in zip(range(TRIED), block.outputs(), strict=False)]
         self.undo: list[Undo] = []
         self.gates: dict[str, Threshold] = {}
         for name in seen:
