@@ -115,8 +115,8 @@ def linear(
     """act(x @ W.T + bias) by ``kernel`` on one thread: [M, K] -> [M, N], in x's dtype.
 
     ``x_scale``: the static scale of a kernel that rounds x to int8; 0 lets every row of x have its own. ``active``:
-    int32, ascending, the outputs that a kernel of the loop ``gather`` computes, all others are 0; one that skips columns
-    is told those of x that are not zero. ``weight``: [N, K], for packs without tensors.
+    int32, ascending, the outputs that a kernel of the loop ``gather`` computes, all others are 0; one that skips
+    columns is told those of x that are not zero. ``weight``: [N, K], for packs without tensors.
     """
     y = torch.zeros(x.shape[0], packed.shape[0], dtype=x.dtype)
     if kernel.spec.loop == "skip":

@@ -23,7 +23,7 @@ from sparsec.passes.masks.magnitude import Magnitude
 from sparsec.passes.masks.pattern import MaskPattern
 from sparsec.passes.masks.select import Selector
 from sparsec.prunable import Job, Selection
-from sparsec.recipe_steps import Piece, Spread, Values
+from sparsec.recipe_steps import Gates, Piece, Spread, Values, pattern_of
 from sparsec.report_data import megabytes
 from sparsec.report_fold import merge_names, template
 from sparsec.sparsify_report import layer_notes, short_count, table
@@ -128,9 +128,9 @@ def _layer(job: Job, number: int, stage: Stage) -> dict[str, Any]:
         "shape": list(job.layer.shape),
         "step": number,
         "method": job.step.method,
-        "pattern": job.step.pattern,
+        "pattern": pattern_of(job.step),
         "scope": job.step.scope,
-        "values": job.step.grid if isinstance(job.step, Values) else "",
+        "values": job.step.grid if isinstance(job.step, (Values, Gates)) else "",
         "outliers": job.step.outliers,
         "sparsity": job.step.sparsity,
         "allocated": stage.allocate.method_object().keeps if stage.allocate else "",
@@ -159,7 +159,7 @@ def _rates(jobs: Sequence[tuple[int, Job]]) -> Rates:
     job = max((job for _, job in jobs), key=lambda job: job.layer.weight.numel())
     piece = job.layer.matrix[: max(1, _TIMED // job.layer.shape[1])]
     rows = torch.ones(_ROWS, piece.shape[1], dtype=piece.dtype, device=piece.device)
-    choose = Selector(MaskPattern.parse(job.step.pattern), float(job.step.sparsity or 0.0))
+    choose = Selector(MaskPattern.parse(pattern_of(job.step)), float(job.step.sparsity or 0.0))
     product = choice = math.inf
     with torch.no_grad():
         for _ in range(_TIMES):
@@ -199,7 +199,7 @@ def _forwards(piece: Piece) -> float:
         return _BACKWARD * getattr(method, "epochs", 1) if "tokens" in method.needs else 0
     if isinstance(method, Learns):
         return 1 + _BACKWARD * getattr(method, "epochs", 1)
-    return {"reparam": 2, "allocate": 3 * isinstance(method, Measures)}.get(piece.role, 0)
+    return {"reparam": 2, "gate": 4, "allocate": 3 * isinstance(method, Measures)}.get(piece.role, 0)
 
 
 def _compares(stage: Stage) -> bool:
@@ -311,7 +311,7 @@ def forecast_table(said: Mapping[str, Any]) -> list[str]:
 
 def _rows(step: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
     title = f"{step['step']} {step['method']}"
-    if step["role"] not in ("mask", "quantize"):
+    if step["role"] not in ("mask", "quantize", "gate"):
         names = [name for name in step["modules"] if name]
         share = "" if step["sparsity"] is None else f"{_KEEPS[step['keeps']]}{step['sparsity']:.1%}"
         blocks = f"{len(names)} module{'s' * (len(names) > 1)}" if names else ""
@@ -328,7 +328,8 @@ def _rows(step: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> Itera
         pattern = first["values"] or first["pattern"] if fixed else f"{first['pattern']}, {first['scope']}"
         pattern += f", {first['outliers']} aside" if first["outliers"] else ""
         name = merge_names([layer["name"] for layer in group]) or "(the model)"
-        share = "-" if first["values"] else f"{_KEEPS[first['allocated']]}{first['sparsity']:.1%}"
+        none = step["role"] == "quantize" or first["sparsity"] is None
+        share = "-" if none else f"{_KEEPS[first['allocated']]}{first['sparsity']:.1%}"
         yield name, "x".join(map(str, first["shape"])), title, pattern, share
 
 

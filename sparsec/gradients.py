@@ -48,7 +48,7 @@ def gradients(
     if unknown := sorted(set(kinds) - set(GRADIENTS)):
         raise ValueError(f"no such statistics of gradients: {', '.join(unknown)}")
     names = {module.get_parameter("weight"): name for name, module in reversed(list(modules.items()))}
-    samples = list(_samples(data))
+    samples = list(rows_of(data))
     with torch.inference_mode(False), evaluating(model), _only(model, names), _restored(names) as dense:
         totals = {kind: {w: torch.zeros_like(w, dtype=torch.float32) for w in names} for kind in dict.fromkeys(kinds)}
         estimate = _Spsa(model, dense, probes, epsilon, seed) if "spsa" in totals else None
@@ -66,7 +66,7 @@ def gradients(
         }
 
 
-def _samples(data: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+def rows_of(data: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """Batches cut into rows. What is no tensor, or not one entry per row, goes to every row as it is."""
     for batch in data:
         tensors = [value for value in batch.values() if isinstance(value, torch.Tensor) and value.dim()]
@@ -118,7 +118,7 @@ def _add_gradients(
     where: str,
 ) -> None:
     with torch.enable_grad():
-        found, scale = scaled_gradients(lambda: _loss(model, sample, where), list(names), loss_scale(names))
+        found, scale = scaled_gradients(lambda: loss_of(model, sample, where), list(names), loss_scale(names))
     for (weight, name), gradient in zip(names.items(), found, strict=True):
         if gradient is None:
             continue
@@ -167,10 +167,10 @@ class _Spsa:
     ) -> float:
         for weight, sign in signs.items():
             weight.copy_(self.dense[weight] + sign * (way * self.steps[weight]))
-        return float(_loss(self.model, sample, where))
+        return float(loss_of(self.model, sample, where))
 
 
-def _loss(model: nn.Module, sample: Mapping[str, Any], where: str) -> torch.Tensor:
+def loss_of(model: nn.Module, sample: Mapping[str, Any], where: str) -> torch.Tensor:
     """The loss of one sample; fp32 unless it is the model's own. Raises NoLoss, NonFinite."""
     if sample.get("labels") is None and (why := _no_language_model(model, sample)):
         raise _no_loss(why)

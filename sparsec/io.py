@@ -29,6 +29,7 @@ from torch import nn
 
 from sparsec.bitmask_file import Checkpoint
 from sparsec.errors import BadModelFile, ModelNotFound, OutputExists, Unsavable, WriteFailed
+from sparsec.gated_file import gating
 from sparsec.rounding import FACTS, metadata_of, note, rounding, said_in
 
 if TYPE_CHECKING:
@@ -273,7 +274,8 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
 
     Strict: every tensor of the model must be there with its shape and none may be left over, or BadModelFile says
     which, before anything is copied. A tied tensor may be there under any one of its names. Values are converted only
-    where that loses nothing (bf16 file, fp32 model). Layers that rounded their inputs when they were saved do so again.
+    where that loses nothing (bf16 file, fp32 model). Layers that rounded their inputs when they were saved do so again,
+    and gates are put in again.
     """
     inner = getattr(model, "_orig_mod", None)
     module = inner if isinstance(inner, nn.Module) else model
@@ -286,13 +288,19 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     files = _files(path)
     if _is_packed(module):
         raise BadModelFile(path=os.fspath(path), why="it is dense and the model is packed; call sparsec.unpack_(model)")
-    with contextlib.ExitStack() as stack, torch.no_grad(), rounding(module, said_in(Path(path))):
-        there = Checkpoint(os.fspath(path), [stack.enter_context(_opened(file)) for file in files])
-        wanted = _matched(module, there.names, os.fspath(path))
-        for name, tensor in wanted.items():
-            _check(name, tensor, there.slice(name), os.fspath(path))
-        for name, tensor in wanted.items():
-            tensor.copy_(there.tensor(name))
+    facts, name = _facts(Path(path)), os.fspath(path)
+    with (
+        contextlib.ExitStack() as stack,
+        torch.no_grad(),
+        rounding(module, said_in(Path(path))),
+        gating(module, facts, name),
+    ):
+        there = Checkpoint(name, [stack.enter_context(_opened(file)) for file in files])
+        wanted = _matched(module, there.names, name)
+        for key, tensor in wanted.items():
+            _check(key, tensor, there.slice(key), name)
+        for key, tensor in wanted.items():
+            tensor.copy_(there.tensor(key))
     note(module)
     return model
 

@@ -15,7 +15,7 @@ from torch import nn
 from sparsec.errors import BadRecipe, UnmatchedTarget, UnprunableLayer
 from sparsec.matcher import BARE, match, matching, nearest, winner
 from sparsec.passes.masks.pattern import MaskPattern
-from sparsec.recipe_steps import Layers, Piece, Step, Values
+from sparsec.recipe_steps import Gates, Layers, Piece, Step, Values
 
 # kind -> the class name of its target entry
 KINDS = {"linear": "Linear", "hf_conv1d": "Conv1D", "conv1x1": "Conv2d", "conv2d": "Conv2d"}
@@ -67,7 +67,7 @@ class Job:
     """One weight to prune with one setting (``step`` with the overrides of this layer in it)."""
 
     layer: Layer
-    step: Step | Values
+    step: Step | Values | Gates
     notes: tuple[str, ...] = ()
 
 
@@ -158,7 +158,7 @@ def _head(model: nn.Module) -> str | None:
     return next((name for name, module in model.named_modules() if module is found), None)
 
 
-def select_layers(seen: Survey, step: Step | Values) -> Selection:
+def select_layers(seen: Survey, step: Step | Values | Gates) -> Selection:
     """The jobs of one step. Raises UnmatchedTarget, UnprunableLayer or BadRecipe."""
     step = step.model_copy(update={"targets": _targets(seen, step), "ignore": _ignores(seen, step)})
     chosen = Selection(step)
@@ -265,7 +265,7 @@ def _left_out(seen: Survey, step: Layers, name: str, ignored: set[str]) -> str:
     return f"overrides skips it by {entry!r}" if entry is not None and step.overrides[entry] is None else ""
 
 
-def _job(step: Step | Values, layer: Layer, seen: Survey) -> Job:
+def _job(step: Step | Values | Gates, layer: Layer, seen: Survey) -> Job:
     entry = winner(list(step.overrides), layer.name, seen.modules[layer.name])
     own = step if entry is None else step.overridden(entry)
     assert own is not None  # skipped layers make no job
@@ -276,7 +276,9 @@ def _job(step: Step | Values, layer: Layer, seen: Survey) -> Job:
     return Job(layer, own, (*notes, *_pattern_notes(own, *layer.shape)))
 
 
-def _pattern_notes(step: Step | Values, n: int, k: int) -> list[str]:
+def _pattern_notes(step: Step | Values | Gates, n: int, k: int) -> list[str]:
+    if isinstance(step, Gates):
+        return []  # its pattern is of activations, and the method says what does not fit
     pattern = MaskPattern.parse(step.pattern)
     notes = []
     group = getattr(step, "group", 0) if isinstance(step, Values) else 0

@@ -41,7 +41,7 @@ class Piece(Frozen):
 
     @property
     def role(self) -> str:
-        """``mask``, ``allocate``, ``post``, ``reparam``, ``quantize`` or ``structure``."""
+        """``mask``, ``allocate``, ``post``, ``reparam``, ``quantize``, ``gate`` or ``structure``."""
         return role_of(self.method)
 
     def filled(self) -> Self:
@@ -112,6 +112,33 @@ class Values(Layers):
         return f"int{bits}, {f'group {group}' if group else 'row'}{even}{how}"
 
 
+class Gates(Layers):
+    """One gate method over a set of layers: activations become zero at run time, and no weight does."""
+
+    overridable: ClassVar[tuple[str, ...]] = ("sparsity",)
+    scope: ClassVar[str] = "layer"
+    outliers: ClassVar[str | None] = None
+
+    sparsity: float | None = Field(default=None, ge=0, lt=1, description="share of activations that go; null: 0.5")
+    phase: Literal["all", "decode", "prefill"] | None = Field(
+        None, description="calls that are gated: all, with one token a sequence, with more; null: the method's"
+    )
+
+    @property
+    def grid(self) -> str:
+        """What is gated, as tables say it."""
+        when = "" if self.phase in (None, "all") else f", {self.phase}"
+        return f"activations{when}"
+
+    def filled(self) -> Self:
+        """With ``sparsity`` and ``phase`` as they will be used. Raises BadRecipe where options contradict it."""
+        method = self.method_object()
+        asks = getattr(method, "asks", None)
+        said = asks(self.sparsity) if asks else DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
+        phase = self.phase or getattr(method, "phase", "all")
+        return self.model_copy(update={"sparsity": said, "phase": phase})
+
+
 class Step(Layers):
     """One mask method over a set of layers. Each method's own class adds its options."""
 
@@ -167,8 +194,14 @@ class Step(Layers):
 
 
 _BASES: dict[str, type[Piece]] = {
-    "mask": Step, "allocate": Spread, "structure": Spread, "post": Piece, "reparam": Piece, "quantize": Values
+    "mask": Step, "allocate": Spread, "structure": Spread, "post": Piece, "reparam": Piece, "quantize": Values,
+    "gate": Gates,
 }  # fmt: skip
+
+
+def pattern_of(step: Layers) -> str:
+    """The pattern of a step; what a gate method calls so is of activations, and no less a pattern."""
+    return str(getattr(step, "pattern", "unstructured"))
 
 
 def role_of(method: str) -> str:

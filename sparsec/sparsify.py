@@ -25,12 +25,13 @@ from sparsec.calibration_fit import pairs_explained, taken_by
 from sparsec.cli.common import progress as progress_bar
 from sparsec.errors import BadOptionValue, BadRecipe, UnprunableLayer
 from sparsec.journal import Journal, kept_until_done
+from sparsec.passes.gates.forms import Centred
 from sparsec.passes.masks import METHODS, method_class
 from sparsec.passes.masks.allocate.contract import Learns
 from sparsec.passes.masks.contract import GRADIENTS, Updates
 from sparsec.prunable import Job, Selection, select_layers, survey
 from sparsec.recipe import Recipe
-from sparsec.recipe_steps import Piece, Step, Values
+from sparsec.recipe_steps import Gates, Piece, Step, Values
 from sparsec.rounding import noting
 from sparsec.sparsify_patches import laid_in_patches, only_masks
 from sparsec.sparsify_report import PrunedLayer, Report, counted
@@ -156,7 +157,7 @@ def execute(
     if journal and journal.taken:
         notes.append(f"{counted(journal.taken, 'block')} came from the unfinished run in {str(resume)!r}")
     seconds = time.perf_counter() - started
-    return Report(recipe, rows, tuple(dict.fromkeys(notes)), seconds, model_sha, structured)
+    return Report(recipe, rows, tuple(dict.fromkeys(notes)), seconds, model_sha, structured, tuple(runner.gates))
 
 
 def calibrated_for(prepared: Prepared, data: Any, tokenizer: Any) -> Calibrated:
@@ -205,8 +206,9 @@ def prepare(model: nn.Module, recipe: object) -> Prepared:
         _check_scope(stage, selection)
         _check_tensors(stage, selection)
         _check_needs(stage, selection)
+        _check_gates(stage, selection, model)
         mask = selection.step
-        assert isinstance(mask, (Step, Values))
+        assert isinstance(mask, (Step, Values, Gates))
         stages.append((replace(stage, mask=mask), selection))
     made_with = {"sparsec": __version__, "torch": torch.__version__}
     steps = tuple(piece for stage, _ in stages for piece in stage.pieces)
@@ -246,6 +248,20 @@ def _check_needs(stage: Stage, selection: Selection) -> None:
             raise BadRecipe(
                 detail=f"the override of {job.layer.name} needs calibration ({', '.join(sorted(missing))}), and "
                 f"{stage.mask.method} does not; say it for the whole step, and override the other layers"
+            )
+
+
+def _check_gates(stage: Stage, selection: Selection, model: nn.Module) -> None:
+    """A gate that no layer has room for, and weights that the gates of an earlier call were made for."""
+    for job in selection.jobs:
+        fits = getattr(job.step.method_object(), "fits", None)
+        if fits is not None:
+            fits(job.layer.name, job.layer.shape)
+        gate = getattr(model.get_submodule(job.layer.name), "gate", None)
+        if isinstance(gate, Centred):
+            raise BadRecipe(
+                detail=f"{job.layer.name} was gated by a shift that its bias holds, which fits its weight as it is; "
+                "load the model again, and put the gates last"
             )
 
 

@@ -20,12 +20,13 @@ from sparsec.passes.masks.select import Selector, select_pool
 from sparsec.passes.quantize.inputs import TOP, inputs_of, refusal, set_inputs
 from sparsec.prunable import Job
 from sparsec.recipe_steps import Values
+from sparsec.recipe_steps import pattern_of as pattern_in
 from sparsec.sparsify_report import PrunedLayer
 
 
 def state_of(job: Job, stats: Statistics, sparsity: float | torch.Tensor) -> LayerState:
     share = float(sparsity.mean()) if isinstance(sparsity, torch.Tensor) else sparsity
-    pattern = MaskPattern.parse(job.step.pattern)
+    pattern = MaskPattern.parse(pattern_in(job.step))
     if pattern.kind == "nm" and pattern.sparsity != share:  # an allocator's: see ``sparsify_spread``
         m = pattern.params[1]
         kept = max(1, round(m * (1.0 - share)))
@@ -96,7 +97,7 @@ def _about(job: Job, number: int) -> dict[str, Any]:
         "kind": layer.kind,
         "shape": layer.shape,
         "method": step.method,
-        "pattern": step.pattern,
+        "pattern": pattern_in(step),
         "values": step.grid if isinstance(step, Values) else "",
         "scope": str(step.scope),
         "asked": float(step.sparsity or 0.0),
@@ -109,7 +110,7 @@ def chooser(job: Job, sparsity: float | torch.Tensor, pattern: MaskPattern | Non
     """One layer's pattern, quota and scope, and its outliers aside. ``pattern``: where it is not the step's."""
     step = job.step
     norm = step.method_object().norm
-    select = Selector(pattern or MaskPattern.parse(step.pattern), sparsity, str(step.scope), norm)
+    select = Selector(pattern or MaskPattern.parse(pattern_in(step)), sparsity, str(step.scope), norm)
     return with_outliers(select, Outliers.parse(step.outliers))
 
 
@@ -118,7 +119,7 @@ def choosers_of(jobs: Sequence[Job]) -> dict[Job, Choose]:
     choosers: dict[Job, Choose] = {}
     pools: dict[tuple[Any, MaskPattern, float, Outliers | None], list[Job]] = {}
     for job in jobs:
-        pattern, step = MaskPattern.parse(job.step.pattern), job.step
+        pattern, step = MaskPattern.parse(pattern_in(job.step)), job.step
         method, sparsity = step.method_object(), float(step.sparsity or 0.0)
         if step.scope == "global" and pattern.sparsity is None:
             pools.setdefault((method, pattern, sparsity, Outliers.parse(step.outliers)), []).append(job)

@@ -17,10 +17,12 @@ from sparsec.svg import Band, Series, plot
 
 if TYPE_CHECKING:
     from sparsec.explain import Explanation
+    from sparsec.gated_report import GatedLayer
     from sparsec.sparsify_outcome import Accuracy, Outcome
     from sparsec.sparsify_report import PrunedLayer
 
 SCHEMA = 1
+_SHARES = ("asked", "achieved")
 _OF_EXPLAIN = ("environment", "batch", "tokens", "total", "linear_layers", "failures", "notes", "what_would_help")
 _OF_LAYER = ("name", "shape", "dtype", "density", "pattern", "decision", "reason", "bytes", "expected", "measured")
 
@@ -144,6 +146,7 @@ def to_html(outcome: Outcome) -> str:
         "speed": list(speed_sentences(outcome.speed)) if outcome.speed else [],
         "memory": memory_sentence(outcome),
         "rows": rows,
+        "gates": [_gate(gate) for gate in outcome.report.gates],
         "steps": len({layer.step for layer in outcome.report.layers}) > 1,
         "output": any(layer.output_error is not None for layer in outcome.report.layers),
         "measured": any(row["measured"][0] for row in rows),
@@ -157,7 +160,10 @@ def to_html(outcome: Outcome) -> str:
 def _tiles(outcome: Outcome, body: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     """(what, number, remark)."""
     count = len({layer.name for layer in outcome.report.layers})
-    yield "zeros", percent(outcome.report.achieved, 1), f"of the weights of {count} layers"
+    if count or not outcome.report.gates:
+        yield "zeros", percent(outcome.report.achieved, 1), f"of the weights of {count} layers"
+    if shares := [gate.achieved for gate in outcome.report.gates if gate.achieved is not None]:
+        yield "zero activations", percent(sum(shares) / len(shares), 1), f"mean of {len(shares)} gates, held-out tokens"
     if found := outcome.accuracy:
         r = found.result
         spread = f"95 % {' to '.join(change(r.task, end) for end in r.interval)}" if r.interval else ""
@@ -183,6 +189,11 @@ def _rows(outcome: Outcome, body: dict[str, Any]) -> list[dict[str, Any]]:
     pruned = {name for layer in outcome.report.layers for name in (layer.name, *layer.tied)}
     rows += [_row(name, None, layer) for name, layer in timed.items() if name not in pruned]
     return rows
+
+
+def _gate(gate: GatedLayer) -> dict[str, Any]:
+    share = {name: "-" if value is None else percent(value, 1) for name, value in vars(gate).items() if name in _SHARES}
+    return {"gate": gate, **share}
 
 
 def _row(name: str, layer: PrunedLayer | None, timed: dict[str, Any] | None) -> dict[str, Any]:
@@ -216,6 +227,8 @@ def _cost(cost: dict[str, float] | None) -> tuple[str, str]:
 
 def _loss_plot(outcome: Outcome) -> str:
     layers = outcome.report.layers
+    if not layers:
+        return ""
     made = [Series("weight error", "index", [layer.error for layer in layers])]
     if any(layer.output_error is not None for layer in layers):
         made.append(Series("output error", "nm", [layer.output_error for layer in layers]))

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sparsec.gated_report import GatedLayer, gate_lines
 from sparsec.passes.masks.structure.contract import Structured
 from sparsec.recipe import Recipe
 from sparsec.report_fold import merge_names, template
@@ -66,6 +67,7 @@ class Report:
     seconds: float
     model_sha: str
     structured: Structured | None = None  # heads, neurons and channels that were removed
+    gates: tuple[GatedLayer, ...] = ()  # activations that become zero at run time
 
     @property
     def achieved(self) -> float:
@@ -85,27 +87,34 @@ class Report:
             "layers": [layer.to_dict() for layer in self.layers],
             "notes": list(self.notes),
             **({"structured": self.structured.to_dict()} if self.structured else {}),
+            **({"gates": [gate.to_dict() for gate in self.gates]} if self.gates else {}),
         }
 
     def __str__(self) -> str:
         if self.structured is not None:
             head = f"sparsify {self.recipe.steps[0].method}: {self.achieved:.1%} removed, {self.seconds:.1f} s"
             return "\n".join([head, "", *self.structured.lines(), *(f"note: {note}" for note in self.notes)])
+        told = [*((row.name, row.notes) for row in self.layers), *((row.name, row.notes) for row in self.gates)]
+        notes = [*self.notes, *layer_notes(told)]
+        last = ["", *(f"note: {note}" for note in notes)] if notes else []
+        return "\n".join([*self._lines(), *last])
+
+    def _lines(self) -> list[str]:
+        """All but the notes."""
+        methods = " + ".join(step.method for step in self.recipe.steps)
+        gated = gate_lines(self.gates) if self.gates else []
+        if not self.layers:
+            count = sum(bool(gate.form) for gate in self.gates)
+            return [f"sparsify {methods}: {counted(count, 'gate')}, {self.seconds:.1f} s", "", *gated]
         count = len({layer.name for layer in self.layers})
         size = sum(layer.weights for layer in {layer.name: layer for layer in self.layers}.values())
-        methods = " + ".join(step.method for step in self.recipe.steps)
         head = f"sparsify {methods}: {count} layers, {short_count(size)} weights, {self.achieved:.1%} zero"
         seen = any(layer.output_error is not None for layer in self.layers)
         steps = len({layer.step for layer in self.layers}) > 1
         rows = [_row(group, seen, steps) for group in _folded(self.layers)]
         columns = ("layer", "shape", *(["step"] if steps else []), "pattern", "asked", "zero", "error")
-        lines = [
-            f"{head}, {self.seconds:.1f} s",
-            "",
-            *table((*columns, *(["output"] if seen else [])), rows),
-        ]
-        notes = [*self.notes, *layer_notes([(layer.name, layer.notes) for layer in self.layers])]
-        return "\n".join([*lines, *(["", *(f"note: {note}" for note in notes)] if notes else [])])
+        made = table((*columns, *(["output"] if seen else [])), rows)
+        return [f"{head}, {self.seconds:.1f} s", "", *made, *(["", *gated] if gated else [])]
 
 
 def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:

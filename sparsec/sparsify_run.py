@@ -17,6 +17,7 @@ from torch import nn
 
 from sparsec.blockwise import BlockRun, Data, Found, Walk, WholeRun, find_blocks
 from sparsec.errors import SparsecWarning
+from sparsec.gated_report import GatedLayer
 from sparsec.journal import Journal
 from sparsec.passes.masks.allocate.contract import Measures
 from sparsec.passes.masks.block import LayerState
@@ -27,6 +28,8 @@ from sparsec.passes.quantize.inputs import inputs_of, set_inputs
 from sparsec.passes.reparam.contract import held_by
 from sparsec.prunable import Job, Selection
 from sparsec.recipe import Recipe
+from sparsec.recipe_steps import Gates
+from sparsec.sparsify_gates import GateRun
 from sparsec.sparsify_layer import choosers_of, prune_job, prune_state, round_inputs, row_of, state_of
 from sparsec.sparsify_report import PrunedLayer
 from sparsec.sparsify_spread import Sparsities, learned, learner_of, left_out, measured, unlearned
@@ -49,6 +52,7 @@ class Runner:
     journal: Journal | None = None
     memory: int = 4 << 30
     notes: list[str] = field(default_factory=list)
+    gates: list[GatedLayer] = field(default_factory=list)  # rows of gate steps
     held: set[tuple[str, str]] = field(default_factory=set)  # what masks so far keep in its order, see ``Block``
     _done: int = 0
     _at: str = ""
@@ -65,6 +69,9 @@ class Runner:
                 number = before + stage.pieces.index(stage.mask) + 1 if stage.mask else 0
                 before += len(stage.pieces)
                 if not number:
+                    continue
+                if isinstance(stage.mask, Gates):
+                    self._gated(selection, number)
                     continue
                 rows = self._blockwise if stage.walks else self._plain
                 for row in rows(stage, selection, number):
@@ -83,6 +90,16 @@ class Runner:
                     stacklevel=3,
                 )
             raise
+
+    def _gated(self, selection: Selection, number: int) -> None:
+        jobs = {job.layer.name: job for job in selection.jobs}
+        run = GateRun(
+            self.model, self.recipe, jobs, number, self.data, self.memory, self.at, self.journal, self._stored
+        )
+        self.gates += run.rows()
+        self._done += len(jobs)
+        self._stored = run.stored
+        self.notes += run.notes
 
     def at(self, name: str) -> None:
         """Say what is worked on now."""

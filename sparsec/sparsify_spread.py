@@ -17,6 +17,7 @@ from sparsec.passes.masks.allocate.contract import Allocation, Dense, Learns, Me
 from sparsec.passes.masks.allocate.spread import keep_of_m
 from sparsec.passes.masks.pattern import MaskPattern
 from sparsec.prunable import Job
+from sparsec.recipe_steps import pattern_of
 from sparsec.sparsify_layer import state_of
 from sparsec.stages import Stage
 
@@ -37,8 +38,8 @@ def spread_over(stage: Stage, jobs: Mapping[str, Job]) -> dict[str, Job]:
     mask = stage.mask
     if stage.allocate is None or mask is None:
         return {}
-    said = (mask.sparsity, mask.pattern)
-    return {name: job for name, job in jobs.items() if (job.step.sparsity, job.step.pattern) == said}
+    said = (mask.sparsity, pattern_of(mask))
+    return {name: job for name, job in jobs.items() if (job.step.sparsity, pattern_of(job.step)) == said}
 
 
 def left_out(stage: Stage, jobs: Mapping[str, Job]) -> list[str]:
@@ -118,7 +119,7 @@ def _mean(stage: Stage) -> float:
 def _in_groups(stage: Stage, sparsity: Mapping[str, Share], jobs: Mapping[str, Job]) -> dict[str, Share | float]:
     """Shares that the pattern can hold: of N:M whole numbers of M, of which at least one is kept."""
     assert stage.mask is not None
-    pattern = MaskPattern.parse(stage.mask.pattern)
+    pattern = MaskPattern.parse(pattern_of(stage.mask))
     if pattern.kind != "nm":
         return dict(sparsity)
     m = pattern.params[1]

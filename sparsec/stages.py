@@ -1,6 +1,7 @@
 """A recipe's steps as stages: each one mask method with what goes before and after it. Illegal orders are refused here.
 
 reparam*  allocate?  mask  post*          structure  alone          reparam*  quantize  after all masks
+gate  after everything else
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from sparsec.errors import BadRecipe
 from sparsec.passes.masks.contract import Updates
 from sparsec.passes.masks.pattern import MaskPattern
 from sparsec.passes.reparam.contract import Reparam
-from sparsec.recipe_steps import DEFAULT_SPARSITY, Piece, Spread, Step, Values
+from sparsec.recipe_steps import DEFAULT_SPARSITY, Gates, Piece, Spread, Step, Values
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One walk over the model. ``mask`` is its mask method or, alone, its value method; ``structure`` has none."""
+    """One walk over the model. ``mask``: its mask method or, alone, a value or gate method; ``structure`` has none."""
 
-    mask: Step | Values | None
+    mask: Step | Values | Gates | None
     reparams: tuple[Piece, ...] = ()
     allocate: Spread | None = None
     posts: tuple[Piece, ...] = ()
@@ -58,6 +59,7 @@ def stages_of(steps: Sequence[Piece], quantize_first: bool = False) -> tuple[Sta
     if not quantize_first:
         _sparsified_first(steps)
     _kept_on_grids(steps)
+    _gated_last(steps)
     found: list[Stage] = []
     reparams: list[Piece] = []
     allocate: Spread | None = None
@@ -80,6 +82,11 @@ def stages_of(steps: Sequence[Piece], quantize_first: bool = False) -> tuple[Sta
             assert isinstance(step, Values)
             found.append(Stage(step, tuple(reparams)))
             reparams = []
+        elif step.role == "gate":
+            if waiting:
+                raise BadRecipe(detail=f"{waiting} changes weights, and {step.method} has none to change; drop it")
+            assert isinstance(step, Gates)
+            found.append(Stage(step))
         elif step.role == "allocate":
             if allocate:
                 raise BadRecipe(detail=f"{allocate.method} and {step.method} both allocate; keep one of them")
@@ -113,6 +120,16 @@ def _kept_on_grids(steps: Sequence[Piece]) -> None:
                 detail=f"{step.method} moves the weights that stay, off the grid that {steps[last].method} has put "
                 f"them on; put {steps[last].method} after it, or use a method that only chooses, such as wanda"
             )
+
+
+def _gated_last(steps: Sequence[Piece]) -> None:
+    first = next((i for i, step in enumerate(steps) if step.role == "gate"), len(steps))
+    late = next((step for step in steps[first + 1 :] if step.role != "gate"), None)
+    if late is not None:
+        raise BadRecipe(
+            detail=f"{late.method} comes after {steps[first].method}, whose gates are calibrated for the weights as "
+            f"they are; put {late.method} first"
+        )
 
 
 def _followed(found: list[Stage], step: Piece, waiting: str) -> Stage:

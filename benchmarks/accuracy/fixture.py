@@ -23,11 +23,13 @@ from torch.nn.functional import cosine_similarity
 
 from benchmarks.accuracy.control import RANDOM
 from benchmarks.accuracy.grid import Row, bits
+from benchmarks.accuracy.unread import gate_facts
 from sparsec import sparsify
 from sparsec.cache import digest
 from sparsec.calibration import calibrate
 from sparsec.errors import InputError, SparsecWarning
 from sparsec.models import LoadedModel, load_model
+from sparsec.passes.gates.layers import gated_tokens, gates_of
 from sparsec.recipe import Calibration
 
 SHORTEST = 16  # tokens of a paragraph; headings say nothing
@@ -52,6 +54,7 @@ class Fixture:
     calib: Path
     test: Path
     settings: Settings
+    suits: str = ""  # the kind of rows that it is measured by, where that is not its own
     _draws: dict[tuple[int, int], list[dict[str, Any]]] = field(default_factory=dict)
 
     @property
@@ -102,25 +105,34 @@ class Fixture:
         """Causal: nats a token of each window; encoder: embeddings [windows, hidden]."""
         return self._nll(self.loaded.model) if self.kind == "causal" else self._embeddings(self.loaded.model)
 
-    def costs(self, model: torch.nn.Module) -> list[float]:
-        """One number a window, 0 for the dense model, higher is worse. Raises InputError where it is not finite."""
-        dense = self.dense
+    @cached_property
+    def late(self) -> list[float]:
+        """Nats a token of the last half of each window."""
+        return self._nll(self.loaded.model, late=True)
+
+    def costs(self, model: torch.nn.Module, late: bool = False) -> list[float]:
+        """One number a window, 0 for the dense model, higher is worse. Raises InputError where it is not finite.
+
+        ``late``: only what the last half of each window predicts is scored; of causal models.
+        """
+        dense = self.late if late else self.dense
         if isinstance(dense, torch.Tensor):
             found = (1 - cosine_similarity(self._embeddings(model), dense, dim=-1)).tolist()
         else:
-            found = [ours - theirs for ours, theirs in zip(self._nll(model), dense, strict=True)]
+            found = [ours - theirs for ours, theirs in zip(self._nll(model, late), dense, strict=True)]
         if not all(map(math.isfinite, found)):
             raise InputError(detail="the model's outputs are not finite")
         return found
 
-    def _nll(self, model: torch.nn.Module) -> list[float]:
+    def _nll(self, model: torch.nn.Module, late: bool = False) -> list[float]:
         found: list[float] = []
+        batch = 1 if any(gate.request for _, _, gate in gates_of(model)) else BATCH  # a batch shares one set of neurons
         with torch.no_grad():
-            for i in range(0, len(self.windows), BATCH):
-                ids = torch.tensor(self.windows[i : i + BATCH])
+            for i in range(0, len(self.windows), batch):
+                ids = torch.tensor(self.windows[i : i + batch])
                 logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
                 nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-                found += nll.double().mean(-1).tolist()
+                found += nll[:, (ids.shape[1] // 2 if late else 0) :].double().mean(-1).tolist()
         return found
 
     def _embeddings(self, model: torch.nn.Module) -> torch.Tensor:
@@ -143,11 +155,14 @@ class Fixture:
             warnings.simplefilter("ignore", SparsecWarning)
             report = sparsify(model, recipe, data, progress=False)
         took = time.perf_counter() - started
+        with gated_tokens(model, row.tokens):
+            costs = self.costs(model, row.late)
         return {
-            "costs": [round(cost, 6) for cost in self.costs(model)],
+            "costs": [round(cost, 6) for cost in costs],
             "achieved": round(report.achieved, 5),
             "bits": round(bits(report.recipe), 4),
             "seconds": round(took, 1),
+            **(gate_facts(model, report.gates, self.windows) if report.gates else {}),
         }
 
 

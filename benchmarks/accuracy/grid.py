@@ -21,6 +21,7 @@ class Row:
 
     ``tier``: 1 is measured first. ``samples``: calibration segments, where they are not the run's. ``planted``: the
     model has outlier channels of this factor planted that change no output. ``models``: kinds it is measured on.
+    ``tokens``: of each window that gates act on, ``late``: only the last half is scored (``activations.py``).
     """
 
     name: str
@@ -29,6 +30,8 @@ class Row:
     samples: int | None = None
     planted: float = 0.0
     models: tuple[str, ...] = field(default=("causal",))
+    tokens: str = "all"
+    late: bool = False
 
     @property
     def pieces(self) -> list[str]:
@@ -166,7 +169,9 @@ def bits(recipe: Recipe) -> float:
     from sparsec.passes.masks.pattern import MaskPattern
     from sparsec.recipe_steps import Step
 
-    step = next(s for s in recipe.steps if isinstance(s, Step))
+    step = next((s for s in recipe.steps if isinstance(s, Step)), None)
+    if step is None:
+        return 16.0  # gates leave weights as they are
     pattern, aside = MaskPattern.parse(step.pattern), Outliers.parse(step.outliers)
     kept = 1 - float(step.sparsity or 0.0)
     if pattern.kind == "nm":

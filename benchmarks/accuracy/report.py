@@ -139,7 +139,7 @@ def broken(report: Mapping[str, Any]) -> list[str]:
     said = []
     for model in report["models"]:
         name = model["facts"]["model"]
-        said += [f"{name}: gate {g['name']} is not passed" for g in model["gates"] if g["passed"] is False]
+        said += [f"{name}: gate {g['name']} is not passed" for g in model.get("gates", ()) if g["passed"] is False]
         said += [
             f"{name}: {r['text']} does not hold" for r in model["relations"] if r["hard"] and r["verdict"] == FAILS
         ]

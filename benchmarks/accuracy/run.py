@@ -51,7 +51,7 @@ def tasks(fixtures: Sequence[Fixture], rows: Sequence[Row], draws: int) -> list[
         Task(fixture, row, draw)
         for fixture in fixtures
         for row in rows
-        if fixture.kind in row.models
+        if (fixture.suits or fixture.kind) in row.models
         for draw in range(draws if row.draws_differ else 1)
     ]
     return sorted(made, key=lambda task: task.order)
@@ -157,6 +157,9 @@ def facts(fixture: Fixture) -> Line:
 def code() -> str:
     """A hash of the sources that can change a mask or a weight."""
     root = Path(sparsec.__file__).parent
-    files = [f for folder in ("masks", "reparam") for f in sorted((root / "passes" / folder).rglob("*.py"))]
-    files += [root / f"{name}.py" for name in ("blockwise", "calibration", "gradients", "sparsify_run", "stages")]
+    files = [f for folder in ("masks", "reparam", "gates") for f in sorted((root / "passes" / folder).rglob("*.py"))]
+    files += [
+        root / f"{name}.py"
+        for name in ("blockwise", "calibration", "gradients", "sparsify_run", "sparsify_gates", "stages")
+    ]
     return digest(*(file.read_bytes() for file in files if file.is_file()))[:12]

@@ -47,9 +47,9 @@ def decide(
 ) -> Decision:
     """Decide one weight for x of ``dtype`` (``fp32`` or ``bf16``) on ``target``.
 
-    ``x``: "int8" where the graph rounds x to it. ``measured``: (format name, loop, M bucket) -> times
-    faster than dense; see ``bucket``. ``gates``: loops that may skip a part of the weight, and the share that the zeros
-    of activations leave (None: not known). Never raises for a weight: what cannot run sparse is a dense decision with its
+    ``x``: "int8" where the graph rounds x to it. ``measured``: (format name, loop, M bucket) -> times faster than
+    dense; see ``bucket``. ``gates``: loops that may skip a part of the weight, and the share that the zeros of
+    activations leave (None: not known). Never raises for a weight: what cannot run sparse is a dense decision with its
     reason.
     """
     asked = _Question(fact, dtype, rates, policy, x)

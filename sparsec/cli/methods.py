@@ -21,6 +21,7 @@ ROLES = {
     "mask": "mask methods: which weights go",
     "post": "repairs after a mask method",
     "quantize": "value methods: weights go to a grid; after masks",
+    "gate": "gates: which activations become zero at run time; after masks and values",
     "structure": "removal of whole heads and neurons",
 }
 

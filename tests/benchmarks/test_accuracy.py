@@ -18,6 +18,7 @@ import torch
 
 from benchmarks.accuracy import run as accuracy_run
 from benchmarks.accuracy.__main__ import command, fixtures_of, re_of
+from benchmarks.accuracy.activations import LABELS, activation_claims, activation_grid
 from benchmarks.accuracy.claims import claims
 from benchmarks.accuracy.control import RANDOM, Random, known
 from benchmarks.accuracy.fixture import Fixture, Settings, plant, trigram
@@ -67,7 +68,20 @@ def small(folder: Path, kind: str = "llama", **settings: int) -> Fixture:
 
 def test_every_method_that_makes_masks_has_a_row() -> None:
     named = {piece for r in grid() for piece in r.pieces}
-    assert {name for name in METHODS if role_of(name) != "structure"} <= named
+    assert {name for name in METHODS if role_of(name) not in ("structure", "gate")} <= named
+
+
+def test_every_gate_method_has_a_row_of_its_own_grid() -> None:
+    rows = activation_grid()
+    assert {name for name in METHODS if role_of(name) == "gate"} <= {piece for r in rows for piece in r.pieces}
+    assert len({(r.name, kind) for r in rows for kind in r.models}) == sum(len(r.models) for r in rows)
+    for r in rows:
+        assert Recipe.load(dict(r.recipe)).steps
+        assert r.name.rpartition(" ")[2] in LABELS
+    named = {(kind, r.name) for r in rows for kind in r.models}
+    for claim in activation_claims():
+        for pair in claim.pairs:
+            assert {(claim.model, pair.a), (claim.model, pair.b)} <= named, pair
 
 
 def test_a_method_registered_later_gets_a_row_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:

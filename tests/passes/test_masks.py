@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsec.errors import BadPattern, UnknownMethod
+from sparsec.passes.gates.contract import NEEDS as GATE_NEEDS
 from sparsec.passes.masks import METHODS, method_class
 from sparsec.passes.masks.allocate.contract import Learns, Measures
 from sparsec.passes.masks.contract import (
@@ -247,11 +248,18 @@ def test_every_registered_method_keeps_the_contract(name: str) -> None:
     assert cls.__dataclass_params__.frozen
     assert eval(repr(method), {cls.__name__: cls}) == method
     assert hash(method) == hash(cls())
-    assert set(cls.needs) <= set(NEEDS if cls.role == "structure" else STATISTICS)
+    known = {"structure": NEEDS, "gate": GATE_NEEDS}.get(cls.role, STATISTICS)
+    assert set(cls.needs) <= set(known)
     assert cls.source
     assert cls.cost
     assert (cls.__doc__ or "").splitlines()[0].endswith(".")
-    calls = {"post": ("refine",), "reparam": ("apply",), "structure": ("apply",), "quantize": ("update",)}
+    calls = {
+        "post": ("refine",),
+        "reparam": ("apply",),
+        "structure": ("apply",),
+        "quantize": ("update",),
+        "gate": ("gate",),
+    }
     if cls.role == "mask":
         assert cls.scope in SCOPES
         assert cls.norm in ("l2", "sum")

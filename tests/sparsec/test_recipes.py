@@ -30,9 +30,12 @@ SMALLER: dict[str, dict[str, Any]] = {  # so that a test takes seconds; everythi
     "bonsai": {"samples": 12, "fraction": 0.1},
     "loraprune": {"steps": 20},
     "time": {"target": "reference"},  # its fixed costs: the same plan on every machine
+    "dejavu": {"epochs": 2},
+    "shadowllm": {"epochs": 2},
 }
 QUICK = ["--calibration", "{samples: 16, seqlen: 96}", "--no-eval", "--no-explain"]
 STRUCTURE = ("bonsai", "loraprune", "slicegpt")
+GATES = [p.stem for p in RECIPES if any(step.role == "gate" for step in Recipe.load(p).steps)]
 
 
 def text(size: int = 20_000) -> str:
@@ -128,7 +131,7 @@ def test_a_recipe_is_short_and_says_what_it_is_for(path: Path) -> None:
     assert path.name.isascii()
 
 
-@pytest.mark.parametrize("path", [p for p in RECIPES if p.stem not in STRUCTURE], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [p for p in RECIPES if p.stem not in (*STRUCTURE, *GATES)], ids=lambda path: path.stem)
 def test_a_recipe_reaches_its_sparsity_in_its_pattern_and_loads_again(path: Path, calibration: Path) -> None:
     model = model_for(path.stem)
     report = sparsec.sparsify(model, quick(path), calibration, progress=False)
@@ -138,6 +141,22 @@ def test_a_recipe_reaches_its_sparsity_in_its_pattern_and_loads_again(path: Path
     for layer in report.layers:
         assert Kept(masks(report.recipe)).holds(model.get_submodule(layer.name).weight), layer.name
     assert_loads(model, report)
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_recipe_of_gates_reaches_its_share_and_loads_again(name: str, calibration: Path) -> None:
+    model = model_for(name)
+    report = sparsec.sparsify(model, quick(FOLDER / f"{name}.yaml"), calibration, progress=False)
+    gates = [row for row in report.gates if row.achieved is not None and row.asked is not None]
+    assert gates or name in ("sparseinfer", "qsparse")
+    assert all(row.achieved == pytest.approx(row.asked, abs=0.1) for row in gates)
+    folder = sparsec.save(model, "out", report)
+    loaded = model_for(name)
+    sparsec.load(folder, loaded)
+    ids = torch.arange(1, 25)[None]
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, loaded(input_ids=ids).logits)
+    assert Recipe.load(folder / "recipe.yaml").sha == report.recipe.sha
 
 
 @pytest.mark.parametrize("name", STRUCTURE)

@@ -20,7 +20,7 @@ from sparsec.passes.masks.evaluating import evaluating
 from sparsec.passes.masks.structure.units import Family, Part, Units, cut, is_conv1d, matrix, zero
 
 # query, key, value, reader, as seen from the attention module
-_SEPARATE = (
+ATTENTIONS = (
     ("q_proj", "k_proj", "v_proj", "o_proj"),  # Llama, Mistral, Qwen, Gemma
     ("q_proj", "k_proj", "v_proj", "out_proj"),  # OPT, BART, CLIP
     ("q_proj", "k_proj", "v_proj", "dense"),  # Phi
@@ -30,7 +30,7 @@ _SEPARATE = (
 )
 # one linear for query, key and value: side by side, or head by head
 _FUSED = (("c_attn", "c_proj", "blocks"), ("qkv_proj", "o_proj", "blocks"), ("query_key_value", "dense", "heads"))
-_FFNS = (
+FFNS = (
     (("gate_proj", "up_proj"), "down_proj"),  # Llama
     (("gate_up_proj",), "down_proj"),  # Phi-3: both in one
     (("w1", "w3"), "w2"),
@@ -75,7 +75,7 @@ def _shared(model: nn.Module) -> set[str]:
     return {name for name, identity in homes if count[identity] > 1}
 
 
-def _linears(module: nn.Module, names: tuple[str, ...]) -> list[nn.Module] | None:
+def linears_of(module: nn.Module, names: tuple[str, ...]) -> list[nn.Module] | None:
     """The linears under these names, or None where one is missing or holds no plain floating-point weight."""
     found = []
     for name in names:
@@ -93,11 +93,11 @@ def _linears(module: nn.Module, names: tuple[str, ...]) -> list[nn.Module] | Non
 
 
 def _attention(name: str, module: nn.Module) -> Family | str | None:
-    for names in _SEPARATE:
-        if linears := _linears(module, names):
+    for names in ATTENTIONS:
+        if linears := linears_of(module, names):
             return _separate(name, module, names, linears)
     for fused, reader, order in _FUSED:
-        if linears := _linears(module, (fused, reader)):
+        if linears := linears_of(module, (fused, reader)):
             return _one_linear(name, module, (fused, reader), order, linears)
     return None
 
@@ -138,8 +138,8 @@ def _one_linear(
 
 
 def _ffn(name: str, module: nn.Module) -> Family | str | None:
-    for writers, reader in _FFNS:
-        linears = _linears(module, (*writers, reader))
+    for writers, reader in FFNS:
+        linears = linears_of(module, (*writers, reader))
         if not linears:
             continue
         width = matrix(linears[-1]).shape[1]

@@ -1,0 +1,1 @@
+"""Gates: which activations become zero at run time. One file a method; ``contract.py`` says what one is."""
