@@ -21,6 +21,7 @@ from sparsec.cache import cache_dir
 from sparsec.codegen import build
 from sparsec.errors import NoCompiler
 from sparsec.facts import Decision, Declined, Site, WeightFact
+from sparsec.meter import say_at_the_end
 from sparsec.options import Options, Policy
 from sparsec.passes.graph import View, erase_unused
 from sparsec.passes.profile.activations import annotated
@@ -236,6 +237,7 @@ def prepare(options: Options, on_gpu: bool = False) -> None:
         gpu.load()
     else:
         library.load(options.policy.cache_dir)
+        say_at_the_end()
 
 
 def placed(options: Options, model: object) -> Options:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from sparsec.facts import Candidate, Decision, Range, Rates, Site, WeightFact
 from sparsec.formats import VALUE_BYTES
+from sparsec.passes.decide.words import gates
 from sparsec.records import CompileRecord, LayerRecord
 
 
@@ -247,14 +248,15 @@ def near_of(fact: WeightFact, decision: Decision) -> str:
 def reason_of(record: LayerRecord, at: Sequence[AtBatch]) -> str:
     """The decision's sentence, what pattern the weight nearly has, and where the decision would flip."""
     decision = record.decision
-    flips = decision.ours and any(a.decision == "dense" for a in at)
+    ours = any(r.format != "dense" for r in decision.ranges)
+    flips = ours and any(a.decision == "dense" for a in at)
     said = decision.reason.strip().rstrip(".") or "no reason was recorded; please report this"
     if flips and at[0].decision == "dense":  # the recorded sentence speaks of the rows that run sparse
         said = f"{ranges_in_words(decision.ranges)}; this call has {rows_in_words(at[0].rows)}"
     elif flips:
         said = f"{said}; break-even: {ranges_in_words(decision.ranges)}"
     near = near_of(record.fact, decision)
-    parts = [said, near if near not in said else "", *quantised_in_words(record)]
+    parts = [said, *gates(decision.gated), near if near not in said else "", *quantised_in_words(record)]
     if record.fact.nonfinite:
         return "; ".join([*filter(None, parts), "no break-even while they are there"])
     if at[0].decision == "dense":
@@ -287,11 +289,11 @@ def quantised_in_words(record: LayerRecord) -> list[str]:
 def break_even(decision: Decision, at: AtBatch, said: bool) -> str:
     """The share of zeros from which sparse would win, in words. ``said``: that at one row is named already."""
     if at.break_even is not None and (at.rows > 1 or not said):
-        where = "here" if decision.ours else f"at {rows_in_words(at.rows)}"
+        where = "here" if any(r.format != "dense" for r in decision.ranges) else f"at {rows_in_words(at.rows)}"
         return f"{'' if said else 'break-even is '}{percent(at.break_even)} zero {where}"
     if said:
         return ""
-    if decision.ours:
+    if any(r.format != "dense" for r in decision.ranges):
         return "no break-even here"
     if decision.break_even is None:
         return "no break-even: dense wins at every sparsity for this shape"

@@ -228,7 +228,7 @@ def test_registered_backend_and_command_resolve() -> None:
 def registered() -> list[tuple[str, str]]:
     """(table, "module:attribute") for every name of every table."""
     from sparsec.cli import COMMANDS
-    from sparsec.codegen.cpp import FAMILIES, INTEGER_FAMILIES
+    from sparsec.codegen.cpp import FAMILIES, INTEGER_FAMILIES, LOOP_FAMILIES
     from sparsec.passes.masks import METHODS
     from sparsec.targets import TARGETS
 
@@ -236,6 +236,7 @@ def registered() -> list[tuple[str, str]]:
         *(("METHODS", place) for place in METHODS.values()),
         *(("FAMILIES", place) for place in FAMILIES.values()),
         *(("INTEGER_FAMILIES", place) for place in set(INTEGER_FAMILIES.values())),
+        *(("LOOP_FAMILIES", place) for places in LOOP_FAMILIES.values() for place in set(places.values())),
         *(("TARGETS", place[0]) for place in TARGETS.values()),
         *(("COMMANDS", f"sparsec.cli.{name.replace('-', '_')}:command") for name in COMMANDS),
     ]

@@ -64,7 +64,7 @@ def decide(
 
 
 def _with_gates(asked: _Question, decision: Decision, gates: Gates) -> Decision:
-    """The decision with what serves calls that activation sparsity makes cheap, and a sentence about it."""
+    """The decision with what serves calls that activation sparsity makes cheap."""
     if not gates or asked.fact.nonfinite:
         return decision
     assert asked.dense is not None
@@ -76,13 +76,9 @@ def _with_gates(asked: _Question, decision: Decision, gates: Gates) -> Decision:
         return way.cost.at(m) if way else now.ours_s
 
     found: list[Range] = []
-    said = []
     for loop, left in gates:
-        ranges = gated(asked.fact, asked.dtype, asked.rates, asked.policy, loop, left, other)
-        found += ranges
-        said.append(words.gate(loop, left, ranges[0] if ranges else None))
-    reason = "; ".join(part for part in (decision.reason, *said) if part)
-    return replace(decision, gated=tuple(found), reason=reason)
+        found += gated(asked.fact, asked.dtype, asked.rates, asked.policy, loop, left, other)
+    return replace(decision, gated=tuple(found))
 
 
 def dense_decision(reason: str, source: str = "fallback") -> Decision:

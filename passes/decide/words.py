@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sparsec.facts import Range, WeightFact
 
 NO_ZEROS = "no zeros"
@@ -82,10 +84,15 @@ def would_give(gains: list[tuple[str, float]]) -> str:
     return f"{what} would give {gain:.1f}x at M=1{more}"
 
 
-def gate(loop: str, left: float | None, found: Range | None) -> str:
-    """What activation sparsity brings: ``columns of zeros in x (88 %) are skipped, from 31 % zeros on``."""
-    what = "columns that meet zeros of x" if loop == "skip" else "rows whose outputs are multiplied by zero"
-    known = f" ({zero(1 - left)})" if left is not None else ""
-    if found is None:
-        return f"{what}{known} are too few to skip" if left is not None else f"{what} would not pay here"
-    return f"{what}{known} are skipped, from {zero(1 - found.below)} on"
+def gates(found: Sequence[Range]) -> list[str]:
+    """What activation sparsity brings: ``where x is zero, columns are skipped, in calls with at least 31 % of that``."""
+    said = []
+    for loop, what in (
+        ("skip", "where x is zero, columns are skipped"),
+        ("gather", "only rows that are read are computed"),
+    ):
+        first = next((r for r in found if r.kernel == loop), None)
+        if first is not None:
+            least = f", in calls that leave out at least {zero(1 - first.below)}" if first.below < 1 else ""
+            said.append(what + least)
+    return said
