@@ -106,15 +106,17 @@ def sizes(tensor: torch.Tensor) -> tuple[int | str, ...]:
 def fqn(node: Node, weight: Node | None = None) -> str:
     """Name of the layer as the user knows it: the module path, else the parameter's path, else the node's name.
 
-    The weight's own path wins when the module stack does not lead to it (a parameter used by a parent module).
+    The weight's own path wins when the module stack does not lead to it (a parameter used by a parent module), but not
+    over a layer that shares it: a head tied to an embedding is called by its own name.
     """
     owner = source_name(weight) if weight is not None else ""
     module, _, leaf = owner.rpartition(".")
-    if leaf == "weight" and module:
-        return module
     stack = node.meta.get("nn_module_stack") or {}
-    path = list(stack.values())[-1][0] if stack else ""
-    inner = path.partition("]")[2].lstrip(".") or (path.partition(".")[2] if "]" not in path else "")
+    path, kind = list(stack.values())[-1] if stack else ("", "")
+    inner: str = path.partition("]")[2].lstrip(".") or (path.partition(".")[2] if "]" not in path else "")
+    if leaf == "weight" and module:
+        own = getattr(kind, "__name__", str(kind)).rpartition(".")[2] in ("Linear", "Conv1D", "Embedding")
+        return inner if own and inner and "[" not in inner else module
     return owner or inner or node.name
 
 

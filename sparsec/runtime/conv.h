@@ -1,8 +1,8 @@
 // The op of convolutions: sparsec::conv2d, the product of a weight [N, kernel * C] with the patches of NHWC images.
 //
 // No matrix of all patches is made: a thread gathers those of a chunk of output pixels, few enough to stay in its
-// second-level cache with what the kernel makes of them, and runs every tile of the weight over them. What is left when
-// all threads have had equally many chunks is gathered by all and split by tiles, so that one small image keeps them
+// second-level cache with what the kernel makes of them, and runs every tile of the weight over them. Where there are
+// too few pixels for all threads, they gather them together and share the tiles, so that one small image keeps them
 // busy too. Included by op.cpp, whose Route, Job and run it uses.
 
 namespace {
@@ -78,33 +78,31 @@ Tensor gathered(const Patches &p, int64_t begin, int64_t end, int64_t k, const a
 
 // y [M, N] of every patch.
 void run_patches(const Entry &e, const Route &route, const Patches &p, const std::optional<Tensor> &b, Tensor &y) {
-  int64_t m = p.rows(), chunk = chunk_rows(e.k, y.element_size());
-  int64_t threads = thread_count(m * route.work[route.tiles]), each = m / (chunk * threads);
-  int64_t begun = each * threads * chunk;
-  if (each) {
-    Tensor rows = at::empty({threads, chunk, e.k}, y.options());
-    std::vector<Job> jobs;
-    for (int64_t t = 0; t < threads; ++t) {
-      Tensor out = y.narrow(0, t * each * chunk, chunk);
-      jobs.push_back(make_job(route, e.act, rows.select(0, t), b, out));
-    }
-    auto work = [&](int64_t t) {
-      Job &job = jobs[t];
-      for (int64_t i = t * each; i < (t + 1) * each; ++i) {
-        p.gather(i * chunk, (i + 1) * chunk, static_cast<char *>(const_cast<void *>(job.call.x)));
-        job.call.y = static_cast<char *>(y.mutable_data_ptr()) + i * chunk * e.n * y.element_size();
-        route.prepare(&job.call, 0, route.prepare_units(chunk, e.k));
-        route.run(&job.call, 0, route.tiles);
-      }
-    };
-    if (threads == 1) work(0);
-    else at::parallel_for(0, threads, 1, [&](int64_t t0, int64_t t1) { for (; t0 < t1; ++t0) work(t0); });
-  }
-  if (begun == m) return;
-  Tensor rows = gathered(p, begun, m, e.k, y.options()), out = y.narrow(0, begun, m - begun);
+  int64_t m = p.rows(), chunk = std::min(chunk_rows(e.k, y.element_size()), m);
+  int64_t threads = thread_count(m * route.work[route.tiles]), shares = std::min(threads, m / kBlockRows);
   std::vector<Job> jobs;
-  jobs.push_back(make_job(route, e.act, rows, b, out));
-  run(jobs);
+  if (4 * shares < 3 * threads) {  // too few pixels for all threads: all gather, and then share the tiles
+    Tensor rows = gathered(p, 0, m, e.k, y.options());
+    jobs.push_back(make_job(route, e.act, rows, b, y));
+    return run(jobs);
+  }
+  Tensor rows = at::empty({shares, chunk, e.k}, y.options()), out = y.narrow(0, 0, chunk);
+  for (int64_t t = 0; t < shares; ++t) jobs.push_back(make_job(route, e.act, rows.select(0, t), b, out));
+  auto first = [&](int64_t t) { return std::min(m, (m * t / shares + 15) / 16 * 16); };
+  auto work = [&](int64_t t) {
+    SparsecCall &call = jobs[t].call;
+    for (int64_t row = first(t), end = first(t + 1); row < end; row += chunk) {
+      call.m = std::min(chunk, end - row);
+      call.y = static_cast<char *>(y.mutable_data_ptr()) + row * e.n * y.element_size();
+      p.gather(row, row + call.m, static_cast<char *>(const_cast<void *>(call.x)));
+      route.prepare(&call, 0, route.prepare_units(call.m, e.k));
+      route.run(&call, 0, route.tiles);
+    }
+  };
+  if (shares == 1) return work(0);
+  at::parallel_for(0, shares, 1, [&](int64_t t0, int64_t t1) {
+    for (; t0 < t1; ++t0) work(t0);
+  });
 }
 
 Tensor dense_conv(const Tensor &x, const Tensor &w, const std::optional<Tensor> &b, const Walk &walk) {

@@ -151,7 +151,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pla
             f"sparsec_gpu::linear: x is {tuple(x.shape)} {x.dtype} on {x.device}, the weight {tuple(matrix.shape)} "
             f"{weight.dtype} on {weight.device}"
         )
-    y = _rows(entry, x.reshape(-1, matrix.shape[1]), matrix, bias, plan)
+    y = _rows(entry, x.reshape(-1, matrix.shape[1]), matrix, bias, plan, weight)
     return y.view(*x.shape[:-1], matrix.shape[0])
 
 
@@ -164,12 +164,14 @@ def conv2d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pla
     if entry.at(b * h * w) is None:
         return reference.ACT[entry.act](F.conv2d(x, weight, bias)).contiguous(memory_format=layout)
     rows = x.permute(0, 2, 3, 1).reshape(-1, c)
-    y = _rows(entry, rows, weight.reshape(weight.shape[0], c), bias, plan)
+    y = _rows(entry, rows, weight.reshape(weight.shape[0], c), bias, plan, weight)
     return y.view(b, h, w, -1).permute(0, 3, 1, 2).contiguous(memory_format=layout)
 
 
-def _rows(entry: Entry, x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, plan: str) -> torch.Tensor:
-    """x [M, K] @ matrix [N, K].T."""
+def _rows(
+    entry: Entry, x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, plan: str, weight: torch.Tensor
+) -> torch.Tensor:
+    """x [M, K] @ matrix [N, K].T, which is ``weight`` as the plan reads it."""
     m = x.shape[0]
     route = entry.at(m) if m else None
     if route is None:
@@ -185,7 +187,7 @@ def _rows(entry: Entry, x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tenso
     if entry.verify:
         from sparsec.runtime.store import STORE
 
-        STORE.verify(x, matrix, bias, y, plan)
+        STORE.verify(x, weight, bias, y, plan)
     return y
 
 

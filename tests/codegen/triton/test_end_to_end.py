@@ -97,6 +97,31 @@ def test_a_1x1_convolution_runs_too() -> None:
         torch.testing.assert_close(fast(x), model(x), atol=1e-4, rtol=1e-4)
 
 
+def test_a_larger_convolution_stays_dense_with_a_reason() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.Conv2d(16, 16, 1, stride=2)).eval()
+    sparsec.sparsify(model, {"method": "magnitude", "sparsity": 0.9}, progress=False)
+    report = sparsec.explain(model, torch.randn(1, 8, 6, 6), options=TARGET)
+    assert not report.layers
+    assert [refusal.names for refusal in report.not_taken] == [("0,1",)]
+    assert "only 1x1 convolutions of stride 1 without padding" in report.not_taken[0].reason
+
+
+def test_a_stored_transpose_is_verified_as_the_kernel_reads_it() -> None:
+    class Right(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(96, 40) * (torch.rand(96, 40) < 0.2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.weight
+
+    model = Right().eval()
+    fast = torch.compile(model, backend="sparsec", options={**TARGET, "verify": True})
+    with torch.inference_mode():
+        x = torch.randn(2, 96)
+        torch.testing.assert_close(fast(x), model(x), atol=1e-4, rtol=1e-4)
+
+
 def test_a_kernel_that_fails_makes_its_rows_dense_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     from sparsec.codegen.triton import family
     from sparsec.errors import SparsecWarning
