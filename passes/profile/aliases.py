@@ -16,9 +16,14 @@ from sparsec.passes.profile.call import words
 # Operations whose result is a new tensor, whatever they are called on; of any other, it may be a view.
 _FRESH = frozenset(
     words(
-        "linear add sub mul div truediv matmul mm bmm addmm conv1d conv2d layer_norm rms_norm batch_norm softmax where "
-        "masked_fill pow square abs neg exp sqrt rsqrt sum mean amax sigmoid tanh relu silu gelu gt ge lt le eq ne "
-        "scatter gather topk cat stack zeros_like zeros scaled_dot_product_attention embedding clone round"
+        "linear matmul mm bmm addmm baddbmm einsum outer conv1d conv2d conv3d conv_transpose2d embedding cat stack "
+        "clone scaled_dot_product_attention layer_norm rms_norm group_norm batch_norm softmax log_softmax add sub "
+        "mul div truediv floordiv mod pow square abs neg exp log sqrt rsqrt reciprocal sin cos sum mean var std "
+        "amax amin max min prod norm cumsum argmax argsort sort topk any all gather scatter index_select where "
+        "masked_fill round floor ceil sign clamp clip clamp_min clamp_max maximum minimum sigmoid tanh relu relu6 "
+        "silu gelu mish elu leaky_relu hardtanh hardswish hardsigmoid softplus gt ge lt le eq ne logical_and "
+        "logical_or logical_not and or invert bitwise_and bitwise_or bitwise_not zeros ones full arange empty "
+        "zeros_like ones_like full_like new_zeros new_full"
     )
 )
 
@@ -86,4 +91,4 @@ def _may_show(node: Node) -> bool:
     """Whether the result may be a view of an argument, or the argument itself."""
     if node.op not in ("call_function", "call_method"):
         return False
-    return describe(node) not in _FRESH or written(node) is not None
+    return describe(node).strip("_").partition(".")[0] not in _FRESH or written(node) is not None

@@ -37,13 +37,23 @@ def transferred(call: Call) -> ActFact:
 
 def _stored(call: Call) -> ActFact:
     """A stored vector with zeros in it is a mask of channels. Its values are those of the module at hand."""
-    value = call.view.examples.get(call.node)
-    if not isinstance(value, torch.Tensor) or is_fake(value) or not call.view.stored(call.node):
-        return TOP
-    if not value.dim() or value.numel() != value.shape[-1] or value.device.type == "meta" or not value.numel():
+    value: Any = call.view.examples.get(call.node)
+    if not call.view.stored(call.node) or not _readable(value):
         return TOP
     zero = 1.0 - int(torch.count_nonzero(value)) / value.numel()
     return ActFact("exact", "stored mask", call.name, "channels", zero) if zero else TOP
+
+
+def _readable(value: Any) -> bool:
+    """Whether it is a vector, in its last dimension, of plain numbers that are at hand."""
+    plain = type(value) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer) and not is_fake(value)
+    if not plain or value.device.type == "meta" or value.layout != torch.strided or value.dtype not in _NUMBERS:
+        return False
+    return bool(value.dim() > 0 and value.numel() == value.shape[-1] > 0)
+
+
+_NUMBERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16,
+            torch.float32, torch.float64)  # fmt: skip
 
 
 def _keeps(sign: bool = True, positive: bool = False) -> Transfer:
