@@ -16,11 +16,16 @@ from sparsec.errors import BadModelFile
 from sparsec.passes.gates.layers import described, restored
 
 
+def gate_facts(model: nn.Module) -> dict[str, Any]:
+    """What ``gating`` reads, as JSON types; {} for a model without gates."""
+    rows = described(model)
+    return {"gated": rows} if rows else {}
+
+
 @contextmanager
 def gating(model: nn.Module, facts: Mapping[str, Any], path: str) -> Iterator[None]:
     """Raises BadModelFile where the gates do not fit the model, or it has others already."""
-    rows = [row for row in facts.get("gates", ()) if row.get("gate")]
-    wanted = {(row["name"], row["place"]): row["gate"] for row in rows}
+    wanted = {(row["name"], row["place"]): row["gate"] for row in facts.get("gated", ())}
     there = {(row["name"], row["place"]): row["gate"] for row in described(model)}
     if not wanted or there == wanted:
         yield

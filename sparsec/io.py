@@ -29,7 +29,7 @@ from torch import nn
 
 from sparsec.bitmask_file import Checkpoint
 from sparsec.errors import BadModelFile, ModelNotFound, OutputExists, Unsavable, WriteFailed
-from sparsec.gated_file import gating
+from sparsec.gated_file import gate_facts, gating
 from sparsec.rounding import FACTS, metadata_of, note, rounding, said_in
 
 if TYPE_CHECKING:
@@ -177,12 +177,12 @@ def _write_folder(model: nn.Module, folder: Path, report: Report | None, tokeniz
         save_file(_own_tensors(model), folder / WEIGHTS, metadata={**_METADATA, **metadata_of(model)})
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    if report is None:
-        return
-    (folder / RECIPE).write_text(report.recipe.to_yaml(), encoding="utf-8")
-    said = report.to_dict()
-    facts = {"format": 1, **report.recipe.made_with, **{k: v for k, v in said.items() if k != "recipe"}}
-    (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    facts: dict[str, Any] = gate_facts(model)
+    if report is not None:
+        (folder / RECIPE).write_text(report.recipe.to_yaml(), encoding="utf-8")
+        facts |= {**report.recipe.made_with, **{k: v for k, v in report.to_dict().items() if k != "recipe"}}
+    if facts:
+        (folder / FACTS).write_text(json.dumps({"format": 1, **facts}, indent=1) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -279,16 +279,17 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """
     inner = getattr(model, "_orig_mod", None)
     module = inner if isinstance(inner, nn.Module) else model
+    facts, name = _facts(Path(path)), os.fspath(path)
     if (packed := _packed_file(path)) is not None:
         from sparsec.packed_file import load_packed
 
-        load_packed(packed, module)
+        with gating(module, facts, name):
+            load_packed(packed, module)
         note(module)
         return model
     files = _files(path)
     if _is_packed(module):
-        raise BadModelFile(path=os.fspath(path), why="it is dense and the model is packed; call sparsec.unpack_(model)")
-    facts, name = _facts(Path(path)), os.fspath(path)
+        raise BadModelFile(path=name, why="it is dense and the model is packed; call sparsec.unpack_(model)")
     with (
         contextlib.ExitStack() as stack,
         torch.no_grad(),

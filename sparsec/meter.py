@@ -1,4 +1,4 @@
-"""What activation sparsity brought so far in this process: ``meters()``, at its end too with ``SPARSEC_LOG=activation``.
+"""What activation sparsity brought in this process: ``meters()``, at its end too with ``SPARSEC_LOG=activation``.
 
 The op counts at every call that it looks at, so rates are those of the real inputs, which may drift from what was
 calibrated. Weights that are gone count no more.

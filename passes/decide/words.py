@@ -85,7 +85,7 @@ def would_give(gains: list[tuple[str, float]]) -> str:
 
 
 def gates(found: Sequence[Range]) -> list[str]:
-    """What activation sparsity brings: ``where x is zero, columns are skipped, in calls with at least 31 % of that``."""
+    """What activation sparsity brings: ``where x is zero, columns are skipped, in calls that leave out at least 31 %``."""
     said = []
     for loop, what in (
         ("skip", "where x is zero, columns are skipped"),

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.accuracy import activations_report
 from benchmarks.accuracy import run as accuracy_run
 from benchmarks.accuracy.__main__ import command, fixtures_of, re_of
 from benchmarks.accuracy.activations import LABELS, activation_claims, activation_grid
@@ -440,3 +441,36 @@ def test_the_stored_tables_say_what_the_stored_lines_say() -> None:
             assert sum(means.values()) / len(means) == pytest.approx(r["cost"], abs=2e-5)
         assert model["relations"]
     assert broken(stored) == []
+
+
+# Activations
+
+
+def test_gates_are_measured_on_the_test_windows_and_their_report_has_tables_and_curves(tmp_path: Path) -> None:
+    wanted = ("teal 20%", "teal 80%", "cats 50%", "coreinfer(last half) 50%", "teal(last half) 50%")
+    rows = [r for r in activation_grid() if r.name in wanted and "causal" in r.models]
+    every = tasks([small(tmp_path)], rows, 1)
+    lines = tmp_path / "activations.jsonl"
+    assert len(list(run(every, lines))) == len(wanted)
+    made = activations_report.activation_report(every, read(lines), "make it")
+    (told,) = made["models"]
+    assert told["measured"] == told["wanted"] == len(wanted)
+    shares = {row["name"]: (row["zeros"], row["unread"]) for row in told["rows"]}
+    for name, share in (("teal 20%", 0.2), ("teal 80%", 0.8), ("cats 50%", 0.5)):
+        assert shares[name][0] == pytest.approx(share, abs=0.1)
+    assert shares["cats 50%"][1] < shares["cats 50%"][0]  # attention and gate are read whole
+    assert shares["coreinfer(last half) 50%"][0] == 0.5
+    (curve,) = (points for method, points in activations_report.curves(told).items() if method == "teal")
+    assert [x for x, *_ in curve] == sorted(x for x, *_ in curve)
+    assert curve[0][1] == pytest.approx(math.exp(told["facts"]["dense"]))
+    activations_report.write(made, tmp_path)
+    text = (tmp_path / "activations.md").read_text()
+    assert "| `teal(last half) 50%` | last half | last half |" in text
+    assert (tmp_path / "activations.png").stat().st_size > 1000
+
+
+def test_only_the_last_half_is_scored_where_a_row_says_so(tmp_path: Path) -> None:
+    made = small(tmp_path)
+    assert len(made.late) == len(made.windows)
+    assert made.late != made.dense
+    assert made.costs(made.loaded.model, late=True) == [0.0] * len(made.windows)

@@ -278,6 +278,23 @@ def test_masks_values_and_gates_compose_in_one_recipe(tmp_path: Path) -> None:
     assert torch.equal(logits(fresh, ids), told)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_gates_of_an_earlier_recipe_are_saved_with_or_without_a_report(packed: bool, tmp_path: Path) -> None:
+    model = llama()
+    sparsify(model, step("chess"), tokens(), progress=False)
+    report = sparsify(model, {"method": "magnitude", "sparsity": 0.7, "targets": ["*.v_proj"]}, progress=False)
+    if packed:
+        sparsec.pack_(model, target="reference")
+    ids = tokens(1)[0]
+    told = logits(model, ids)
+    for name, said in (("with", report), ("without", None)):
+        sparsec.save(model, tmp_path / name, said)
+        fresh = llama()
+        sparsec.load(tmp_path / name, fresh)
+        assert described(fresh) == described(model)
+        assert torch.equal(logits(fresh, ids), told)
+
+
 def test_rows_survive_json_and_the_dry_run_shows_the_step() -> None:
     report = sparsify(llama(), step("chess"), tokens(), progress=False)
     assert [GatedLayer.from_dict(row.to_dict()) for row in report.gates] == list(report.gates)
@@ -289,15 +306,29 @@ def test_rows_survive_json_and_the_dry_run_shows_the_step() -> None:
     assert "50.0%" in row
 
 
-def test_compiled_by_sparsec_a_gated_model_gives_what_eager_gives() -> None:
-    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)).eval()
-    data = [torch.randn(4, 64) for _ in range(4)]
-    sparsify(model, ["magnitude", step("teal")], data, progress=False)
-    x = torch.randn(2, 64)
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.fc2(self.act(self.fc1(x)))
+        return y
+
+
+@pytest.mark.parametrize("method", ["teal", "scap", "sparseinfer", "coreinfer"])
+def test_compiled_by_sparsec_a_gated_model_gives_what_eager_gives(method: str) -> None:
+    torch.manual_seed(0)
+    model = Mlp().eval()
+    data = [torch.randn(1, 8, 64) for _ in range(4)]
+    sparsify(model, ["magnitude", step(method)], data, progress=False)
+    twin = copy.deepcopy(model)
     torch._dynamo.reset()
+    compiled = torch.compile(model, backend="sparsec")
     with torch.no_grad():
-        told = model(x)
-        assert torch.allclose(torch.compile(model, backend="sparsec")(x), told, atol=1e-5)
+        for tokens_ in (8, 1):
+            x = torch.randn(1, tokens_, 64)
+            assert torch.allclose(compiled(x), twin(x), atol=1e-5)
 
 
 def test_a_request_of_generate_keeps_the_set_of_its_prompt() -> None:
