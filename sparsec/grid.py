@@ -7,6 +7,8 @@ In: a weight [N, K] that some quantiser left as ``q * scale`` in its own dtype. 
 from __future__ import annotations
 
 import functools
+import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -35,10 +37,45 @@ class OnGrid:
         return (self.q.float() * wide).to(dtype)
 
 
-def on_grid(weight: torch.Tensor, bits: int, group: int = 0, shifted: bool = False) -> OnGrid | None:
+class Known:
+    """Scales that were found once, by the content of a weight: profiling and packing ask for the same."""
+
+    def __init__(self, most_bytes: int = 1 << 26) -> None:
+        self._most, self._bytes = most_bytes, 0
+        self._scales: OrderedDict[tuple[str, int, int, bool], torch.Tensor | None] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def remember(self, key: str, bits: int, group: int, shifted: bool, scale: torch.Tensor | None) -> None:
+        """``scale``: fp32 [N, groups]; None: there is no such grid. The oldest go first."""
+        with self._lock:
+            self._take((key, bits, group, shifted))
+            self._scales[key, bits, group, shifted] = scale
+            self._bytes += _size(scale)
+            while self._bytes > self._most:
+                self._take(next(iter(self._scales)))
+
+    def look(self, key: str, bits: int, group: int, shifted: bool) -> tuple[bool, torch.Tensor | None]:
+        """(whether it is known, the scale)."""
+        with self._lock:
+            place = (key, bits, group, shifted)
+            return place in self._scales, self._scales.get(place)
+
+    def _take(self, place: tuple[str, int, int, bool]) -> None:
+        self._bytes -= _size(self._scales.pop(place, None))
+
+
+def _size(scale: torch.Tensor | None) -> int:
+    return 0 if scale is None else scale.numel() * scale.element_size()
+
+
+KNOWN = Known()
+
+
+def on_grid(weight: torch.Tensor, bits: int, group: int = 0, shifted: bool = False, key: str = "") -> OnGrid | None:
     """The symmetric grid of a weight [N, K], or None. ``group`` in-features of a row share a scale; 0: the whole row.
 
-    ``shifted``: 2^bits neighbouring integers with 0 among them, any for each group, instead of -top .. top.
+    ``shifted``: 2^bits neighbouring integers with 0 among them, any for each group, instead of -top .. top. ``key``: of
+    the weight's content, by which ``KNOWN`` may have its scales; they are proven all the same.
 
     The scale of a group is its largest |w| over some integer up to 2^(bits-1) - 1; round to nearest leaves the largest
     such integer, so that is tried first, and others only where it does not hold. A weight of 16 bits has rounded
@@ -50,6 +87,9 @@ def on_grid(weight: torch.Tensor, bits: int, group: int = 0, shifted: bool = Fal
     size, top = group or k, 2**bits - 1 if shifted else 2 ** (bits - 1) - 1
     fit = functools.partial(_fit, top=top, span=top if shifted else 2 * top)
     grouped = torch.nn.functional.pad(weight.detach(), (0, -k % size)).reshape(-1, size)
+    known, scale = KNOWN.look(key, bits, group, shifted)
+    if known:
+        return None if scale is None else _proven(weight, grouped, scale.reshape(-1, 1), group)
     scale = torch.ones(len(grouped), 1, device=weight.device)
     largest = grouped.float().abs().amax(1, keepdim=True)
     todo = (largest[:, 0] > 0).nonzero().flatten()
@@ -64,7 +104,12 @@ def on_grid(weight: torch.Tensor, bits: int, group: int = 0, shifted: bool = Fal
             return None
     if len(todo):
         return None
-    q = _steps(grouped, scale).to(torch.int8).reshape(len(weight), -1)[:, :k].contiguous()
+    return _proven(weight, grouped, scale, group)
+
+
+def _proven(weight: torch.Tensor, grouped: torch.Tensor, scale: torch.Tensor, group: int) -> OnGrid | None:
+    """The grid of these scales [G, 1], if it gives every value back."""
+    q = _steps(grouped, scale).to(torch.int8).reshape(len(weight), -1)[:, : weight.shape[1]].contiguous()
     made = OnGrid(q, scale.reshape(len(weight), -1), group)
     return made if torch.equal(made.weight(weight.dtype), weight.detach()) else None
 

@@ -30,7 +30,7 @@ def pack(
 
 def _pack_coded(weight: torch.Tensor, format: Format, source_key: str, fill: tuple[int, int]) -> Packed:
     """As ``pack``, but values are a byte stream in which the codes of each word start in a new byte."""
-    found = coded.coded(weight, format, "bitmap")
+    found = coded.coded(weight, format, "bitmap", source_key)
     (n, k), width = weight.shape, bits(format.values)
     masks, _, start = packer.pack_bitmap(found.main, fill)
     kept = _kept(masks)

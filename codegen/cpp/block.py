@@ -30,7 +30,7 @@ def _layout(pattern: Pattern) -> tuple[str, int]:
 def _pack_rows(weight: torch.Tensor, pattern: Pattern, values: str, source_key: str) -> Packed:
     tail: tuple[torch.Tensor, ...] = ()
     if is_coded(values):
-        found = coded.coded(weight, Format(pattern, values), "rows")
+        found = coded.coded(weight, Format(pattern, values), "rows", source_key)
         weight, tail, numbers = found.stored, found.tail, found.main
     else:
         weight = numbers = packer.checked(weight, values)

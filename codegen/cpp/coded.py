@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from sparsec.codegen.cpp import outliers, packer
-from sparsec.codegen.cpp.codes import SYMMETRIC_ZERO, Codes, codes_of
+from sparsec.codegen.cpp.codes import SYMMETRIC_ZERO, Codes
 from sparsec.codegen.cpp.values import bits, refusal
 from sparsec.errors import PatternMismatch
 from sparsec.formats import BOOKS, Format, value_kind
@@ -33,7 +33,7 @@ class Coded:
     tail: tuple[torch.Tensor, ...]
 
 
-def coded(weight: torch.Tensor, format: Format, layout: str) -> Coded:
+def coded(weight: torch.Tensor, format: Format, layout: str, key: str = "") -> Coded:
     """Raises PatternMismatch where the layout does not take the values, or the weight is no grid with few outliers;
     ValueError where it is not a [N, K] fp32 or bf16 tensor on the CPU."""
     if why := refusal(layout, format.values):
@@ -41,8 +41,7 @@ def coded(weight: torch.Tensor, format: Format, layout: str) -> Coded:
     if weight.dim() != 2 or weight.dtype not in packer.VALUE_DTYPES.values() or weight.device.type != "cpu":
         raise ValueError(f"a [N, K] fp32 or bf16 weight on the CPU is needed, not {tuple(weight.shape)} {weight.dtype}")
     weight = weight.detach().contiguous()
-    main, aside = outliers.split(weight, format)
-    found = codes_of(main, format)
+    main, aside, found = outliers.split(weight, format, key)
     if layout in LANES_ARE_ROWS and bool((found.zero != _middle(format.values)).any()):
         raise PatternMismatch(format=str(format), detail="its zero points differ; bitmap with another loop takes them")
     return Coded(main, found, _stored(found, format.values), (*_meaning(found, format.values), *outliers.stream(aside)))

@@ -54,10 +54,11 @@ class Codes:
         return not self.zero.numel() or bool((self.zero == self.zero.flatten()[0]).all())
 
 
-def codes_of(weight: torch.Tensor, format: Format) -> Codes:
+def codes_of(weight: torch.Tensor, format: Format, key: str = "") -> Codes:
     """The codes of a weight [N, K] on the CPU. Raises PatternMismatch where it lies on no such grid.
 
-    Groups of zeros have the scale 1; so have those of a weight without rows or columns, which lies on any grid.
+    ``key``: of the weight's content, as ``grid.on_grid``. Groups of zeros have the scale 1; so have those of a weight
+    without rows or columns, which lies on any grid.
     """
     kind, group = value_kind(format.values)
     if not weight.numel():
@@ -65,15 +66,15 @@ def codes_of(weight: torch.Tensor, format: Format) -> Codes:
     if kind in BOOKS:
         return _codebook(weight, format, BOOKS[kind])
     if kind == "ternary":
-        found, group = on_grid(weight, 2, 0), 0
+        found, group = on_grid(weight, 2, 0, key=key), 0
         if found is None:
             raise PatternMismatch(format=str(format), detail="a row has more than one magnitude")
         return Codes(found.q, found.scale, _zeros(found, 1), _none(weight), 0)
     bits = BITS[kind]
-    found = on_grid(weight, bits, group)
+    found = on_grid(weight, bits, group, key=key)
     if found is not None:
         return Codes(found.q, found.scale, _zeros(found, 2 ** (bits - 1)), _none(weight), group)
-    found = on_grid(weight, bits, group, shifted=True) if bits < 8 else None  # q of 8 shifted bits fit no int8
+    found = on_grid(weight, bits, group, True, key) if bits < 8 else None  # q of 8 shifted bits fit no int8
     if found is None:
         where = f"groups of {group}" if group else "rows"
         raise PatternMismatch(format=str(format), detail=f"its {where} are on no grid of {bits} bits")

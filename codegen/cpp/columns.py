@@ -33,7 +33,7 @@ class Columns:
     def pack(self, weight: torch.Tensor, pattern: Pattern, values: str, source_key: str) -> Packed:
         format = Format(pattern, values)
         if is_coded(values):
-            found = coded.coded(weight, format, layout(pattern))
+            found = coded.coded(weight, format, layout(pattern), source_key)
             whole, kept, tail = found.stored, found.main != 0, found.tail
         else:
             whole = packer.checked(weight, values)

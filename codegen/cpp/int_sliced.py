@@ -86,7 +86,7 @@ def pack(weight: torch.Tensor, format: Format, source_key: str) -> Packed:
     pattern, (kind, group) = format.pattern, value_kind(format.values)
     if pattern.kind == "nm":
         nm.check(weight, pattern)
-    codes, (n, k), (share, run) = codes_of(weight, format), weight.shape, shape_of(pattern)
+    codes, (n, k), (share, run) = codes_of(weight, format, source_key), weight.shape, shape_of(pattern)
     wide, bits = slice_of(format), BITS[kind]
     tiles, chunks = -(-n // packer.TILE), -(-k // wide)
     q = np.zeros((tiles * packer.TILE, chunks * wide), dtype=np.int16)
@@ -167,7 +167,7 @@ def sums_of(q: Array, group: int, tiles: int) -> torch.Tensor:
     size = group or SEGMENT
     columns = np.arange(0, q.shape[1], size)
     sums = np.add.reduceat(q.astype(np.int32), columns, axis=1)
-    return torch.from_numpy(sums.reshape(tiles, packer.TILE, -1).swapaxes(1, 2).astype(np.int32).ravel())
+    return torch.from_numpy(sums.reshape(tiles, packer.TILE, len(columns)).swapaxes(1, 2).astype(np.int32).ravel())
 
 
 def _starts(slots: Slots, bytes_of_slot: int, positions_of_slot: int) -> Array:

@@ -43,7 +43,7 @@ def pack(weight: torch.Tensor, format: Format, source_key: str) -> Packed:
     pattern, (kind, _) = format.pattern, value_kind(format.values)
     if pattern.kind == "nm":
         nm.check(weight, pattern)
-    codes = codes_of(weight, format)
+    codes = codes_of(weight, format, source_key)
     n, k = weight.shape
     tiles, steps = -(-n // packer.TILE), -(-k // QUAD) * QUAD // STEP
     stored = _in_steps(codes.unsigned(), tiles, steps)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 
 from sparsec.codegen.cpp import packer
-from sparsec.codegen.cpp.codes import BITS, codes_of
+from sparsec.codegen.cpp.codes import BITS, Codes, codes_of
 from sparsec.errors import PatternMismatch
 from sparsec.formats import BOOKS, Format, value_kind
 from sparsec.grid import common_scale
@@ -25,22 +25,20 @@ QUAD = 4  # outliers of a row that are multiplied together
 _TRIED = 1 << 22  # values that are looked at together
 
 
-def split(weight: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor]:
-    """(main, outliers) of a weight [N, K], both dense: main is on the format's grid if there is one with few outliers.
+def split(weight: torch.Tensor, format: Format, key: str = "") -> tuple[torch.Tensor, torch.Tensor, Codes]:
+    """(main, outliers, codes of main) of a weight [N, K]; main and outliers are dense, and main is the weight itself
+    where it has no outliers.
 
-    A weight without outliers is main itself; one with too many comes back whole, for ``codes_of`` to refuse.
+    ``key``: of the weight's content, as ``codes_of``. Raises PatternMismatch where there are more than a few.
     """
-    aside = torch.zeros_like(weight)
-    if not weight.numel():
-        return weight, aside
     try:
-        codes_of(weight, format)
+        return weight, torch.zeros_like(weight), codes_of(weight, format, key)
     except PatternMismatch:
         out = _off_grid(weight, format)
         if out is None:
-            return weight, aside
-        return weight.masked_fill(out, 0.0), weight.masked_fill(~out, 0.0)
-    return weight, aside
+            raise
+    main = weight.masked_fill(out, 0.0)
+    return main, weight.masked_fill(~out, 0.0), codes_of(main, format)
 
 
 def _off_grid(weight: torch.Tensor, format: Format) -> torch.Tensor | None:

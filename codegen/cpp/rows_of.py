@@ -37,7 +37,7 @@ class Rows:
             n, k = packer.checked(weight, values).shape
             return Packed(format, 1, (), _work(n, k + 1), (n, k), source_key, loop="gather")
         if is_coded(values):
-            found = coded.coded(weight, format, "bitmap")
+            found = coded.coded(weight, format, "bitmap", source_key)
             whole, kept, tail = found.stored, found.main != 0, found.tail
         else:
             whole = packer.checked(weight, values)

@@ -37,7 +37,7 @@ def pack(weight: torch.Tensor, pattern: Pattern, values: str, source_key: str, s
 
 def _pack_coded(weight: torch.Tensor, format: Format, source_key: str, share: int) -> Packed:
     """As ``pack``, but values are a byte stream in which the codes of each step start in a new byte."""
-    found = coded.coded(weight, format, "sliced")
+    found = coded.coded(weight, format, "sliced", source_key)
     (n, k), width = weight.shape, bits(format.values)
     q, positions, lanes, heads, start = packer.pack_sliced(found.codes.q.int(), share)
     values, steps = int(start[-1, 0]), int(start[-1, 1])

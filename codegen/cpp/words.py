@@ -11,7 +11,7 @@ from sparsec.formats import Format
 
 
 def pack(weight: torch.Tensor, format: Format, source_key: str) -> Packed:
-    found = coded.coded(weight, format, "words")
+    found = coded.coded(weight, format, "words", source_key)
     (n, k), width = weight.shape, bits(format.values)
     wide = torch.nn.functional.pad(found.stored, (0, -k % packer.CHUNK, 0, -n % packer.TILE))
     parts = wide.view(

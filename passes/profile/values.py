@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from sparsec.facts import ValueFact
-from sparsec.grid import OnGrid, on_grid
+from sparsec.grid import KNOWN, OnGrid, on_grid
 
 REAL = ValueFact()
 MAX_LEVELS = 256
@@ -27,8 +27,11 @@ _TELLING = 40  # a larger code of a 16-bit value is near some integer, whatever 
 _MIN_GROUP = 8  # kept values from which one group is evidence at all
 
 
-def value_set(weight: torch.Tensor, nnz: int) -> ValueFact:
-    """The value set of a finite weight [N, K] with ``nnz`` non-zeros; REAL when nothing smaller describes it."""
+def value_set(weight: torch.Tensor, nnz: int, key: str = "") -> ValueFact:
+    """The value set of a finite weight [N, K] with ``nnz`` non-zeros; REAL when nothing smaller describes it.
+
+    ``key``: of its content; scales that are found are remembered by it, for packing (``grid.KNOWN``).
+    """
     if nnz == 0 or weight.numel() == 0 or not weight.dtype.is_floating_point:
         return REAL
     sample = _sample(weight)
@@ -42,14 +45,14 @@ def value_set(weight: torch.Tensor, nnz: int) -> ValueFact:
         if _grid([sample], group) is not None and (grid := _grid(_bands(weight), group)):
             kind = "ternary" if grid.largest == 1 else "grid"
             least = 2 if kind == "ternary" else 3  # -1 .. 2 has four values too, and codes of 2 bits are -1 .. 1
-            proven = _proven(_bands(weight), max(grid.bits, least), group)
+            proven = _proven(_bands(weight), max(grid.bits, least), group, key)
             return ValueFact(kind, count, grid.bits, group, proven, most)
-        if weight.dtype != torch.float32 and (bits := _exact_bits(weight, sample, group)):
+        if weight.dtype != torch.float32 and (bits := _exact_bits(weight, sample, group, key)):
             return ValueFact("ternary" if bits == 2 else "grid", count, bits, group, True, most)
     return REAL if levels is None and not most else ValueFact("codebook", count, row_levels=most)
 
 
-def _exact_bits(weight: torch.Tensor, sample: torch.Tensor, group: int) -> int:
+def _exact_bits(weight: torch.Tensor, sample: torch.Tensor, group: int, key: str) -> int:
     """Bits of the codes that give every value back, else 0. Where products were rounded to 16 bits any number is near
     a multiple of any other, and only the exact search tells."""
     for bits in (2, 4, MAX_BITS):
@@ -57,19 +60,38 @@ def _exact_bits(weight: torch.Tensor, sample: torch.Tensor, group: int) -> int:
         if found is None:
             continue
         telling = int(((found.q != 0) & (found.q.abs() <= _TELLING)).sum()) - 2 * found.scale.numel()
-        return bits if telling >= _EVIDENCE and _proven(_bands(weight), bits, group) else 0
+        return bits if telling >= _EVIDENCE and _proven(_bands(weight), bits, group, key) else 0
     return 0
 
 
 def _codes(weight: torch.Tensor, bits: int, group: int) -> OnGrid | None:
     """Codes of 2, 4 or 8 bits that give every value back, around any zero where they are of 4; None: there are none."""
-    width = 2 if bits <= 2 else 4 if bits <= 4 else MAX_BITS
+    width = _width(bits)
     found = on_grid(weight.to("cpu"), width, group)
     return on_grid(weight.to("cpu"), width, group, shifted=True) if found is None and width == 4 else found
 
 
-def _proven(bands: list[torch.Tensor], bits: int, group: int) -> bool:
-    return all(_codes(band, bits, group) is not None for band in bands)
+def _width(bits: int) -> int:
+    return 2 if bits <= 2 else 4 if bits <= 4 else MAX_BITS
+
+
+def _proven(bands: list[torch.Tensor], bits: int, group: int, key: str) -> bool:
+    """Whether every band has such codes. Their scales are remembered: of all bands around the middle, or of all around
+    any zero, since one that is around the middle is that too."""
+    found: list[torch.Tensor] = []
+    width, shifted = _width(bits), False
+    for band in bands:
+        symmetric = on_grid(band.to("cpu"), width, group) if not shifted else None
+        shifted |= symmetric is None
+        codes = symmetric or (on_grid(band.to("cpu"), width, group, shifted=True) if width == 4 else None)
+        if codes is None:
+            return False
+        found.append(codes.scale)
+    if key:
+        KNOWN.remember(key, width, group, False, None if shifted else torch.cat(found))
+        if shifted:
+            KNOWN.remember(key, width, group, True, torch.cat(found))
+    return True
 
 
 def _sample(weight: torch.Tensor) -> torch.Tensor:

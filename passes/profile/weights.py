@@ -114,7 +114,7 @@ def _measure(weight: torch.Tensor, key: str) -> WeightFact:
         nm=_nm_facts(mask, k, nnz, density),
         vnm=_vnm_facts(mask, k, nnz, density),
         blocks=_block_facts(mask, k, nnz, density),
-        values=values.value_set(weight, nnz) if not nonfinite else values.REAL,
+        values=values.value_set(weight, nnz, key) if not nonfinite else values.REAL,
         thumbnail=bits.thumbnail(mask, n, k),
     )
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparsec import grid
 from sparsec.codegen.cpp import coded, family, pack_verified
 from sparsec.codegen.cpp.codes import codes_of
 from sparsec.errors import PatternMismatch
 from sparsec.formats import BOOKS, Format
+from sparsec.passes.profile.weights import profile
 from sparsec.passes.quantize.contract import Grid
 
 
@@ -79,6 +83,44 @@ def test_zeros_that_a_bitmap_leaves_out_take_no_level(pattern: str, values: str,
     assert torch.equal(codes.levels, codes.levels[:, :most].repeat(1, 16 // most))
     packed = pack_verified(weight, format, "")
     assert torch.equal(family("bitmap").unpack(packed), weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_packing_takes_the_scales_that_profiling_found_and_proves_them(
+    symmetric: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(3)
+    weight = Grid(4, 32, symmetric).nearest(torch.randn(40, 256).abs() - 0.3).to(dtype)
+    format, fact = Format.parse("panel+int4g32"), profile(weight)
+    assert (fact.values.bits, fact.values.group, fact.values.exact) == (4, 32, True)
+    expected = codes_of(weight, format)
+    other = Grid(4, 32).nearest(torch.randn(40, 256)).to(dtype)
+
+    def fails(*args: object, **keywords: object) -> None:
+        raise AssertionError("searched again")
+
+    monkeypatch.setattr(grid, "_fit", fails)
+    found = codes_of(weight, format, fact.key)
+    assert torch.equal(found.weight(dtype), weight)
+    assert torch.equal(found.scale, expected.scale)
+    assert torch.equal(found.q, expected.q)
+    for packs in ("", "int8"):
+        pack_verified(weight, format, fact.key, x=packs)
+    monkeypatch.undo()
+    with contextlib.suppress(PatternMismatch):  # a key of other content gives no wrong codes
+        assert torch.equal(codes_of(other, format, fact.key).weight(dtype), other)
+
+
+def test_what_is_remembered_of_grids_is_bounded_by_its_bytes() -> None:
+    known = grid.Known(most_bytes=1000)
+    for i in range(5):
+        known.remember(str(i), 4, 0, False, torch.ones(100))
+    known.remember("none", 4, 0, False, None)
+    known.remember("4", 4, 0, False, torch.zeros(100))  # in the place of what was there
+    assert [known.look(str(i), 4, 0, False)[0] for i in range(5)] == [False, False, False, True, True]
+    assert known.look("none", 4, 0, False) == (True, None)
+    assert not known.look("4", 4, 0, True)[0]
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -28,12 +28,7 @@ DENSE: dict[str, Any] = {"min_speedup": 1e9}
 FORCED: dict[str, Any] = {"min_speedup": 0, "formats": ["bitmap"]}
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("fresh_graphs")
 
 
 def compiled(model: nn.Module, options: dict[str, Any]) -> tuple[Callable[..., Any], list[Compilation]]:

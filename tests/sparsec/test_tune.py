@@ -683,7 +683,7 @@ def test_failures_to_compile_side_by_side_are_told_later(
     assert [t.spec.loop for t in texts] == ["dot", "outer"]
     with caplog.at_level(logging.INFO, "sparsec.tune"):
         compile_all(texts, tmp_path)
-    assert caplog.text.count("no C++ compiler") == 2
+    assert caplog.text.count("no C++ compiler") == 1
 
 
 def test_kernel_texts_differ_where_the_kernel_does() -> None:
