@@ -298,8 +298,8 @@ def products_of(kernel: Kernel) -> int:
     return int(ctypes.CDLL(str(kernel.source.with_suffix(".so"))).emulated_products())
 
 
-TILED = ("bitmap+int8", "panel+int8", "panel+int4g64", "panel+int8g32", "nm:2:4+ternary", "nm:2:4+int8", "nm:1:2+int4g64",
-         "block:16x16+int8", "block:32x64+int4g64", "block:16x4+ternary")  # fmt: skip
+TILED = ("bitmap+int8", "panel+int8", "panel+int4g64", "panel+int8g32", "nm:2:4+ternary", "nm:2:4+int8",
+         "nm:1:2+int4g64", "block:16x16+int8", "block:32x64+int4g64", "block:16x4+ternary")  # fmt: skip
 
 
 @pytest.mark.parametrize("text", TILED)
