@@ -41,7 +41,8 @@ INLINE void add_outliers_of(const SparsecCall *call, int64_t row, int rows, cons
     const X *value = pack_of<X>(call, kTail + 4) + 4 * static_cast<int64_t>(begin[0]);
     asm("" : "+r"(x));  // one register, not a sum that is worked out for each place
     Four sum[kRows] = {};
-    for (int32_t q = begin[0]; q < begin[1]; ++q, at += kQuadPlaces, value += 4) sum[at[0]] += four(value) * four_of(x, at + 1);
+    for (int32_t q = begin[0]; q < begin[1]; ++q, at += kQuadPlaces, value += 4)
+      sum[at[0]] += four(value) * four_of(x, at + 1);
     alignas(64) float whole[kRows];
     for (int r = 0; r < kRows; ++r) whole[r] = (sum[r][0] + sum[r][1]) + (sum[r][2] + sum[r][3]);
     sums[i] = add(sums[i], load16(whole));
