@@ -112,7 +112,9 @@ def compile_all(specs: Iterable[KernelSpec], cache: Path, threads: int = 4) -> d
     """
     compiler = find_compiler()
     failed: dict[KernelSpec, BuildError] = {}
-    sources = {spec: (family(spec.format.pattern.kind, spec.x).text(spec), isa_flags(spec)) for spec in specs}
+    sources = {
+        spec: (family(spec.format.pattern.kind, spec.x, spec.loop).text(spec), isa_flags(spec)) for spec in specs
+    }
     missing = [spec for spec, (text, flags) in sources.items()
                if not _intact(_place(cache / "kernels", spec.name, text, flags, compiler))]  # fmt: skip
     shared = Counter(sources[spec][1] for spec in missing if spec.isa != "portable")

@@ -85,7 +85,10 @@ def would_give(gains: list[tuple[str, float]]) -> str:
 
 
 def gates(found: Sequence[Range]) -> list[str]:
-    """What activation sparsity brings: ``where x is zero, columns are skipped, in calls that leave out at least 31 %``."""
+    """What activation sparsity brings: ``where x is zero, columns are skipped, in calls that leave out at least 31 %``.
+
+    ``found``: the gated ranges of a decision.
+    """
     said = []
     for loop, what in (
         ("skip", "where x is zero, columns are skipped"),
