@@ -56,6 +56,21 @@ INLINE void add_outliers(const SparsecCall *call, int64_t row, int rows, int64_t
   else add_outliers_of<uint16_t>(call, row, rows, begin, sums);
 }
 
+// Outliers to their places in the dense rows of a tile, which begin at `y`. What fills a quad up is a zero.
+template <class Place>
+INLINE void write_outliers_of(const SparsecCall *call, const int32_t *begin, X *y) {
+  const Place *at = pack_of<Place>(call, kTail + 3) + kQuadPlaces * static_cast<int64_t>(begin[0]);
+  const X *value = pack_of<X>(call, kTail + 4) + 4 * static_cast<int64_t>(begin[0]);
+  for (int32_t q = begin[0]; q < begin[1]; ++q, at += kQuadPlaces, value += 4)
+    for (int i = 0; i < 4; ++i)
+      if (to_float(value[i]) != 0.f) y[at[0] * call->y_stride + at[1 + i]] = value[i];
+}
+INLINE void write_outliers(const SparsecCall *call, int64_t tile, X *y) {
+  const int32_t *begin = pack_of<int32_t>(call, kTail + 2) + tile;
+  if (call->k > 65536) write_outliers_of<int32_t>(call, begin, y);
+  else write_outliers_of<uint16_t>(call, begin, y);
+}
+
 // acc[r][0 .. 16 NV) has the outputs of row r of the tile; x is transposed in blocks of 16 NV rows.
 template <int NV, class Place>
 INLINE void add_outliers_transposed_of(const SparsecCall *call, const int32_t *begin, const float *x, float *acc) {

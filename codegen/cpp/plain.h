@@ -25,6 +25,8 @@ constexpr int kStarts = 2, kPositions = 0;
 INLINE F16 joined_rows(const SparsecCall *, int64_t, int64_t, F16 sum, F16 part) { return add(sum, part); }
 INLINE void scale_sorted(const SparsecCall *, int64_t, int64_t, uint64_t, float *, int64_t) {}
 
+template <class T>
+INLINE void write_outliers(const SparsecCall *, int64_t, T *) {}
 INLINE void add_outliers(const SparsecCall *, int64_t, int, int64_t, F16 *) {}
 template <int NV>
 INLINE void add_outliers_transposed(const SparsecCall *, int64_t, const float *, float *) {}

@@ -29,5 +29,6 @@ EXPORT void sparsec_run(const SparsecCall *call, int64_t tile_begin, int64_t til
           store_n(out + c, left - c < 16 ? static_cast<int>(left - c) : 16, load16(dense + r * kChunk + c));
       }
     }
+    write_outliers(call, t, static_cast<X *>(call->y) + (t * kRows - call->m) * call->y_stride);
   }
 }

@@ -24,7 +24,7 @@ SPECS = [KernelSpec(Format.parse(f), "unpack", Format.parse(f).values, isa)
 
 @pytest.fixture(scope="module", autouse=True)
 def _compile_ahead(compile_all: Callable[[list[KernelSpec]], None]) -> None:
-    compile_all([*SPECS, *INTEGER])
+    compile_all([*SPECS, *INTEGER, *CODED])
 
 
 def weight_of(format: Format, n: int, k: int, density: float, seed: int) -> torch.Tensor:
@@ -85,4 +85,24 @@ def test_unpacking_what_integer_kernels_read_gives_every_bit_back(
         weight = (codes_of(weight, spec.format).q / 8).bfloat16()  # exact in bf16
     packed = pack_verified(weight, spec.format, "test", x="int8")
     tile = (packed.work.numel() - 1) // 2 if later else 0
+    assert torch.equal(unpacked(kernel, packed, tile, weight.dtype), weight[16 * tile :])
+
+
+CODED = [KernelSpec(Format.parse(f), "unpack", dtype, isa)
+         for f, dtype in (("panel+int4g32", "fp32"), ("bitmap+int8", "bf16"), ("index+int8", "fp32"))
+         for isa in ("avx512", "avx2", "portable")]  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", CODED, ids=lambda s: s.name)
+@pytest.mark.parametrize("later", [False, True])
+def test_outliers_come_back_to_their_places(spec: KernelSpec, later: bool, runnable: Compiled) -> None:
+    kernel, generator = runnable(spec), torch.Generator().manual_seed(3)
+    weight = on_grid(spec.format, 70, 600, 0.4, generator)
+    if spec.dtype == "bf16":
+        weight = (codes_of(weight, spec.format).q / 8).bfloat16()  # exact in bf16
+    aside = torch.rand(weight.shape, generator=generator) < 0.005
+    weight = torch.where(aside, (40 + 20 * torch.rand(weight.shape, generator=generator)).to(weight.dtype), weight)
+    packed = pack_verified(weight, spec.format, "test")
+    tile = (packed.work.numel() - 1) // 2 if later else 0
+    assert int(packed.tensors[-3][-1]) > 0  # quads of outliers
     assert torch.equal(unpacked(kernel, packed, tile, weight.dtype), weight[16 * tile :])
