@@ -40,7 +40,7 @@ def pack(weight: torch.Tensor, format: Format, source_key: str) -> Packed:
     """Raises PatternMismatch where the weight is on no such grid, or is not N:M."""
     kind, group = value_kind(format.values)
     nm.check(weight, format.pattern)
-    codes, (n, k), bits = codes_of(weight, format), weight.shape, BITS[kind]
+    codes, (n, k), bits = codes_of(weight, format, source_key), weight.shape, BITS[kind]
     tiles, quads = -(-n // packer.TILE), -(-k // QUAD)
     q = np.zeros((tiles * packer.TILE, quads * QUAD), dtype=np.int16)
     q[:n, :k] = codes.q.numpy()
@@ -50,7 +50,7 @@ def pack(weight: torch.Tensor, format: Format, source_key: str) -> Packed:
     steps = value.transpose(0, 2, 3, 1, 4, 5).astype(np.uint8).reshape(-1, 64)
     shifts = np.arange(0, 8, 2).reshape(4, 1, 1)
     places = (place << shifts).sum(3).astype(np.uint8).transpose(0, 2, 1, 3, 4)
-    parts = [int_codes.planes(steps, bits).reshape(tiles * quads, -1), places.reshape(tiles * quads, 64)]
+    parts = [int_codes.planes(steps, bits).reshape(tiles * quads, QUAD * bits), places.reshape(tiles * quads, 64)]
     scale, zero, apart = int_steps.factors(codes, SYMMETRIC_ZERO[kind], tiles)
     info = torch.tensor([int_steps.DTYPES.index(weight.dtype), apart])
     stream = int_codes.padded(np.concatenate(parts, axis=1).ravel())
@@ -90,7 +90,9 @@ def unpack(packed: Packed) -> torch.Tensor:
     kept = np.zeros(wide.shape, dtype=bool)
     np.put_along_axis(wide, place.astype(np.int64), value.view(np.int8) if bits == 8 else value, 5)
     np.put_along_axis(kept, place.astype(np.int64), True, 5)
-    rows, mask = (t.transpose(0, 3, 1, 2, 4, 5).reshape(tiles * packer.TILE, -1)[:n, :k] for t in (wide, kept))
+    rows, mask = (
+        t.transpose(0, 3, 1, 2, 4, 5).reshape(tiles * packer.TILE, quads * QUAD)[:n, :k] for t in (wide, kept)
+    )
     scales, zeros = int_steps.from_factors(scale, zero, tiles, n)
     span = np.repeat(zeros.numpy().astype(np.int16), group or max(k, 1), axis=1)[:, :k] if bits < 8 else 0
     q = torch.from_numpy(np.where(mask, rows - span, 0).astype(np.int8))

@@ -49,7 +49,7 @@ def annotated(sites: Iterable[Site], graph: Graph, view: View) -> list[Site]:
         node = named[site.node]
         x = facts.get(named[site.reads] if site.reads else argument(node, 0, "input"), TOP)
         mask = needed.get(node)
-        if mask is not None and (site.kind != "conv1x1" or shape_of(mask) == shape_of(node)):
+        if mask is not None and (site.conv is None or shape_of(mask) == shape_of(node)):
             site = replace(site, needed=mask.name, needed_fact=facts[mask])
         found.append(replace(site, gate=_of_rows(x, site) if x.zeros else None))
     return found
@@ -57,6 +57,6 @@ def annotated(sites: Iterable[Site], graph: Graph, view: View) -> list[Site]:
 
 def _of_rows(fact: ActFact, site: Site) -> ActFact:
     """The fact of x as rows [M, K]: a 1x1 convolution has K in the second dimension, where patterns are not."""
-    if site.kind != "conv1x1" or not fact.pattern:
+    if site.conv is None or not fact.pattern:
         return fact
     return replace(fact, pattern="", state="exact" if fact.rate is not None else "likely")
