@@ -190,8 +190,8 @@ class Site:
     then, and ``parts`` are all. ``reads``: the node of x, before it is quantised.
     ``gate``: what the graph says of the zeros of x (None: of no zeros). ``needed``: a node whose zeros are places of
     the result that nobody reads, "" where all may be read; its last size is N, its others are those of the result or
-    broadcast to them (of a convolution its shape is the result's), and it may come after the site in the graph, though it
-    does not depend on it. ``needed_fact``: what is known of its zeros.
+    broadcast to them (of a convolution its shape is the result's), and it may come after the site in the graph, though
+    it does not depend on it. ``needed_fact``: what is known of its zeros.
     """
 
     node: str

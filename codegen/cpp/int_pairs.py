@@ -78,6 +78,8 @@ def _zeros(codes: Codes, rows: int, columns: int) -> Array:
 
 def unpack(packed: Packed) -> torch.Tensor:
     """The weight back, in NumPy and from the layout's description alone."""
+    if 0 in packed.shape:
+        return torch.zeros(packed.shape, dtype=int_steps.DTYPES[int(packed.tensors[-1][0])])
     (n, k), (kind, group) = packed.shape, value_kind(packed.format.values)
     stream, scale, _, zero, info = packed.tensors
     tiles, quads, bits = -(-n // packer.TILE), -(-k // QUAD), BITS[kind]
