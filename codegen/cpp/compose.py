@@ -13,6 +13,7 @@ from sparsec.errors import PatternMismatch
 from sparsec.formats import VALUE_BYTES
 
 VALUE_TYPES = {"fp32": "float", "bf16": "bf16"}
+_PAIRED = ("bitmap", "words", "row_bitmap", "row_words")  # layouts that have words of bf16 codes
 _TENSORS = {
     "panel": 1,
     "words": 1,
@@ -75,7 +76,7 @@ def _lane(spec: KernelSpec, layout: str) -> str:
         return "float"
     if not is_coded(values):
         return VALUE_TYPES[spec.dtype]
-    in_pairs = spec.bf16_dot and bits(values) < 8 and spec.loop in ("dot", "gather")
+    in_pairs = spec.bf16_dot and bits(values) < 8 and layout in _PAIRED and spec.loop in ("dot", "gather")
     return "bf16" if in_pairs else "float"
 
 

@@ -233,5 +233,6 @@ def test_every_family_gives_a_text_for_every_loop_and_isa() -> None:
 
 def test_the_call_struct_is_the_one_in_the_header() -> None:
     names = [name for name, _ in direct.Call._fields_]
-    assert names == ["x", "x_stride", "y", "y_stride", "bias", "pack", "scratch", "m", "n", "k", "act", "x_scale"]
-    assert ctypes.sizeof(direct.Call) == 11 * 8
+    first = ["x", "x_stride", "y", "y_stride", "bias", "pack", "scratch", "m", "n", "k", "act", "x_scale"]
+    assert names == [*first, "active", "active_count"]
+    assert ctypes.sizeof(direct.Call) == 13 * 8
