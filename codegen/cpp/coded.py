@@ -43,7 +43,7 @@ def coded(weight: torch.Tensor, format: Format, layout: str, key: str = "") -> C
     weight = weight.detach().contiguous()
     main, aside, found = outliers.split(weight, format, key)
     if layout in LANES_ARE_ROWS and bool((found.zero != _middle(format.values)).any()):
-        raise PatternMismatch(format=str(format), detail="its zero points differ; bitmap with another loop takes them")
+        raise PatternMismatch(format=str(format), detail="its zero points differ; bitmap takes them")
     return Coded(main, found, _stored(found, format.values), (*_meaning(found, format.values), *outliers.stream(aside)))
 
 
