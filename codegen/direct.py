@@ -86,7 +86,7 @@ def prepared(
     )
     prepare, tiles = _work(kernel.prepare), _work(kernel.run)
     units = _sizes(kernel.prepare_units)(m, k)
-    last = packed.work.numel() - 1 if kernel.spec.loop != "gather" else -(-call.active_count // packer.TILE)
+    last = packed.work.numel() - 1 if kernel.spec.loop != "select" else -(-call.active_count // packer.TILE)
     keep = (scratch, pointers, x, y, bias, packed, active, weight)
 
     def run(pool: Executor | None = None, cuts: Sequence[int] = ()) -> None:
@@ -115,7 +115,7 @@ def linear(
     """act(x @ W.T + bias) by ``kernel`` on one thread: [M, K] -> [M, N], in x's dtype.
 
     ``x_scale``: the static scale of a kernel that rounds x to int8; 0 lets every row of x have its own. ``active``:
-    int32, ascending, the outputs that a kernel of the loop ``gather`` computes, all others are 0; one that skips
+    int32, ascending, the outputs that a kernel of the loop ``select`` computes, all others are 0; one that skips
     columns is told those of x that are not zero. ``weight``: [N, K], for packs without tensors.
     """
     y = torch.zeros(x.shape[0], packed.shape[0], dtype=x.dtype)

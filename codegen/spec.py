@@ -17,7 +17,7 @@ in ``Packed.work``. Accumulation is fp32; products of int8 are summed in int32, 
 have a scale of their own in fp32. ``x_scale`` is for kernels that round x (``KernelSpec.x``): 0 means a scale for each
 row of x, a positive number is the one scale of all, a negative one the least that a row's may be. ``active`` is for the
 loops of activation sparsity: ascending columns of x that have a value other than zero in some row (``skip``), or rows
-of the weight whose outputs are wanted (``gather``, which writes no others).
+of the weight whose outputs are wanted (``select``, which writes no others).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class KernelSpec:
     """Everything that shapes a kernel's text.
 
     ``loop``: ``dot`` (rows of x against rows of W; small M) or ``outer`` (x transposed, M in the vector; larger M);
-    ``skip`` reads only the columns of W that meet a value of x, ``gather`` only the rows whose outputs are wanted;
+    ``skip`` reads only the columns of W that meet a value of x, ``select`` only the rows whose outputs are wanted;
     ``unpack`` writes the dense weight and reads no x (``cpp/unpack.h``); every layout with an outer loop has it.
     ``dtype``: of x, y and bias, ``fp32`` or ``bf16``. ``bf16_dot``: the machine has bf16 dot products.
     ``x``: "" takes x as it is, ``int8`` quantises it first (``reference.quantised``). ``int_dot``: what its kernels use

@@ -158,7 +158,7 @@ def rewrite(c: Compilation) -> int:
             unrounded(graph, new, view)
     if not c.target.gpu:
         only_needed(
-            graph, [(now[s.node], now.get(s.needed) or c.nodes[s.needed]) for s in _gathering(c) if s.node in now]
+            graph, [(now[s.node], now.get(s.needed) or c.nodes[s.needed]) for s in _selecting(c) if s.node in now]
         )
     if not c.target.gpu:
         group_calls(graph)
@@ -319,7 +319,7 @@ def _plan(s: Site, policy: Policy, target: Target) -> Plan:
 def _gates(s: Site) -> str:
     """The loops of ``Plan.gates``. Rows are gathered from the weight as it is stored, so not from a transposed one."""
     loops = [f"skip={1 - s.gate.rate:g}" if s.gate.rate else "skip"] if s.gate and s.gate.zeros else []
-    loops += ["gather"] if s.needed and s.kind == "linear" and not s.w else []
+    loops += ["select"] if s.needed and s.kind == "linear" and not s.w else []
     return " ".join(loops)
 
 
@@ -327,10 +327,10 @@ def _left_alone(c: Compilation, i: int) -> bool:
     return bool(c.sites[i][0].w) and not needed(c.decisions[i], c.plans[i])
 
 
-def _gathering(c: Compilation) -> list[Site]:
+def _selecting(c: Compilation) -> list[Site]:
     """The sites of which only the rows are computed whose outputs somebody reads."""
     found = zip(c.sites, c.plans, strict=True)
-    return [site for (site, _), plan in found if any(loop == "gather" for loop, _ in plan.loops)]
+    return [site for (site, _), plan in found if any(loop == "select" for loop, _ in plan.loops)]
 
 
 def _note_layers(c: Compilation) -> None:

@@ -36,7 +36,7 @@ class Plan:
 
     ``transposed``: the weight is stored [K, N]. ``m``: rows of x when the graph was made (0: dynamic). ``x``: how x is
     quantised, as ``Site.x`` says it. ``w``: how the weight is computed (``expression.encode``); "": it is a tensor.
-    ``gates``: the loops that activation sparsity allows, ``skip`` and ``gather``, each with ``=`` and the share that is
+    ``gates``: the loops that activation sparsity allows, ``skip`` and ``select``, each with ``=`` and the share that is
     left where the graph says it.
     ``conv``: how a convolution walks; None for everything else.
     """

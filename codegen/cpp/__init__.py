@@ -25,7 +25,7 @@ INTEGER_FAMILIES = dict.fromkeys(FAMILIES, "sparsec.codegen.cpp.integer:FAMILY")
 _KINDS = ("panel", "bitmap", "nm", "block")
 LOOP_FAMILIES = {
     "skip": dict.fromkeys(_KINDS, "sparsec.codegen.cpp.columns:FAMILY"),
-    "gather": dict.fromkeys(_KINDS, "sparsec.codegen.cpp.rows_of:FAMILY"),
+    "select": dict.fromkeys(_KINDS, "sparsec.codegen.cpp.rows_of:FAMILY"),
 }
 
 

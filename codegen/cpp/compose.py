@@ -76,7 +76,7 @@ def _lane(spec: KernelSpec, layout: str) -> str:
         return "float"
     if not is_coded(values):
         return VALUE_TYPES[spec.dtype]
-    in_pairs = spec.bf16_dot and bits(values) < 8 and layout in _PAIRED and spec.loop in ("dot", "gather")
+    in_pairs = spec.bf16_dot and bits(values) < 8 and layout in _PAIRED and spec.loop in ("dot", "select")
     return "bf16" if in_pairs else "float"
 
 
@@ -85,7 +85,7 @@ def _loop_parts(loop: str, layout: str) -> Sequence[str]:
         return ("panel.h",)
     if loop == "skip":
         return (f"{layout}.h", "skip.h")
-    if loop in ("dot", "gather"):
+    if loop in ("dot", "select"):
         return ("dot_x.h", f"{layout}.h", f"{loop}.h")
     shared = ("sliced.h",) if layout == "sliced" else ()
     return ("list.h", *shared, f"{layout}_list.h", f"{loop}.h")

@@ -1,4 +1,4 @@
-// One row of the layout "words" (words.h has its order), for the loop "gather".
+// One row of the layout "words" (words.h has its order), for the loop "select".
 constexpr int kMostRows = !kWide ? 1 : kGroupColumns ? 2 : 4;
 constexpr int kGroup = 4;
 constexpr int kWords = kChunk / 32;

@@ -1,4 +1,4 @@
-"""Kernels of the loop ``gather``: only the rows of a weight whose outputs somebody reads.
+"""Kernels of the loop ``select``: only the rows of a weight whose outputs somebody reads.
 
 ``panel`` with values as they are reads the weight as PyTorch stores it, so it has no pack (``row_plain.h``); codes are
 read from the pack that dense products have (``row_words.h``); ``bitmap``, ``nm`` and ``block`` have rows of masks and
@@ -26,7 +26,7 @@ def layout(pattern: Pattern, values: str) -> str:
 
 class Rows:
     kind = "rows"
-    loops = ("gather",)
+    loops = ("select",)
 
     def pack(self, weight: torch.Tensor, pattern: Pattern, values: str, source_key: str) -> Packed:
         """``panel`` with values as they are gets a pack without tensors: the kernel is given the weight itself."""
@@ -35,7 +35,7 @@ class Rows:
             return words.pack(weight, format, source_key)
         if name == "row_plain":
             n, k = packer.checked(weight, values).shape
-            return Packed(format, 1, (), _work(n, k + 1), (n, k), source_key, loop="gather")
+            return Packed(format, 1, (), _work(n, k + 1), (n, k), source_key, loop="select")
         if is_coded(values):
             found = coded.coded(weight, format, "bitmap", source_key)
             whole, kept, tail = found.stored, found.main != 0, found.tail
@@ -45,7 +45,7 @@ class Rows:
         n, k = whole.shape
         whole, kept = (torch.nn.functional.pad(t, (0, -k % 32)) for t in (whole, kept))
         tensors, _ = masked.pack(zip(torch.split(whole, _AT_ONCE), torch.split(kept, _AT_ONCE), strict=True), format)
-        return Packed(format, 1, (*tensors, *tail), _work(n, k + 1), (n, k), source_key, loop="gather")
+        return Packed(format, 1, (*tensors, *tail), _work(n, k + 1), (n, k), source_key, loop="select")
 
     def unpack(self, packed: Packed) -> torch.Tensor:
         (_, k), values = packed.shape, packed.format.values

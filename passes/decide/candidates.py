@@ -23,7 +23,7 @@ FULLEST_BLOCKS = 0.9  # likewise for the share of blocks that hold anything
 # A second kernel for the same pack takes seconds to compile; a second format also doubles the memory of the packs.
 SWITCH_LOOP = 1.02
 SWITCH_FORMAT = 1.05
-PARTS_OF_WEIGHT = ("skip", "gather")  # loops of activation sparsity
+PARTS_OF_WEIGHT = ("skip", "select")  # loops of activation sparsity
 _PLAIN_PANELS = tuple(f"panel+{values}" for values in VALUE_BYTES)
 
 

@@ -59,7 +59,7 @@ def gated(
     left: float | None,
     other: Callable[[int], float],
 ) -> tuple[Range, ...]:
-    """Ranges of M, 1 to 8, in which a kernel of ``loop`` (``skip`` or ``gather``) serves calls with few columns left.
+    """Ranges of M, 1 to 8, in which a kernel of ``loop`` (``skip`` or ``select``) serves calls with few columns left.
 
     ``left``: the share that is left, as calibrated; None: not known. ``other``: seconds at M of the way that serves all
     other calls. Empty where nothing is expected to be gained.

@@ -92,7 +92,7 @@ def gates(found: Sequence[Range]) -> list[str]:
     said = []
     for loop, what in (
         ("skip", "where x is zero, columns are skipped"),
-        ("gather", "only rows that are read are computed"),
+        ("select", "only rows that are read are computed"),
     ):
         first = next((r for r in found if r.kernel == loop), None)
         if first is not None:

@@ -93,7 +93,7 @@ void narrow(Job &job, const Active &active) {
   int64_t whole = route.loop == kSkip ? job.call.k : job.call.n;
   job.call.active = active.data(), job.call.active_count = active.count;
   job.cost = static_cast<int64_t>(static_cast<double>(job.cost) * active.count / std::max<int64_t>(whole, 1));
-  if (route.loop == kGather) job.tiles = (active.count + 15) / 16;
+  if (route.loop == kSelect) job.tiles = (active.count + 15) / 16;
 }
 
 // Less work than this (kept weights times rows, about) is done before another thread has woken up.
@@ -117,7 +117,7 @@ void prepare(Job &job) {
 // First tile of share t of `threads`, so that shares cost alike.
 int64_t share(const Job &job, int64_t t, int64_t threads) {
   const Route &r = *job.route;
-  if (r.loop == kGather) return job.tiles * t / threads;
+  if (r.loop == kSelect) return job.tiles * t / threads;
   int64_t goal = r.work[r.tiles] / threads * t + r.work[r.tiles] % threads * t / threads;
   return t >= threads ? r.tiles : std::lower_bound(r.work, r.work + r.tiles, goal) - r.work;
 }
@@ -222,7 +222,7 @@ Tensor rows_through(const Entry &e, const Tensor &rows, at::TensorList parts, co
 // Only the outputs in whose place some row of `needed` [M, N] holds no zero; what else y holds is nobody's business.
 Tensor needed_through(const Entry &e, const Tensor &rows, const Tensor &needed, at::TensorList parts,
                       const std::optional<Tensor> &b, const std::optional<Tensor> &x_scale) {
-  const Route *route = rows.size(0) <= kMostActiveRows ? e.at(rows.size(0), kGather) : nullptr;
+  const Route *route = rows.size(0) <= kMostActiveRows ? e.at(rows.size(0), kSelect) : nullptr;
   InputRule rule = e.input.with(x_scale);
   if (!route || !rule.sane()) return rows_through(e, rows, parts, b, x_scale);
   Active active = active_columns(needed);

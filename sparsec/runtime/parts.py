@@ -21,7 +21,7 @@ from sparsec.plan import Plan
 from sparsec.targets.base import Target
 
 FOREVER = 2**62  # rows of x that no call has
-LOOPS = ("", "skip", "gather")  # the positions are the numbers of ``Loop`` in ``table.h``
+LOOPS = ("", "skip", "select")  # the positions are the numbers of ``Loop`` in ``table.h``
 
 
 def needed(decision: Decision, plan: Plan) -> list[Range]:

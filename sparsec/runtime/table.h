@@ -21,11 +21,11 @@ using RunFn = void (*)(const SparsecCall *, int64_t, int64_t);
 using SizeFn = int64_t (*)(int64_t, int64_t);
 
 // What a kernel reads of the weight: all of it, the columns that meet values of x, or the rows whose outputs are wanted.
-enum Loop : int64_t { kAll, kSkip, kGather };
+enum Loop : int64_t { kAll, kSkip, kSelect };
 
 // One range of M and the kernel that serves it. `pack` points into tensors that the Entry keeps alive, and is empty
 // where the kernel reads the weight itself. `rounds_x`: the kernel quantises x by itself; others are given rows that are
-// quantised already. `most`: of kSkip and kGather, how many columns or rows may be left for it to be worth while.
+// quantised already. `most`: of kSkip and kSelect, how many columns or rows may be left for it to be worth while.
 struct Route {
   int64_t m_lo, m_hi;
   RunFn run, prepare;

@@ -36,11 +36,11 @@ SPECS = [
         "bitmap+bf16 skip bf16 avx2", "bitmap+fp32 skip fp32 portable", "bitmap+int8 skip fp32 avx512",
         "bitmap+int4g128 skip fp32 avx512", "bitmap+int8 skip fp32 portable", "nm:2:4+fp32 skip fp32 avx512",
         "block:16x16+fp32 skip fp32 avx512",
-        "panel+fp32 gather fp32 avx512", "panel+bf16 gather bf16 avx512 bf16_dot", "panel+bf16 gather bf16 avx2",
-        "panel+fp32 gather fp32 portable", "panel+int8 gather fp32 avx512", "panel+int4g32 gather bf16 avx512 bf16_dot",
-        "panel+codebook gather fp32 avx2", "panel+int4 gather fp32 portable", "bitmap+fp32 gather fp32 avx512",
-        "bitmap+bf16 gather bf16 avx512 bf16_dot", "bitmap+int8 gather fp32 avx512", "bitmap+int4g64 gather fp32 avx2",
-        "bitmap+ternary gather fp32 portable", "nm:2:4+bf16 gather bf16 avx2",
+        "panel+fp32 select fp32 avx512", "panel+bf16 select bf16 avx512 bf16_dot", "panel+bf16 select bf16 avx2",
+        "panel+fp32 select fp32 portable", "panel+int8 select fp32 avx512", "panel+int4g32 select bf16 avx512 bf16_dot",
+        "panel+codebook select fp32 avx2", "panel+int4 select fp32 portable", "bitmap+fp32 select fp32 avx512",
+        "bitmap+bf16 select bf16 avx512 bf16_dot", "bitmap+int8 select fp32 avx512", "bitmap+int4g64 select fp32 avx2",
+        "bitmap+ternary select fp32 portable", "nm:2:4+bf16 select bf16 avx2",
     )
 ]  # fmt: skip
 

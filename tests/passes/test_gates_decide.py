@@ -27,7 +27,7 @@ def fact(n: int = 4096, k: int = 11008, density: float = 1.0, nonfinite: int = 0
 
 def rates(bandwidth: float = 1e10, arithmetic: float = 2e-11, patterns: tuple[str, ...] = ("panel",)) -> Rates:
     points = tuple((m, 1e-11, 0.0, arithmetic * m) for m in (1, 2, 4, 8))
-    kernels = [KernelRate(p, loop, "fp32", points, bandwidth) for p in patterns for loop in ("skip", "gather")]
+    kernels = [KernelRate(p, loop, "fp32", points, bandwidth) for p in patterns for loop in ("skip", "select")]
     dense = DenseRate("fp32", tuple((m, 4e-10 + 2e-11 * m) for m in (1, 2, 4, 8, 64)))
     return Rates(1, 1e10, 2e-6, (dense,), tuple(kernels), 2e-6)
 
@@ -80,10 +80,10 @@ def test_formats_that_the_policy_leaves_out_are_not_packed() -> None:
 
 def test_the_decision_for_calls_without_zeros_stays_what_it_was() -> None:
     plain = decide(fact(), "fp32", CPU, rates(), Policy())
-    with_gates = decide(fact(), "fp32", CPU, rates(), Policy(), gates=(("skip", None), ("gather", 0.3)))
+    with_gates = decide(fact(), "fp32", CPU, rates(), Policy(), gates=(("skip", None), ("select", 0.3)))
     assert with_gates.ranges == plain.ranges
     assert with_gates.reason == plain.reason
-    assert {r.kernel for r in with_gates.gated} == {"skip", "gather"}
+    assert {r.kernel for r in with_gates.gated} == {"skip", "select"}
     assert with_gates.ours
 
 

@@ -1,10 +1,10 @@
-// Loop "gather": only the outputs that somebody reads: call->active lists rows of W, and no other output is written.
+// Loop "select": only the outputs that somebody reads: call->active lists rows of W, and no other output is written.
 // Expects dot_x.h, and from the layout: kMostRows and
 //   template <int MB> void dot_row(const SparsecCall *, int64_t row, const Lane *x, int64_t stride, F16 *acc);
 // where the lanes of acc[i] sum up to the output of row i of x. A tile is 16 entries of the list.
 
 template <int MB>
-__attribute__((noinline)) void gather_rows(const SparsecCall *call, int64_t begin, int64_t row) {
+__attribute__((noinline)) void selected_rows(const SparsecCall *call, int64_t begin, int64_t row) {
   int64_t left = call->active_count - begin, stride = dot_stride(call->k);
   int count = left < kRows ? static_cast<int>(left) : kRows;
   const int32_t *wanted = call->active + begin;
@@ -36,9 +36,9 @@ EXPORT void sparsec_run(const SparsecCall *call, int64_t tile_begin, int64_t til
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
     int64_t row = 0;
     if constexpr (kMostRows >= 4)
-      for (; row + 4 <= call->m; row += 4) gather_rows<4>(call, tile * kRows, row);
+      for (; row + 4 <= call->m; row += 4) selected_rows<4>(call, tile * kRows, row);
     if constexpr (kMostRows >= 2)
-      for (; row + 2 <= call->m; row += 2) gather_rows<2>(call, tile * kRows, row);
-    for (; row < call->m; ++row) gather_rows<1>(call, tile * kRows, row);
+      for (; row + 2 <= call->m; row += 2) selected_rows<2>(call, tile * kRows, row);
+    for (; row < call->m; ++row) selected_rows<1>(call, tile * kRows, row);
   }
 }
