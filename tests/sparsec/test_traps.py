@@ -192,7 +192,7 @@ def test_tied_weights_are_packed_once() -> None:
             self.b.weight = self.a.weight
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.b(F.relu(self.a(x)))
+            return self.b(F.gelu(self.a(x)))
 
     model = prune_(Tied())
     before, x = STORE.packed_count, torch.randn(2, K)
