@@ -149,7 +149,7 @@ def test_a_weight_at_two_places_has_one_rate_of_both() -> None:
             self.b.weight = self.a.weight
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y: torch.Tensor = self.b(F.relu(self.a(x)))
+            y: torch.Tensor = self.b(F.relu(self.a(F.relu(x))))
             return y
 
     model = Twice()
