@@ -65,7 +65,8 @@ def prepared(
     """
     m, k = x.shape
     n = packed.shape[0]
-    scratch = torch.empty(max(_sizes(kernel.scratch)(m, k), 1), dtype=torch.uint8)
+    # NaN in every dtype: a kernel that multiplies what it has not written shows it
+    scratch = torch.full((max(_sizes(kernel.scratch)(m, k), 1),), 0xFF, dtype=torch.uint8)
     tensors = packed.tensors if weight is None or packed.tensors else (weight,)
     pointers = (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
     call = Call(

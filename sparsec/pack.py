@@ -29,7 +29,7 @@ from sparsec.formats import Format
 from sparsec.measure import rates_for
 from sparsec.options import Options, Policy
 from sparsec.pack_report import PackReport, PackRow
-from sparsec.packable import Found, find_layers
+from sparsec.packable import Found, find_layers, kind_of
 from sparsec.packed import PackedEmbedding, PackedWeight, checksum, packed_layer, text_tensor
 from sparsec.passes.decide.candidates import plain_panel
 from sparsec.passes.decide.whole import UNPACK, WholePlan, best_whole, formats_by_size
@@ -266,7 +266,7 @@ def _packed_module(module: nn.Module, made: _Made, layer: Found) -> PackedWeight
         "sum": checksum(made.tensors),
         "source": made.fact.key,
         "density": made.fact.density,
-        "kind": layer.kind,
+        "kind": kind_of(module) or type(module).__name__,
         "trained": layer.weight_trained,
         "bias_trained": bias is not None and bias.requires_grad,
         "dense_from": made.plan.dense_from,

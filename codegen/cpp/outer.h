@@ -6,8 +6,9 @@ constexpr int kTiles = 4;
 constexpr int kMostVectors = kVectors;
 
 INLINE int64_t outer_rows(int64_t m) { return ceil_div(m, 16) * 16; }
-// Layouts may keep zeros in columns past the end, up to a multiple of 32; x is zero there.
-INLINE int64_t outer_columns(int64_t k) { return ceil_div(k, 32) * 32; }
+// Lists hold zero values at any column of their chunk, past the end too; x is zero there, for 0 times what memory held
+// before could be NaN.
+INLINE int64_t outer_columns(int64_t k) { return ceil_div(k, kChunk) * kChunk; }
 constexpr int64_t kBlock = 16 * kMostVectors;
 
 EXPORT int64_t sparsec_scratch(int64_t m, int64_t k) { return outer_rows(m) * outer_columns(k) * sizeof(float) + 64; }

@@ -236,3 +236,17 @@ def test_the_call_struct_is_the_one_in_the_header() -> None:
     first = ["x", "x_stride", "y", "y_stride", "bias", "pack", "scratch", "m", "n", "k", "act", "x_scale"]
     assert names == [*first, "active", "active_count"]
     assert ctypes.sizeof(direct.Call) == 13 * 8
+
+
+@pytest.mark.parametrize("text", ["index+fp32 outer avx512", "index+bf16 outer avx2", "index+fp32 outer portable",
+                                  "block:4x1+fp32 outer avx512", "block:1x16+fp32 outer avx512"])  # fmt: skip
+def test_zero_values_meet_no_memory_that_was_never_written(text: str, runnable: Compiled) -> None:
+    """Lists are filled up with zeros whose columns may lie past the end of x, and 0 times NaN is NaN."""
+    spec = spec_of(text)
+    kernel = runnable(spec)
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        weight = sparse_weight(spec.format, 48, 160, 0.05, generator)
+        x = torch.randn(3, 160, generator=generator).to(weight.dtype)
+        y = direct.linear(kernel, pack_verified(weight, spec.format, "test"), x)
+        assert_close(y, x, weight, None, "")
