@@ -104,6 +104,11 @@ def _place(folder: Path, name: str, text: str, flags: Sequence[str], compiler: s
     return folder / f"{name}-{digest(text, *flags, _version(compiler, os.environ.get('PATH', '')))}.so"
 
 
+def text_of(spec: KernelSpec) -> str:
+    """The C++ translation unit of a kernel. Raises KeyError, PatternMismatch where no family makes it."""
+    return family(spec.format.pattern.kind, spec.x, spec.loop).text(spec)
+
+
 def compile_all(specs: Iterable[KernelSpec], cache: Path, threads: int = 4) -> dict[KernelSpec, BuildError]:
     """Compile kernels side by side, ahead of the ``build`` of each; gives those that failed, which ``build`` raises.
 
@@ -112,9 +117,7 @@ def compile_all(specs: Iterable[KernelSpec], cache: Path, threads: int = 4) -> d
     """
     compiler = find_compiler()
     failed: dict[KernelSpec, BuildError] = {}
-    sources = {
-        spec: (family(spec.format.pattern.kind, spec.x, spec.loop).text(spec), isa_flags(spec)) for spec in specs
-    }
+    sources = {spec: (text_of(spec), isa_flags(spec)) for spec in specs}
     missing = [spec for spec, (text, flags) in sources.items()
                if not _intact(_place(cache / "kernels", spec.name, text, flags, compiler))]  # fmt: skip
     shared = Counter(sources[spec][1] for spec in missing if spec.isa != "portable")
@@ -221,8 +224,7 @@ def build(spec: KernelSpec, cache: Path) -> Kernel:
 
 
 def _load(spec: KernelSpec, cache: Path) -> Kernel:
-    text = family(spec.format.pattern.kind, spec.x, spec.loop).text(spec)
-    path = compile_shared(text, spec.name, isa_flags(spec), cache)
+    path = compile_shared(text_of(spec), spec.name, isa_flags(spec), cache)
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:

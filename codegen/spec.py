@@ -96,7 +96,6 @@ class Packed:
     shape: tuple[int, int]
     source_key: str
     x: str = ""  # of the kernels that read it, as in KernelSpec
-    loop: str = ""  # of the kernels that read it, where only those of one loop do
 
     @property
     def bytes(self) -> int:

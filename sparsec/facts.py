@@ -378,4 +378,9 @@ class Decision:
     @property
     def ours(self) -> bool:
         """Some M runs on one of our kernels: a sparse format, or dense weights in panels."""
-        return bool(self.gated) or any(r.format != "dense" for r in self.ranges)
+        return bool(self.gated) or self.ranged
+
+    @property
+    def ranged(self) -> bool:
+        """Some M does so whatever the activations are."""
+        return any(r.format != "dense" for r in self.ranges)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -181,6 +180,7 @@ def _multiplying(layer: Found, plan: Plan, policy: Policy) -> tuple[_Made | None
     """The pack of a weight that linear layers read, or None where it stays dense; and why."""
     weight = layer.weight
     fact, decision = STORE.decided(weight, plan)
+    trim()  # of the profile, which holds as much as a pack does
     rates = _rates(fact, weight, policy, plan.x_type)
     chosen = best_whole(fact, DTYPES[weight.dtype], rates, policy, x=plan.x_type)
     if not _sparse(decision, policy) or chosen is None:
@@ -225,6 +225,7 @@ def _made(weight: torch.Tensor, fact: WeightFact, chosen: WholePlan, plan: Plan)
     packed = family.pack(weight.contiguous(), format.pattern, format.values, fact.key)
     dtype, policy = DTYPES[weight.dtype], plan.policy
     tensors = _tensors(packed, chosen, dtype, plan)
+    trim()
     if not torch.ops.sparsec.holds_packed(list(tensors), weight):
         raise RoundTripMismatch(format=str(format), detail="a block of rows differs")
     if chosen.routes == ((0, UNPACK),):  # of an embedding: it has no loops to choose
@@ -249,13 +250,8 @@ def _seconds_of_unpacking(tensors: tuple[torch.Tensor, ...], fact: WeightFact, w
     """
     meta = Meta.decode(tensors[0])
     key = (f"{meta.format}/{meta.reads}", round(10 * fact.density), torch.get_num_threads())
-    best, until = _decoding.get(key, float("inf")) * weight.numel(), time.perf_counter() + _BUDGET_S
-    for _ in range(10):
-        started = time.perf_counter()
-        torch.ops.sparsec.holds_packed(list(tensors), weight)
-        best = min(best, time.perf_counter() - started)
-        if time.perf_counter() > until:
-            break
+    known = _decoding.get(key, float("inf")) * weight.numel()
+    best: float = min(known, torch.ops.sparsec.seconds_of_decoding(list(tensors), weight, _BUDGET_S))
     _decoding[key] = best / max(weight.numel(), 1)
     return best
 

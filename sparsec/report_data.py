@@ -248,8 +248,7 @@ def near_of(fact: WeightFact, decision: Decision) -> str:
 def reason_of(record: LayerRecord, at: Sequence[AtBatch]) -> str:
     """The decision's sentence, what pattern the weight nearly has, and where the decision would flip."""
     decision = record.decision
-    ours = any(r.format != "dense" for r in decision.ranges)
-    flips = ours and any(a.decision == "dense" for a in at)
+    flips = decision.ranged and any(a.decision == "dense" for a in at)
     said = decision.reason.strip().rstrip(".") or "no reason was recorded; please report this"
     if flips and at[0].decision == "dense":  # the recorded sentence speaks of the rows that run sparse
         said = f"{ranges_in_words(decision.ranges)}; this call has {rows_in_words(at[0].rows)}"
@@ -289,11 +288,11 @@ def quantised_in_words(record: LayerRecord) -> list[str]:
 def break_even(decision: Decision, at: AtBatch, said: bool) -> str:
     """The share of zeros from which sparse would win, in words. ``said``: that at one row is named already."""
     if at.break_even is not None and (at.rows > 1 or not said):
-        where = "here" if any(r.format != "dense" for r in decision.ranges) else f"at {rows_in_words(at.rows)}"
+        where = "here" if decision.ranged else f"at {rows_in_words(at.rows)}"
         return f"{'' if said else 'break-even is '}{percent(at.break_even)} zero {where}"
     if said:
         return ""
-    if any(r.format != "dense" for r in decision.ranges):
+    if decision.ranged:
         return "no break-even here"
     if decision.break_even is None:
         return "no break-even: dense wins at every sparsity for this shape"

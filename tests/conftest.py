@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sparsec.facts import Candidate, Decision, Range, Site, WeightFact
 from sparsec.records import LayerRecord
@@ -91,3 +92,12 @@ def make_layer_record(
     return LayerRecord(
         name, site, replace(profile, **(fact or {})), Decision(ranges, reason, candidates=tuple(candidates), **said)
     )
+
+
+@pytest.fixture
+def fresh_graphs() -> Iterator[None]:
+    """No graph of another test, the same random numbers, and no gradients."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield

@@ -10,66 +10,40 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy.activations import CURVES, LABELS, activation_claims
-from benchmarks.accuracy.grid import Row
 from benchmarks.accuracy.report import (
     UNIT,
+    Found,
     cost_of,
-    environment,
+    fixed_rows,
     parts,
     relation_lines,
     relation_report,
+    report_of,
     row_report,
+    rows_of,
     table,
 )
-from benchmarks.accuracy.run import Line, Task, code, done
+from benchmarks.accuracy.run import Line, Task
 
 NAME = "activations"
 
 
 def activation_report(wanted: Sequence[Task], lines: Sequence[Line], command: str) -> dict[str, Any]:
     """What activations.json holds."""
-    there = done(lines)
-    facts = {line["fixture"]: line["facts"] for line in lines if "facts" in line}
-    errors = {(line["fixture"], line["row"]): line["error"] for line in lines if "error" in line}
-    models = []
-    for key in dict.fromkeys(task.fixture.key for task in wanted):
-        mine = [task for task in wanted if task.fixture.key == key]
-        if key not in facts:
-            continue
-        found = {(task.row.name, task.draw): there[task.key] for task in mine if task.key in there}
-        rows = list({task.row.name: task.row for task in mine}.values())
-        refused = {name: why for (k, name), why in errors.items() if k == key and (name, 0) not in found}
-        kind = mine[0].fixture.suits or facts[key]["kind"]
-        models.append(_model(facts[key], kind, rows, found, refused, len(mine)))
-    return {"version": 1, "command": command, "environment": environment(), "models": models}
+    return report_of(wanted, lines, command, _model)
 
 
-def _model(
-    facts: Mapping[str, Any],
-    kind: str,
-    rows: Sequence[Row],
-    found: Mapping[tuple[str, int], Line],
-    refused: Mapping[str, str],
-    wanted: int,
-) -> dict[str, Any]:
-    costs = {key: line["costs"] for key, line in found.items()}
-    fixed = frozenset(row.name for row in rows if not row.draws_differ)
+def _model(facts: Mapping[str, Any], tasks: Sequence[Task], found: Found) -> dict[str, Any]:
+    costs, fixed = {key: line["costs"] for key, line in found.items()}, fixed_rows(tasks)
+    kind = tasks[0].fixture.suits or facts["kind"]
     shown = []
-    for row in rows:
-        lines = [line for (name, _), line in sorted(found.items()) if name == row.name]
+    for row, lines in rows_of(tasks, found):
         made = row_report(row, lines)
         if made:
             share = {key: round(statistics.fmean(line[key] for line in lines), 4) for key in ("zeros", "unread")}
             shown.append({**made, **share, "tokens": row.tokens, "late": row.late})
-    return {
-        "facts": dict(facts),
-        "rows": shown,
-        "relations": [relation_report(r, costs, fixed) for r in activation_claims() if r.model == kind],
-        "refused": dict(refused),
-        "measured": len(found),
-        "wanted": wanted,
-        "other_code": sum(line["code"] != code() for line in found.values()),
-    }
+    relations = [relation_report(r, costs, fixed) for r in activation_claims() if r.model == kind]
+    return {"rows": shown, "relations": relations}
 
 
 def activation_lines(report: Mapping[str, Any]) -> str:

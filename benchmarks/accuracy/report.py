@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,22 @@ UNIT = {"causal": "nats a token more than dense", "encoder": "1 - cosine to the 
 LEAST_DRAWS = 3
 
 
+Found = Mapping[tuple[str, int], Line]  # (row, draw) -> what was measured of it
+
+
 def report(wanted: Sequence[Task], lines: Sequence[Line], command: str) -> dict[str, Any]:
     """What accuracy.json holds. ``wanted``: every task of this benchmark, measured or not."""
+    return report_of(wanted, lines, command, model_report)
+
+
+def report_of(
+    wanted: Sequence[Task],
+    lines: Sequence[Line],
+    command: str,
+    of_model: Callable[[Mapping[str, Any], Sequence[Task], Found], dict[str, Any]],
+) -> dict[str, Any]:
+    """A report of every model with facts: what ``of_model`` says of (its facts, its tasks, what was measured), and how
+    much of what was wanted that is."""
     there = done(lines)
     facts = {line["fixture"]: line["facts"] for line in lines if "facts" in line}
     errors = {(line["fixture"], line["row"]): line["error"] for line in lines if "error" in line}
@@ -31,9 +45,16 @@ def report(wanted: Sequence[Task], lines: Sequence[Line], command: str) -> dict[
         if key not in facts:
             continue
         found = {(task.row.name, task.draw): there[task.key] for task in mine if task.key in there}
-        rows = list({task.row.name: task.row for task in mine}.values())
-        refused = {name: why for (k, name), why in errors.items() if k == key and (name, 0) not in found}
-        models.append(model_report(facts[key], rows, found, refused, len(mine)))
+        models.append(
+            {
+                "facts": dict(facts[key]),
+                **of_model(facts[key], mine, found),
+                "refused": {name: why for (k, name), why in errors.items() if k == key and (name, 0) not in found},
+                "measured": len(found),
+                "wanted": len(mine),
+                "other_code": sum(line["code"] != code() for line in found.values()),
+            }
+        )
     return {"version": 1, "command": command, "environment": environment(), "models": models}
 
 
@@ -45,29 +66,24 @@ def environment() -> dict[str, str]:
     return {"sparsec": sparsec.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
-def model_report(
-    facts: Mapping[str, Any],
-    rows: Sequence[Row],
-    found: Mapping[tuple[str, int], Line],
-    refused: Mapping[str, str],
-    wanted: int,
-) -> dict[str, Any]:
-    costs = {key: line["costs"] for key, line in found.items()}
-    fixed = frozenset(row.name for row in rows if not row.draws_differ)
+def rows_of(tasks: Sequence[Task], found: Found) -> Iterator[tuple[Row, list[Line]]]:
+    """Each row once, with its lines by draw."""
+    for row in {task.row.name: task.row for task in tasks}.values():
+        yield row, [line for (name, _), line in sorted(found.items()) if name == row.name]
+
+
+def fixed_rows(tasks: Sequence[Task]) -> frozenset[str]:
+    """The rows that are the same whatever is drawn."""
+    return frozenset(task.row.name for task in tasks if not task.row.draws_differ)
+
+
+def model_report(facts: Mapping[str, Any], tasks: Sequence[Task], found: Found) -> dict[str, Any]:
+    costs, fixed = {key: line["costs"] for key, line in found.items()}, fixed_rows(tasks)
     judged = gates(facts, costs)
     failed = [gate["name"] for gate in judged if gate["passed"] is False]
     related = [relation_report(r, costs, fixed, failed) for r in claims() if r.model == facts["kind"]]
-    shown = [row_report(row, [line for (name, _), line in sorted(found.items()) if name == row.name]) for row in rows]
-    return {
-        "facts": dict(facts),
-        "gates": judged,
-        "rows": [row for row in shown if row],
-        "relations": related,
-        "refused": dict(refused),
-        "measured": len(found),
-        "wanted": wanted,
-        "other_code": sum(line["code"] != code() for line in found.values()),
-    }
+    shown = [row_report(row, lines) for row, lines in rows_of(tasks, found)]
+    return {"gates": judged, "rows": [row for row in shown if row], "relations": related}
 
 
 def row_report(row: Row, lines: Sequence[Line]) -> dict[str, Any] | None:

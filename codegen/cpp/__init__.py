@@ -37,6 +37,12 @@ def family(kind: str, x: str = "", loop: str = "") -> Family:
     return cast(Family, getattr(importlib.import_module(module), name))
 
 
+def pack_of(format: Format, loop: str) -> str:
+    """The loop in ``LOOP_FAMILIES`` whose packs a loop reads; "" for those that all other loops read."""
+    shared = loop == "select" and format.pattern.kind == "panel" and is_coded(format.values)
+    return loop if loop in LOOP_FAMILIES and not shared else ""
+
+
 def loops_of(format: Format, x: str = "") -> tuple[str, ...]:
     """The loops that a format's kernels have. Dense codes have ``outer`` too: decoding costs more than reading."""
     if not x and format.pattern.kind == "panel" and is_coded(format.values):

@@ -13,10 +13,10 @@ import torch
 
 from sparsec.codegen.cpp import coded, masked, packer
 from sparsec.codegen.cpp.compose import unit
-from sparsec.codegen.cpp.values import bits, is_coded
+from sparsec.codegen.cpp.values import is_coded, width
 from sparsec.codegen.cpp.words import elements, from_elements
 from sparsec.codegen.spec import KernelSpec, Packed
-from sparsec.formats import VALUE_BYTES, Format, Pattern
+from sparsec.formats import Format, Pattern
 
 CHUNK = packer.CHUNK  # rows of W that are worked on together
 MOST_CHUNKS = 16  # of rows in a tile of kept values: shorter pieces of a column cost as much as what is between them
@@ -32,12 +32,7 @@ class Columns:
 
     def pack(self, weight: torch.Tensor, pattern: Pattern, values: str, source_key: str) -> Packed:
         format = Format(pattern, values)
-        if is_coded(values):
-            found = coded.coded(weight, format, layout(pattern), source_key)
-            whole, kept, tail = found.stored, found.main != 0, found.tail
-        else:
-            whole = packer.checked(weight, values)
-            kept, tail = whole != 0, ()
+        whole, kept, tail = masked.stored(weight, format, layout(pattern), source_key)
         n, k = whole.shape
         if pattern.kind == "panel":
             tensors: tuple[torch.Tensor, ...] = (_dense(whole, values),)
@@ -45,7 +40,7 @@ class Columns:
         else:
             tensors, sizes = masked.pack(zip(_tiles(whole), _tiles(kept), strict=True), format)
             work = sizes + 1
-        return Packed(format, 1, (*tensors, *tail), packer.prefix(work), (n, k), source_key, loop="skip")
+        return Packed(format, 1, (*tensors, *tail), packer.prefix(work), (n, k), source_key)
 
     def unpack(self, packed: Packed) -> torch.Tensor:
         values = packed.format.values
@@ -77,15 +72,15 @@ def _tiles(whole: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def _dense(whole: torch.Tensor, values: str) -> torch.Tensor:
     n, k = whole.shape
-    width = bits(values) if is_coded(values) else 8 * VALUE_BYTES[values]
+    size = width(values)
     rows = -(-n // CHUNK) * CHUNK
-    out = packer.padded(k * rows * width // 8, torch.uint8)
-    data = out[: k * rows * width // 8].view(k, rows * width // 8)
+    out = packer.padded(k * rows * size // 8, torch.uint8)
+    data = out[: k * rows * size // 8].view(k, rows * size // 8)
     for at, columns in zip(range(0, k, _AT_ONCE), torch.split(whole, _AT_ONCE, 1), strict=False) if n else ():
         piece = torch.nn.functional.pad(columns.t(), (0, rows - n)).contiguous()
         if is_coded(values):
-            chunks = elements(piece.view(len(piece), rows // CHUNK, CHUNK), width)
-            data[at : at + len(piece)] = coded.to_bytes(chunks, width).flatten(1)
+            chunks = elements(piece.view(len(piece), rows // CHUNK, CHUNK), size)
+            data[at : at + len(piece)] = coded.to_bytes(chunks, size).flatten(1)
         else:
             data[at : at + len(piece)] = piece.view(torch.uint8)
     return out
@@ -93,12 +88,12 @@ def _dense(whole: torch.Tensor, values: str) -> torch.Tensor:
 
 def _dense_back(packed: Packed) -> torch.Tensor:
     (n, k), values = packed.shape, packed.format.values
-    width = bits(values) if is_coded(values) else 8 * VALUE_BYTES[values]
+    size = width(values)
     rows = -(-n // CHUNK) * CHUNK
-    data = packed.tensors[0][: k * rows * width // 8].view(k, rows * width // 8)
+    data = packed.tensors[0][: k * rows * size // 8].view(k, rows * size // 8)
     if is_coded(values):
-        codes = coded.from_bytes(data.view(k, rows // CHUNK, CHUNK * width // 8), width)
-        whole = from_elements(codes, width).reshape(k, rows)
+        codes = coded.from_bytes(data.view(k, rows // CHUNK, CHUNK * size // 8), size)
+        whole = from_elements(codes, size).reshape(k, rows)
     else:
         whole = data.reshape(-1).view(packer.VALUE_DTYPES[values]).view(k, rows)
     return whole[:, :n].t().contiguous()

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sparsec.codegen import epilogue
-from sparsec.codegen.cpp.values import bits, is_coded, refusal
+from sparsec.codegen.cpp.values import bits, is_coded, refusal, width
 from sparsec.codegen.cpp.values import constants as coded_constants
 from sparsec.codegen.spec import KernelSpec
 from sparsec.errors import PatternMismatch
-from sparsec.formats import VALUE_BYTES
 
 VALUE_TYPES = {"fp32": "float", "bf16": "bf16"}
 _PAIRED = ("bitmap", "words", "row_bitmap", "row_words")  # layouts that have words of bf16 codes
@@ -49,7 +48,7 @@ def unit(spec: KernelSpec, layout: str, constants: Mapping[str, int]) -> str:
         meaning = (f"coded_{spec.isa}.h", "coded.h", "outliers.h")
     else:
         stored = VALUE_TYPES[values]
-    known["kValueBits"] = bits(values) if is_coded(values) else 8 * VALUE_BYTES[values]
+    known["kValueBits"] = width(values)
     lines = [f"#define CODED {int(is_coded(values))}"]
     lines += [f"using X = {VALUE_TYPES[spec.dtype]};  // of x, y, bias and outliers"]
     lines += [f"using Lane = {_lane(spec, layout)};  // what x and W are multiplied as"]

@@ -12,13 +12,25 @@ import numpy as np
 import torch
 
 from sparsec.codegen.cpp import coded, packer
-from sparsec.codegen.cpp.values import bits, is_coded
+from sparsec.codegen.cpp.values import bits, is_coded, width
 from sparsec.codegen.spec import Packed
 from sparsec.errors import PatternMismatch
-from sparsec.formats import VALUE_BYTES, Format
+from sparsec.formats import Format
 
 MOST_BYTES = 4 * (2**31 - 1)  # what a start can point to
 READ_PAST = 192  # bytes that a kernel may read behind the last
+
+
+def stored(
+    weight: torch.Tensor, format: Format, layout: str, key: str
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+    """What a layout stores of a weight [N, K], numbers or codes; bool where they are kept; the tensors that say what
+    codes mean. Raises as ``coded.coded``, or ValueError for another dtype than the format's."""
+    if is_coded(format.values):
+        found = coded.coded(weight, format, layout, key)
+        return found.stored, found.main != 0, found.tail
+    whole = packer.checked(weight, format.values)
+    return whole, whole != 0, ()
 
 
 def pack(
@@ -48,7 +60,7 @@ def _bytes(values: torch.Tensor, kept: torch.Tensor, stored_as: str) -> tuple[to
         stream, sizes = coded.ragged(values[kept], counts.flatten(), 32, bits(stored_as))
         stream, sizes = stream[: int(sizes.sum())], sizes.view(counts.shape)
     else:
-        stream, sizes = values[kept].view(torch.uint8), counts * VALUE_BYTES[stored_as]
+        stream, sizes = values[kept].view(torch.uint8), counts * (width(stored_as) // 8)
     used = sizes.sum(1)
     lengths = (head + used + 3) // 4 * 4
     starts = packer.prefix(lengths)
@@ -67,12 +79,12 @@ def unpack(packed: Packed, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     masks = data[start[:-1, None] + torch.arange(head)].numpy()
     kept = torch.from_numpy(np.unpackbits(masks, axis=1, bitorder="little").view(bool))
     counts = kept.view(len(kept), kept.shape[1] // 32, 32).sum(2)
-    width = bits(values) if is_coded(values) else 8 * VALUE_BYTES[values]
-    used = ((counts * width + 7) // 8).sum(1)
+    used = ((counts * width(values) + 7) // 8).sum(1)
     first = start[:-1] + head - packer.prefix(used)[:-1]
     stream = data[first.repeat_interleave(used) + torch.arange(int(used.sum()))]
-    found = coded.unragged(stream, counts.flatten(), 32, width) if is_coded(values) else stream
-    if not is_coded(values):
+    if is_coded(values):
+        found = coded.unragged(stream, counts.flatten(), 32, bits(values))
+    else:
         found = stream.view(packer.VALUE_DTYPES[values])
     whole = torch.zeros(kept.shape, dtype=found.dtype)
     whole[kept] = found

@@ -35,17 +35,12 @@ class Rows:
             return words.pack(weight, format, source_key)
         if name == "row_plain":
             n, k = packer.checked(weight, values).shape
-            return Packed(format, 1, (), _work(n, k + 1), (n, k), source_key, loop="select")
-        if is_coded(values):
-            found = coded.coded(weight, format, "bitmap", source_key)
-            whole, kept, tail = found.stored, found.main != 0, found.tail
-        else:
-            whole = packer.checked(weight, values)
-            kept, tail = whole != 0, ()
+            return Packed(format, 1, (), _work(n, k + 1), (n, k), source_key)
+        whole, kept, tail = masked.stored(weight, format, "bitmap", source_key)
         n, k = whole.shape
         whole, kept = (torch.nn.functional.pad(t, (0, -k % 32)) for t in (whole, kept))
         tensors, _ = masked.pack(zip(torch.split(whole, _AT_ONCE), torch.split(kept, _AT_ONCE), strict=True), format)
-        return Packed(format, 1, (*tensors, *tail), _work(n, k + 1), (n, k), source_key, loop="select")
+        return Packed(format, 1, (*tensors, *tail), _work(n, k + 1), (n, k), source_key)
 
     def unpack(self, packed: Packed) -> torch.Tensor:
         (_, k), values = packed.shape, packed.format.values

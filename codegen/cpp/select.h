@@ -3,6 +3,23 @@
 //   template <int MB> void dot_row(const SparsecCall *, int64_t row, const Lane *x, int64_t stride, F16 *acc);
 // where the lanes of acc[i] sum up to the output of row i of x. A tile is 16 entries of the list.
 
+// out[r][i] += the outliers of row wanted[i] times row `row` + r of x. They lie by tiles of rows of W, so neighbours in
+// the list that are of one tile share what is computed for it.
+template <int MB>
+INLINE void add_selected_outliers(const SparsecCall *call, const int32_t *wanted, int count, int64_t row,
+                                  float (*out)[kRows]) {
+  for (int i = 0; i < count;) {
+    int64_t tile = wanted[i] / kRows;
+    F16 sums[MB];
+    for (int r = 0; r < MB; ++r) sums[r] = zero16();
+    add_outliers(call, row, MB, tile, sums);
+    alignas(64) float of[MB][kRows];
+    for (int r = 0; r < MB; ++r) store16(of[r], sums[r]);
+    for (; i < count && wanted[i] / kRows == tile; ++i)
+      for (int r = 0; r < MB; ++r) out[r][i] += of[r][wanted[i] % kRows];
+  }
+}
+
 template <int MB>
 __attribute__((noinline)) void selected_rows(const SparsecCall *call, int64_t begin, int64_t row) {
   int64_t left = call->active_count - begin, stride = dot_stride(call->k);
@@ -20,6 +37,7 @@ __attribute__((noinline)) void selected_rows(const SparsecCall *call, int64_t be
     }
     for (int r = 0; r < MB; ++r) sums4(acc[r], out[r] + i);
   }
+  add_selected_outliers<MB>(call, wanted, count, row, out);
   if (call->bias)
     for (int i = 0; i < count; ++i) bias[i] = to_float(static_cast<const X *>(call->bias)[wanted[i]]);
   for (int r = 0; r < MB; ++r) {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sparsec.codegen.cpp.codes import BITS
-from sparsec.formats import BOOKS, value_kind
+from sparsec.formats import BOOKS, VALUE_BITS, value_kind
 
 GROUPS = (0, 32, 64, 128)
 CODED = tuple(BITS)
@@ -18,6 +18,11 @@ def bits(values: str) -> int:
     return BITS[value_kind(values)[0]]
 
 
+def width(values: str) -> int:
+    """Bits of a stored value, of codes or of numbers as they are."""
+    return bits(values) if is_coded(values) else VALUE_BITS[values]
+
+
 def refusal(layout: str, values: str) -> str:
     """Why values cannot lie in a layout, in a few words; "" where they can.
 
@@ -30,7 +35,7 @@ def refusal(layout: str, values: str) -> str:
         return f"groups of {group} are none of 32, 64 and 128"
     if layout == "sliced" and kind in BOOKS:
         return f"a {kind} would be looked up by a gather for each value; bitmap takes it"
-    if layout.startswith("columns") and kind == "codebook":
+    if layout.startswith("columns") and kind in BOOKS:
         return "its lanes are rows, and each row of a codebook has levels of its own"
     if layout == "sliced" and group not in (0, 128):
         return f"its slices of 128 columns have one scale a row, not one for {group} columns; bitmap takes them"

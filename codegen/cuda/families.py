@@ -102,13 +102,13 @@ class CuSparseLt:
     loops = LOOPS["cslt"]
 
     def __init__(self) -> None:
-        self._library: cslt.Cslt | None = None
+        self._products: cslt.Cslt | None = None
 
     @property
-    def library(self) -> cslt.Cslt:
-        if self._library is None:
-            self._library = cslt.Cslt()
-        return self._library
+    def products(self) -> cslt.Cslt:
+        if self._products is None:
+            self._products = cslt.Cslt()
+        return self._products
 
     def pack(self, weight: torch.Tensor, format: Format, source_key: str) -> Packed:
         fp8 = format.values == "fp8"
@@ -116,9 +116,9 @@ class CuSparseLt:
         if why:
             raise PatternMismatch(format="cuSPARSELt's 2:4", detail=why)
         if fp8:
-            made = self.library.compress_fp8(prefill24.fp8_of(weight, format))
+            made = self.products.compress_fp8(prefill24.fp8_of(weight, format))
         else:
-            made = self.library.compress(weight)
+            made = self.products.compress(weight)
         scales = () if made.scale is None else (made.scale, weight.new_empty(0))
         nothing = torch.zeros(0, dtype=torch.int64)
         return Packed(format, made.columns, (made.tensor, *scales), nothing, made.shape, source_key)
@@ -128,9 +128,9 @@ class CuSparseLt:
         tensor, made = packed.tensors[0], _compressed(packed)
         one = torch.eye(packed.shape[1], device=tensor.device).to(tensor.dtype)
         if made.scale is None:
-            return self.library.linear(one, made).t().contiguous()
+            return self.products.linear(one, made).t().contiguous()
         ones = torch.ones(len(one), device=tensor.device)
-        return self.library.linear_fp8(one, ones, made, None, "", packed.tensors[2].dtype).t().contiguous()
+        return self.products.linear_fp8(one, ones, made, None, "", packed.tensors[2].dtype).t().contiguous()
 
     def configs(self, packed: Packed, loop: str, m: int, capability: int) -> Sequence[Config]:
         return [{}]
@@ -141,9 +141,9 @@ class CuSparseLt:
 
         def run() -> None:
             if scales:
-                y = self.library.linear_fp8(x, scales[0], made, call.bias, call.act, call.y.dtype)
+                y = self.products.linear_fp8(x, scales[0], made, call.bias, call.act, call.y.dtype)
             else:
-                y = self.library.linear(x, made, call.bias, call.act)
+                y = self.products.linear(x, made, call.bias, call.act)
             call.y.copy_(y)
 
         return [*before, Ready("cusparselt", run)]

@@ -163,7 +163,7 @@ class _Question:
         if self.fact.nonfinite:
             return words.not_finite(self.fact)
         if not self.rates.kernels:
-            return words.NO_KERNELS
+            return words.not_allowed(self.policy.formats) if self.policy.formats else words.NO_KERNELS
         if self.ways():
             return ""
         if self.full:

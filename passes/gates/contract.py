@@ -111,6 +111,18 @@ class GateBlock(Protocol):
         ...
 
 
+def maskable(block: GateBlock) -> Iterator[Mlp]:
+    """The MLPs of a block in which what is zero before the activation is zero for the reader; for the others a row that
+    says so."""
+    for mlp in block.mlps:
+        if mlp.maskable:
+            yield mlp
+        else:
+            block.leave(
+                mlp.writers[0], "zeroing what its activation reads gives no zero neuron, so none can be skipped"
+            )
+
+
 class Gates(Protocol):
     role: ClassVar[str]  # "gate"
     needs: ClassVar[tuple[str, ...]]

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from sparsec.passes.gates.contract import maskable
 from sparsec.passes.gates.histogram import Histogram
 from sparsec.passes.gates.predictor import LowRank, seeded, train
 from sparsec.passes.gates.tally import Tally
@@ -58,14 +59,11 @@ class DejaVu:
 
     def gate(self, block: GateBlock) -> None:
         """A predictor at the layer that each activation reads."""
-        for mlp in block.mlps:
+        for mlp in maskable(block):
             self._mlp(block, mlp)
 
     def _mlp(self, block: GateBlock, mlp: Mlp) -> None:
         name = mlp.writers[0]
-        if not mlp.maskable:
-            block.leave(name, "zeroing what its activation reads gives no zero neuron, so none can be skipped")
-            return
         x, p = _seen(block, mlp, self.tokens)
         if len(x) < 2:
             block.leave(name, UNREACHED)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import torch
 from pydantic import Field
 
+from sparsec.passes.gates.contract import maskable
 from sparsec.passes.gates.histogram import Histogram
 from sparsec.passes.gates.layers import matrix
 from sparsec.passes.gates.predictor import Signs
@@ -46,14 +47,11 @@ class SparseInfer:
 
     def gate(self, block: GateBlock) -> None:
         """A predictor at the layer that each activation reads."""
-        for mlp in block.mlps:
+        for mlp in maskable(block):
             self._mlp(block, mlp)
 
     def _mlp(self, block: GateBlock, mlp: Mlp) -> None:
         name = mlp.writers[0]
-        if not mlp.maskable:
-            block.leave(name, "zeroing what its activation reads gives no zero neuron, so none can be skipped")
-            return
         site = block.sites[mlp.reader]
         gate = Signs.of(matrix(block.module_of(name)), site.method.alpha)
         ratios, tally = Histogram(), Tally()

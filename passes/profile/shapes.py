@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -148,10 +149,7 @@ def _cat(call: Call) -> ActFact:
     parts = call.arg(0, "tensors")
     if not isinstance(parts, (tuple, list)) or not parts:
         return TOP
-    facts = [call.of(part) for part in parts]
-    together = facts[0]
-    for fact in facts[1:]:
-        together = together.join(fact)
+    together = functools.reduce(ActFact.join, map(call.of, parts))
     if _is_last(parts[0], call.arg(1, "dim", 0)) and not _same_groups(parts, together):
         together = unpatterned(together)
     return moved(call, together)
@@ -170,10 +168,7 @@ def _stack(call: Call) -> ActFact:
     parts = call.arg(0, "tensors")
     if not isinstance(parts, (tuple, list)) or not parts:
         return TOP
-    facts = [call.of(part) for part in parts]
-    together = facts[0]
-    for fact in facts[1:]:
-        together = together.join(fact)
+    together = functools.reduce(ActFact.join, map(call.of, parts))
     return moved(call, unpatterned(together) if _is_last(call.node, call.arg(1, "dim", 0)) else together)
 
 

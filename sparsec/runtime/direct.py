@@ -14,7 +14,7 @@ from sparsec.facts import Conv
 from sparsec.formats import Format
 from sparsec.passes.graph import DTYPES
 from sparsec.runtime import library
-from sparsec.runtime.parts import FOREVER, LOOPS, route
+from sparsec.runtime.parts import FOREVER, route
 
 
 class Direct:
@@ -42,8 +42,7 @@ class Direct:
         machine = targets.resolve(target)
         dtype = DTYPES[weight.dtype]
         spec = KernelSpec.on(machine, format, loop, dtype)
-        part = spec.loop if spec.loop in LOOPS else ""
-        self.packed = packed or cpp.pack_verified(weight.detach(), format, "direct", x=spec.x, loop=part)
+        self.packed = packed or cpp.pack_verified(weight.detach(), format, "direct", x=spec.x, loop=spec.loop)
         self.kernel = build.build(spec, cache_dir(cache))
         self.bias, self.act, self.n = bias, ACTS.index(act), int(weight.shape[0])
         own = [] if self.packed.tensors else [weight.detach().contiguous()]  # kernels that read the weight itself

@@ -85,7 +85,7 @@ def _needed_shape(
     plan: str,
     x_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return _codes_shape(x, parts, bias, plan) if len(parts) > 1 else _linear_shape(x, parts[0], bias, plan)
+    return _codes_shape(x, parts, bias, plan)
 
 
 def _group_shapes(

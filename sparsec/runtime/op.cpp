@@ -18,13 +18,14 @@
 #include <ATen/ops/mm_cpu_dispatch.h>
 #include <ATen/ops/ne.h>
 #include <ATen/ops/relu.h>
-#include <ATen/ops/index_select.h>
 #include <ATen/ops/silu.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <numeric>
 #include <string>
@@ -224,7 +225,8 @@ Tensor needed_through(const Entry &e, const Tensor &rows, const Tensor &needed, 
                       const std::optional<Tensor> &b, const std::optional<Tensor> &x_scale) {
   const Route *route = rows.size(0) <= kMostActiveRows ? e.at(rows.size(0), kSelect) : nullptr;
   InputRule rule = e.input.with(x_scale);
-  if (!route || !rule.sane()) return rows_through(e, rows, parts, b, x_scale);
+  bool own = route && route->pack.empty();  // the kernel reads the weight itself, row after row without gaps
+  if (!route || !rule.sane() || (own && !parts[0].is_contiguous())) return rows_through(e, rows, parts, b, x_scale);
   Active active = active_columns(needed);
   bool skips = active.count <= route->most;
   e.meter.note(skips, active.count, e.n);
@@ -233,7 +235,7 @@ Tensor needed_through(const Entry &e, const Tensor &rows, const Tensor &needed, 
   Tensor y = at::zeros({rows.size(0), e.n}, rows.options());
   std::vector<Job> jobs;
   jobs.push_back(make_job(*route, e.act, read, b, y));
-  if (route->pack.empty()) jobs[0].own = parts[0].const_data_ptr();
+  if (own) jobs[0].own = parts[0].const_data_ptr();
   narrow(jobs[0], active);
   run(jobs);
   if (e.verify && active.count) {

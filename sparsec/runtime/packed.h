@@ -180,21 +180,46 @@ Tensor embedding_packed(const Tensor &ids, at::TensorList pack, int64_t k, at::S
   return out.view(sizes);
 }
 
-// Whether the pack holds exactly `w`, block by block; -0.0 counts as 0.0, which no pack stores.
-bool holds_packed(at::TensorList pack, const Tensor &w) {
-  auto entry = lookup_packed(pack);
-  const PackedEntry &e = *entry;
-  if (w.dim() != 2 || w.size(0) != e.n || w.size(1) != e.k || w.scalar_type() != e.dtype || e.routes.empty())
-    return false;
-  Route route = packed_route(e, e.routes.size() - 1, pack);
-  int64_t tiles = std::max<int64_t>(1, (kBlockBytes / 4) / std::max<int64_t>(1, 16 * e.k * w.element_size()));
-  Tensor block = at::empty({std::min(tiles * 16, e.n), e.k}, w.options().memory_format(at::MemoryFormat::Contiguous));
-  for (int64_t t = 0; t < route.tiles; t += tiles) {
-    int64_t end = std::min(t + tiles, route.tiles), first = t * 16, count = std::min(end * 16, e.n) - first;
-    unpack_tiles(e, route, t, end, block);
-    if (!at::equal(block.narrow(0, 0, count), w.narrow(0, first, count))) return false;
+// A packed weight beside the dense one that it should hold: decoded a block at a time, into one block.
+struct Proof {
+  std::shared_ptr<const PackedEntry> entry;
+  Route route;
+  Tensor w, block;
+
+  Proof(at::TensorList pack, const Tensor &weight) : entry(lookup_packed(pack)), w(weight) {
+    const PackedEntry &e = *entry;
+    if (w.dim() != 2 || w.size(0) != e.n || w.size(1) != e.k || w.scalar_type() != e.dtype || e.routes.empty()) return;
+    route = packed_route(e, e.routes.size() - 1, pack);
+    int64_t rows = 16 * std::max<int64_t>(1, (kBlockBytes / 4) / std::max<int64_t>(1, 16 * e.k * w.element_size()));
+    block = at::empty({std::min(rows, e.n), e.k}, w.options().memory_format(at::MemoryFormat::Contiguous));
   }
-  return true;
+
+  // -0.0 counts as 0.0, which no pack stores.
+  bool holds() {
+    if (!block.defined()) return false;
+    int64_t tiles = std::max<int64_t>(1, block.size(0) / 16);
+    for (int64_t t = 0; t < route.tiles; t += tiles) {
+      int64_t end = std::min(t + tiles, route.tiles), first = t * 16, count = std::min(end * 16, entry->n) - first;
+      unpack_tiles(*entry, route, t, end, block);
+      if (!at::equal(block.narrow(0, 0, count), w.narrow(0, first, count))) return false;
+    }
+    return true;
+  }
+};
+
+bool holds_packed(at::TensorList pack, const Tensor &w) { return Proof(pack, w).holds(); }
+
+// The least seconds of some decodes of a pack that holds `w`, compared with it and so a little slower than bare ones.
+double seconds_of_decoding(at::TensorList pack, const Tensor &w, double budget) {
+  Proof proof(pack, w);
+  auto now = [] { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); };
+  double best = std::numeric_limits<double>::infinity(), begun = now();
+  for (double last = begun; last < begun + budget;) {
+    TORCH_CHECK(proof.holds(), "sparsec: the pack does not hold the weight");
+    double ended = now();
+    best = std::min(best, ended - last), last = ended;
+  }
+  return best;
 }
 
 // `facts`: n, k, tensors of the pack, dtype, verify, kind of the input rule, whose number is `x_scale`. `table`: routes;
@@ -223,6 +248,7 @@ TORCH_LIBRARY_FRAGMENT(sparsec, lib) {
   lib.def("embedding_packed(Tensor ids, Tensor[] pack, int k, ScalarType dtype) -> Tensor", tags);
   lib.def("unpack_packed(Tensor[] pack, int n, int k, ScalarType dtype) -> Tensor", tags);
   lib.def("holds_packed(Tensor[] pack, Tensor weight) -> bool");
+  lib.def("seconds_of_decoding(Tensor[] pack, Tensor weight, float budget) -> float");
   lib.def("resolve_packed(Tensor meta) -> ()");
   lib.def("reference_packed(Tensor? x, Tensor? bias, Tensor[] pack) -> Tensor");
   lib.def("verify_packed(Tensor x, Tensor? bias, Tensor[] pack, Tensor y) -> ()");
@@ -234,5 +260,6 @@ TORCH_LIBRARY_IMPL(sparsec, CPU, lib) {
   lib.impl("embedding_packed", embedding_packed);
   lib.impl("unpack_packed", unpack_packed);
   lib.impl("holds_packed", holds_packed);
+  lib.impl("seconds_of_decoding", seconds_of_decoding);
   lib.impl("install_packed", install_packed);
 }

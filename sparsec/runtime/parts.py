@@ -10,18 +10,19 @@ from collections.abc import Sequence
 import torch
 
 from sparsec import targets
-from sparsec.codegen import triton
+from sparsec.codegen import cpp, triton
 from sparsec.codegen.spec import Kernel, KernelSpec, Packed
 from sparsec.facts import Decision, Range
 from sparsec.formats import Format
 from sparsec.options import Policy
+from sparsec.passes.decide.candidates import PARTS_OF_WEIGHT
 from sparsec.passes.graph import DTYPES
 from sparsec.passes.rewrite.expression import evaluate
 from sparsec.plan import Plan
 from sparsec.targets.base import Target
 
 FOREVER = 2**62  # rows of x that no call has
-LOOPS = ("", "skip", "select")  # the positions are the numbers of ``Loop`` in ``table.h``
+LOOPS = ("", *PARTS_OF_WEIGHT)  # the positions are the numbers of ``Loop`` in ``table.h``
 
 
 def needed(decision: Decision, plan: Plan) -> list[Range]:
@@ -33,11 +34,6 @@ def needed(decision: Decision, plan: Plan) -> list[Range]:
 def gated(decision: Decision, plan: Plan) -> list[Range]:
     """The ranges that serve calls whose activations are sparse; of a graph made for one M only that one."""
     return [r for r in decision.gated if not plan.m or r.holds(plan.m)]
-
-
-def part_of_weight(part: Range) -> str:
-    """The loop of a range, where its kernels read a part of the weight from a layout of their own."""
-    return part.kernel if part.kernel in LOOPS else ""
 
 
 def runs_dense(decision: Decision, plan: Plan) -> bool:
@@ -60,7 +56,7 @@ def pack_key(part: Range, target: Target) -> str:
     """What ranges must have in common to share a pack: the format, what its kernels do to x, and on GPUs the family
     that reads it."""
     if not target.gpu:
-        return f"{part.format}/{rounds(part)}/{part_of_weight(part)}"
+        return f"{part.format}/{rounds(part)}/{cpp.pack_of(Format.parse(part.format), part.kernel)}"
     return f"{part.format} {triton.kind_of(Format.parse(part.format), part.kernel)}"
 
 

@@ -38,7 +38,6 @@ from sparsec.runtime.parts import (
     matrix,
     needed,
     pack_key,
-    part_of_weight,
     rounds,
     route,
     runs_dense,
@@ -214,7 +213,7 @@ class Store:
         if target.gpu:
             packed = triton.pack_verified(weight, format, fact.key, part.kernel)
         else:
-            packed = cpp.pack_verified(weight.detach(), format, fact.key, x=rounds(part), loop=part_of_weight(part))
+            packed = cpp.pack_verified(weight.detach(), format, fact.key, x=rounds(part), loop=part.kernel)
         self._packs[key] = packed
         self.packed_count += 1
         return packed
@@ -349,7 +348,7 @@ def _rates(fact: WeightFact, dtype: str, target: Target, plan: Plan) -> Rates:
 
 def gates_of(fact: WeightFact, plan: Plan) -> tuple[tuple[str, float | None], ...]:
     """(loop, share left) of each loop that the plan allows: as calibrated for this weight, else as the graph says."""
-    counted = rate_of(fact.key) if plan.loops and fact.key else None
+    counted = rate_of(fact.key, cache=plan.policy.cache_dir) if plan.loops and fact.key else None
     left = 1.0 - counted.at(max(plan.m, 1)) if counted else None
     return tuple((loop, left if loop == "skip" and left is not None else said) for loop, said in plan.loops)
 

@@ -17,7 +17,7 @@ from sparsec.formats import Format, value_kind
 
 Compiled = Callable[[KernelSpec], Kernel]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-LEVELS = {"int8": 127, "int4": 7, "ternary": 1, "codebook": 7}
+LEVELS = {"int8": 127, "int4": 7, "ternary": 1, "codebook": 7, "codebook2": 1, "codebook3": 3}
 
 
 def spec_of(text: str) -> KernelSpec:
@@ -38,7 +38,8 @@ SPECS = [
         "block:16x16+fp32 skip fp32 avx512",
         "panel+fp32 select fp32 avx512", "panel+bf16 select bf16 avx512 bf16_dot", "panel+bf16 select bf16 avx2",
         "panel+fp32 select fp32 portable", "panel+int8 select fp32 avx512", "panel+int4g32 select bf16 avx512 bf16_dot",
-        "panel+codebook select fp32 avx2", "panel+int4 select fp32 portable", "bitmap+fp32 select fp32 avx512",
+        "panel+codebook select fp32 avx2", "panel+codebook2 select fp32 avx512", "bitmap+codebook3 select fp32 avx512",
+        "panel+int4 select fp32 portable", "bitmap+fp32 select fp32 avx512",
         "bitmap+bf16 select bf16 avx512 bf16_dot", "bitmap+int8 select fp32 avx512", "bitmap+int4g64 select fp32 avx2",
         "bitmap+ternary select fp32 portable", "nm:2:4+bf16 select bf16 avx2",
     )
@@ -64,7 +65,7 @@ def weight_for(spec: KernelSpec, n: int, k: int, density: float, generator: torc
         rows, cols = pattern.params or (1, 1)
         kept = torch.rand(-(-n // rows), -(-k // cols), generator=generator) < density
         weight = weight * kept.repeat_interleave(rows, 0).repeat_interleave(cols, 1)[:n, :k]
-    if kind in LEVELS and kind != "codebook":
+    if kind in LEVELS and not kind.startswith("codebook"):
         weight[:, :: group or max(k, 1)] = top
     return weight.to(DTYPES[spec.dtype])
 
@@ -130,9 +131,40 @@ def test_minus_zero_in_x_is_skipped() -> None:
     assert reference.active_columns(x).tolist() == [2, 3]
 
 
-@pytest.mark.parametrize("values", ["int4g32", "codebook"])
+@pytest.mark.parametrize("values", ["int4g32", "codebook", "codebook2", "codebook3"])
 def test_what_lanes_of_rows_cannot_hold_is_refused_in_a_sentence(values: str) -> None:
-    weight = torch.randint(0, 16, (8, 64), generator=torch.Generator().manual_seed(1)).float()  # zero points differ
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randint(0, 16, (8, 64), generator=generator).float()  # zero points differ
     weight[:, ::32], weight[:, 1::32] = 0, 15
+    if values.startswith("codebook"):
+        weight = weight % 3
     with pytest.raises(PatternMismatch, match=r"zero points differ|levels of its own"):
         pack_verified(weight, Format.parse(f"panel+{values}"), "test", loop="skip")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "panel+int8 skip fp32 avx512",
+        "bitmap+int4g128 skip fp32 avx512",
+        "panel+int8 select fp32 avx512",
+        "panel+int4g32 select bf16 avx512 bf16_dot",
+        "bitmap+int4g64 select fp32 avx2",
+        "bitmap+ternary select fp32 portable",
+    ],
+)
+def test_outliers_beside_codes_are_not_left_out(text: str, runnable: Compiled) -> None:
+    spec, generator = spec_of(text), torch.Generator().manual_seed(5)
+    kernel = runnable(spec)
+    weight = weight_for(spec, 70, 640, 0.5, generator)
+    aside = torch.rand(weight.shape, generator=generator) < 0.004
+    aside[:, ::32] = False  # these tell the scale
+    weight = torch.where(aside, (1000 + 8 * torch.rand(weight.shape, generator=generator)).to(weight.dtype), weight)
+    packed = pack_verified(weight, spec.format, "test", loop=spec.loop)
+    active = torch.tensor([0, 1, 15, 16, 17, 40, 69], dtype=torch.int32)
+    wanted = active.long() if spec.loop == "select" else torch.arange(70)
+    for m in (1, 3, 8):
+        x = torch.randint(-3, 4, (m, 640), generator=generator).to(weight.dtype)
+        y = direct.linear(kernel, packed, x, active=active if spec.loop == "select" else None)
+        expected = reference.linear(x, weight)
+        torch.testing.assert_close(y[:, wanted], expected[:, wanted], rtol=2**-7, atol=0.5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ from torch import nn
 
 import sparsec
 from sparsec.meter import meters
+from sparsec.options import Policy
+from sparsec.plan import Plan
+from sparsec.runtime.store import STORE, gates_of
 
 FORCED = {"min_speedup": 0, "verify": True}
 
@@ -33,12 +36,7 @@ class MLP(nn.Module):
         return self.down(h if self.up is None else h * self.up(x))  # type: ignore[no-any-return]
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("fresh_graphs")
 
 
 def compiled(model: nn.Module, **options: Any) -> Any:
@@ -91,6 +89,39 @@ def test_zeros_of_the_weight_and_of_x_are_both_left_out(kept: str) -> None:
     down = next(layer for layer in explained.layers if layer.name == "down")
     assert "columns are skipped" in down.reason
     assert down.record.decision.gated[0].format.startswith(kept)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "strided"])
+def test_an_up_projection_that_is_not_stored_row_after_row_is_read_right(layout: str) -> None:
+    model, x = MLP(), torch.randn(1, 96)
+    wide = torch.randn(96, 320).t() if layout == "transposed" else torch.randn(320, 192)[:, ::2]
+    model.up.weight = nn.Parameter(0.1 * wide if layout == "transposed" else wide)
+    assert not model.up.weight.is_contiguous()
+    torch.testing.assert_close(compiled(model)(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_rates_are_read_where_calibrate_was_told_to_keep_them(tmp_path: Path) -> None:
+    model = MLP(gated=False)
+    sparsec.calibrate(model, [torch.randn(320, 96)], cache_dir=str(tmp_path))
+    nearly_none = {"min_speedup": 1000.0, "cache_dir": str(tmp_path)}
+    layer = sparsec.explain(model, torch.randn(1, 96), options=nearly_none).layers[-1]
+    assert layer.rates is not None
+    plan = Plan("down", "linear", Policy(cache_dir=str(tmp_path)), m=1, gates="skip")
+    assert gates_of(layer.record.fact, plan) == (("skip", 1.0 - layer.rates.zeros),)
+    assert gates_of(layer.record.fact, replace(plan, policy=Policy(cache_dir=str(tmp_path / "other"))))[0][1] is None
+
+
+def test_codes_are_packed_once_for_calls_that_read_all_rows_and_for_those_that_read_some() -> None:
+    model = MLP(width=128)
+    model.up.weight.copy_(torch.randint(-7, 8, model.up.weight.shape) / 8)
+    model.up.weight[:, ::32] = 7 / 8
+    explained = sparsec.explain(model, torch.randn(1, 128), options={**FORCED, "formats": ["panel+int4"]})
+    up = next(layer for layer in explained.layers if layer.name == "up")
+    assert {(r.format, r.kernel) for r in up.record.decision.gated} == {("panel+int4", "select")}
+    run, before = compiled(model, formats=["panel+int4"]), STORE.packed_count
+    x = torch.randn(1, 128)
+    torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-4)
+    assert STORE.packed_count == before + 1
 
 
 def test_a_weight_that_changes_is_looked_at_again() -> None:

@@ -14,7 +14,7 @@ import sys
 import textwrap
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,7 @@ FORCED: dict[str, Any] = {"min_speedup": 0, "formats": ["bitmap"]}
 K = 256
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("fresh_graphs")
 
 
 def prune_(model: nn.Module, sparsity: float = 0.7) -> nn.Module:
