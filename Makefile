@@ -8,9 +8,6 @@ STAMP := $(VENV)/.installed
 # The CPU builds of torch; the default index would bring gigabytes of CUDA libraries on Linux.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-# Tests that compile kernels and time nothing: two at a time.
-COMPILING := tests/codegen tests/passes
-
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check bench gpu-test gpu-bench accuracy readme clean
 
@@ -32,10 +29,12 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## the first five minutes: a pruned real model against Inductor, into demo_report/
 	$(BIN)/sparsec demo $(ARGS)
 
-test: check ## make check, then every test; kernels of GPUs in Triton's interpreter, in a process of their own
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/codegen/triton
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(COMPILING) --ignore=tests/codegen/triton
-	$(BIN)/python -m pytest -q $(COMPILING:%=--ignore=%) $(ARGS)
+# Two at a time: no test asserts a time. Kernels of GPUs run in Triton's interpreter, in processes of their own.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+test: check ## make check, then every test
+	TRITON_INTERPRET=1 $(PYTEST) tests/codegen/triton
+	$(PYTEST) tests --ignore=tests/codegen/triton $(ARGS)
 
 check: $(STAMP) ## ruff, mypy strict, layout tests
 	$(BIN)/ruff check .
