@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from benchmarks import cases, quantised_cases
+from benchmarks import activation_cases, cases, quantised_cases
 from benchmarks.engines import ENGINES
 from sparsec.cli.common import console, progress
 from sparsec.errors import BadOptionValue, SparsecError, did_you_mean, listed
@@ -72,7 +72,7 @@ def main(
 def choose(quick: bool, full: bool, only: str, threads: int) -> list[cases.Case]:
     """The grid, filtered and ordered so that dense engines keep what they built. Raises BadOptionValue."""
     name = "full" if full else "quick" if quick else "standard"
-    grid = [case for module in (cases, quantised_cases) for case in getattr(module, name)(threads)]
+    grid = [case for module in (cases, quantised_cases, activation_cases) for case in getattr(module, name)(threads)]
     try:
         wanted = re.compile(only)
     except re.error as error:

@@ -1,6 +1,7 @@
 """What is measured: linear layers and the MiniLM encoder, and the speedups that the project set itself.
 
-Cases of quantised weights are listed in ``benchmarks.quantised_cases``.
+Cases of quantised weights are listed in ``benchmarks.quantised_cases``, those of activations that hold zeros in
+``benchmarks.activation_cases``.
 
 A ``Case`` is frozen and JSON-able; workers rebuild the same weights and inputs from it, by seed.
 """
@@ -37,6 +38,13 @@ TARGETS = {
 }
 ENCODER_TARGETS = {0.8: 1.2, 0.9: 1.2}  # over Inductor, at batch 1 with 16 tokens; everywhere else the floor
 ENCODER_FLOOR = 0.98
+GATED = ("down", "up", "mlp", "thresholds")
+# (kind, share of zeros) -> speedup over the best dense peer of the same weights
+GATED_TARGETS = {
+    **{(kind, zeros): r for kind in ("down", "up") for zeros, r in ((0.0, 0.97), (0.5, 1.5), (0.8, 3.5), (0.9, 5.0))},
+    **{("mlp", zeros): r for zeros, r in ((0.0, 0.97), (0.9, 3.0))},
+    ("thresholds", 0.5): 1.35,
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,8 @@ class Case:
 
     ``matrices``: most weights that one call walks through; 1 for hot. ``threads``: of every engine. ``weights``: the
     grid they lie on (``int8`` and ``ternary`` by rows, ``int4g128``), "" for none; ``x8``: x is rounded to int8, too;
-    ``pattern``: ``block:16x16`` where zeros come in blocks.
+    ``pattern``: ``block:16x16`` where zeros come in blocks. ``zeros``: share of the activations that are zero; kinds
+    down, up (weight [n, k]), mlp and thresholds (``blocks`` blocks; hidden size k, intermediate size n).
     """
 
     kind: str
@@ -63,10 +72,15 @@ class Case:
     x8: bool = False
     pattern: str = ""
     blocks: int = 0
+    zeros: float = 0.0
+
+    @property
+    def gated(self) -> bool:
+        return self.kind in GATED
 
     @property
     def quantised(self) -> bool:
-        return bool(self.weights)
+        return bool(self.weights) and not self.gated
 
     @property
     def cold(self) -> bool:
@@ -75,7 +89,7 @@ class Case:
     @property
     def calls(self) -> int:
         """Layers (or encoders) that one call of the measured function runs."""
-        return max(self.matrices, HOT_CALLS) if self.kind == "linear" else 1
+        return max(self.matrices, HOT_CALLS) if self.kind in ("linear", "down", "up") else 1
 
     def distinct(self, bytes_each: float) -> int:
         """Different weights for an engine that reads ``bytes_each`` of one: several caches full, or 1 for hot."""
@@ -86,7 +100,7 @@ class Case:
 
     @property
     def shape(self) -> str:
-        if self.kind == "stack":
+        if self.kind in ("stack", "thresholds"):
             return f"llama {self.blocks}x{self.k}/{self.n}"
         return f"minilm {self.batch}x{self.tokens}" if self.kind == "encoder" else f"{self.n}x{self.k}"
 
@@ -94,6 +108,9 @@ class Case:
     def name(self) -> str:
         """Text for ``--only`` and progress, for example ``4096x4096 bf16 M=1 cold 80% t2``."""
         rows = f" M={self.m} {'cold' if self.cold else 'hot'}" if self.kind == "linear" else ""
+        if self.gated:
+            grid = f"{self.weights} {self.sparsity:.0%}".strip() if self.weights else self.dtype
+            return f"activation {self.kind} {self.shape} {grid} zeros={round(100 * self.zeros)} t{self.threads}"
         if self.quantised:
             grid = f"{self.weights} {self.pattern}".strip()
             x = "int8" if self.x8 else self.dtype
@@ -103,7 +120,7 @@ class Case:
     @property
     def dense_key(self) -> str:
         """Cases that a dense engine cannot tell apart: it does the same work whatever the zeros."""
-        return re.sub(r" \d+%", "", self.name)
+        return re.sub(r" \d+%", "", self.name)  # zeros of activations stay: peers are given the same values
 
     @property
     def target(self) -> float | None:
@@ -111,6 +128,8 @@ class Case:
         if self.kind == "encoder":
             small = (self.batch, self.tokens) == (1, 16)
             return ENCODER_TARGETS.get(self.sparsity, ENCODER_FLOOR) if small else ENCODER_FLOOR
+        if self.gated:
+            return GATED_TARGETS.get((self.kind, self.zeros))
         if self.quantised:
             return quantised_target(self.kind, self.weights, self.pattern, self.x8, self.m, self.sparsity, self.cold)
         return TARGETS.get((self.dtype, self.m, self.sparsity)) if self.cold else None

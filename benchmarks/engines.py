@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.cases import BYTES, Case, packed_bytes
+from benchmarks.cases import BYTES, GATED, Case, packed_bytes
 from benchmarks.quantised_targets import VALUE_BYTES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -51,7 +51,7 @@ class Engine:
     dense: bool
     build: Callable[[Case], Built]
     env: tuple[tuple[str, str], ...] = ()
-    takes: Callable[[Case], bool] = lambda case: not case.quantised
+    takes: Callable[[Case], bool] = lambda case: not case.quantised and not case.gated
 
 
 def weights(case: Case, bytes_each: float = 0.0) -> list[Tensor]:
@@ -106,6 +106,10 @@ def on_torch(
     """An engine that takes a module of torch: eager, Inductor, sparsec."""
 
     def build(case: Case) -> Built:
+        if case.gated:
+            from benchmarks.activation_engines import build as build_gated
+
+            return build_gated(compile_, path, case)
         if case.kind == "encoder":
             model, kwargs = encoder(case)
             run = compile_(model)
@@ -135,7 +139,12 @@ def inductor(module: nn.Module) -> Callable[..., Any]:
     return torch.compile(module, dynamic=False)
 
 
-def build_sparsec(case: Case) -> Built:
+def build_unseen(case: Case) -> Built:
+    """sparsec where it cannot see that activations hold zeros: the dense peer of our own kernels."""
+    return build_sparsec(case, seen=False)
+
+
+def build_sparsec(case: Case, seen: bool = True) -> Built:
     """The backend with its default options; the path comes from the records of the compilation."""
     from sparsec.records import recording
 
@@ -146,7 +155,11 @@ def build_sparsec(case: Case) -> Built:
         return torch.compile(module, backend="sparsec", options=options, dynamic=False)
 
     with recording() as records:
-        if case.quantised:
+        if case.gated:
+            from benchmarks.activation_engines import build as build_gated
+
+            built = build_gated(compile_, "", case, seen)
+        elif case.quantised:
             from benchmarks.quantised_engines import on_grid
 
             built = on_grid(compile_, case)
@@ -157,7 +170,8 @@ def build_sparsec(case: Case) -> Built:
             raise RuntimeError(f"sparsec fell back to dense: {record.failure}")
     rows = case.batch * case.tokens if case.kind == "encoder" else case.m
     layers = [(layer.decision, layer.fact) for record in records for layer in record.layers]
-    chosen = [f"{d.at(rows).format} {d.at(rows).kernel}".strip() for d, _ in layers]
+    ranges = [next((r for r in d.gated if r.m_lo <= rows), d.at(rows)) for d, _ in layers]
+    chosen = [f"{r.format} {r.kernel}".strip() for r in ranges]
     path = ", ".join(f"{chosen.count(c)} {c}" if len(set(chosen)) > 1 else c for c in dict.fromkeys(chosen))
     width = VALUE_BYTES.get(case.weights, BYTES[case.dtype])
     return Built(built.call, path or "nothing taken", built.error, byte_limit(layers, rows, width))
@@ -227,20 +241,25 @@ def build_torch_int(case: Case) -> Built:
 
 def any_layer(case: Case) -> bool:
     """Also quantised layers, as floats; a stack would not fit beside the others."""
-    return case.kind != "stack"
+    return case.kind not in ("stack", *GATED)
+
+
+def small_or_gated(case: Case) -> bool:
+    return any_layer(case) or case.gated
 
 
 ENGINES = {
     e.name: e
     for e in (
         Engine("eager", True, on_torch(lambda module: module, "torch eager")),
-        Engine("inductor", True, on_torch(inductor, "Inductor"), takes=any_layer),
+        Engine("inductor", True, on_torch(inductor, "Inductor"), takes=small_or_gated),
+        Engine("unseen", True, build_unseen, takes=lambda case: case.gated),
         Engine("freezing", True, on_torch(inductor, "Inductor, frozen"), env=(("TORCHINDUCTOR_FREEZING", "1"),)),
         Engine("onnxruntime", True, build_onnxruntime, takes=any_layer),
         Engine("ort-int8", True, build_ort_int8, takes=lambda case: case.quantised),
         Engine("ort-nbits", True, build_ort_nbits, takes=lambda case: case.quantised),
         Engine("torch-int", True, build_torch_int, takes=lambda case: case.quantised),
-        Engine("openvino", True, build_openvino, takes=lambda case: True),
+        Engine("openvino", True, build_openvino, takes=lambda case: not case.gated),
         Engine("csr", False, build_csr),
         Engine("sparsec", False, build_sparsec, takes=lambda case: True),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.cases import GATED
 from benchmarks.engines import ENGINES
 
 Row = Mapping[str, Any]
@@ -17,7 +18,8 @@ REACHED = ("vs best peer", "target", "error", "peer's error", "tokens/s", "byte 
 
 
 def is_quantised(row: Row) -> bool:
-    return bool(row["case"].get("weights"))
+    """Not activation sparsity, whose rows are in the other table whatever their weights."""
+    return bool(row["case"].get("weights")) and row["case"]["kind"] not in GATED
 
 
 def columns(rows: Sequence[Row], engines: Sequence[str]) -> list[str]:
