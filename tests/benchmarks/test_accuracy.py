@@ -11,6 +11,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -215,8 +216,9 @@ def bad_model(**changed: float) -> dict[str, Any]:
     facts = {"kind": "causal", "model": "m", "dense": 2.0, "trigram": 4.0, **changed}
     line = {"achieved": 0.5, "bits": 9.0, "seconds": 1.0, "code": ""}
     rows = [r for r in grid() if r.name in ("wanda 50%", "sparsegpt 50%")]
+    wanted: list[Any] = [SimpleNamespace(row=r) for r in rows]
     found = {(r.name, 0): {**line, "draw": 0, "costs": [i + (r.name > "t") * -0.5 for i in range(9)]} for r in rows}
-    return model_report(facts, rows, found, {}, 2)
+    return {"facts": facts, **model_report(facts, wanted, found)}
 
 
 def test_a_hard_relation_that_does_not_hold_fails_the_command() -> None:

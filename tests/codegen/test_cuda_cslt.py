@@ -108,7 +108,7 @@ def test_searches_of_e4m3_and_of_bf16_are_kept_apart() -> None:
 def test_the_family_packs_e4m3_and_gives_the_weight_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cslt, "unavailable", lambda fp8: "" if fp8 else "only e4m3 was asked for")
     family = families.CuSparseLt()
-    family._library, _ = dispatch()
+    family._products, _ = dispatch()
     format = Format.parse("nm:2:4+fp8")
     weight = sample_weight(format, 40, 72)
     packed = family.pack(weight, format, "key")
