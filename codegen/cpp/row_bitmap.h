@@ -4,7 +4,7 @@ constexpr int kMostRows = !kWide ? 1 : kGroupColumns ? 2 : 4;
 constexpr int64_t kGroupWords = kGroupColumns / 32;
 
 template <int MB>
-INLINE void dot_row(const SparsecCall *call, int64_t row, const Lane *x, int64_t stride, F16 *acc) {
+INLINE void dot_row(const SparsecCall *call, int64_t row, int64_t, const Lane *x, int64_t stride, F16 *acc) {
   int64_t words = ceil_div(call->k, 32), step = kGroupWords ? kGroupWords : words;
   const char *at = pack_of<char>(call, 0) + 4 * static_cast<int64_t>(pack_of<int32_t>(call, 1)[row]);
   auto *mask = reinterpret_cast<const uint32_t *>(at);

@@ -6,7 +6,7 @@ constexpr int64_t kChunkBytes = kChunk * kBits / 8;
 constexpr int kGroupWords = kGroupColumns ? kGroupColumns / 32 : kWords;
 
 template <int MB>
-INLINE void dot_row(const SparsecCall *call, int64_t row, const Lane *x, int64_t stride, F16 *acc) {
+INLINE void dot_row(const SparsecCall *call, int64_t row, int64_t, const Lane *x, int64_t stride, F16 *acc) {
   int64_t chunks = ceil_div(call->k, kChunk);
   const Stored *v = pack_of<Stored>(call, 0) + (row / kGroup * chunks * kGroup + row % kGroup) * kChunkBytes;
   Group<Lane> values;

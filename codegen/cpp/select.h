@@ -1,7 +1,8 @@
 // Loop "select": only the outputs that somebody reads: call->active lists rows of W, and no other output is written.
 // Expects dot_x.h, and from the layout: kMostRows and
-//   template <int MB> void dot_row(const SparsecCall *, int64_t row, const Lane *x, int64_t stride, F16 *acc);
-// where the lanes of acc[i] sum up to the output of row i of x. A tile is 16 entries of the list.
+//   template <int MB>
+//   void dot_row(const SparsecCall *, int64_t row, int64_t next, const Lane *x, int64_t stride, F16 *acc);
+// where the lanes of acc[i] sum up to the output of row i of x; `next` is the row of W that will be asked for then. A tile is 16 entries of the list.
 
 // out[r][i] += the outliers of row wanted[i] times row `row` + r of x. They lie by tiles of rows of W, so neighbours in
 // the list that are of one tile share what is computed for it.
@@ -32,7 +33,7 @@ __attribute__((noinline)) void selected_rows(const SparsecCall *call, int64_t be
     for (int e = 0; e < 4; ++e) {
       F16 sums[MB];
       for (int r = 0; r < MB; ++r) sums[r] = zero16();
-      if (i + e < count) dot_row<MB>(call, wanted[i + e], x, stride, sums);
+      if (i + e < count) dot_row<MB>(call, wanted[i + e], wanted[i + e + (i + e + 1 < left)], x, stride, sums);
       for (int r = 0; r < MB; ++r) acc[r][e] = sums[r];
     }
     for (int r = 0; r < MB; ++r) sums4(acc[r], out[r] + i);
