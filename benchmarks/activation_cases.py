@@ -11,7 +11,7 @@ from benchmarks.cases import Case, cold_matrices, l3_bytes
 
 ZEROS = (0.5, 0.8, 0.9)
 LLAMA = (4096, 11008)  # hidden size, intermediate size
-SMALL = (256, 688)
+QUICK = (1024, 2816)
 
 
 def down(zeros: float, threads: int, weights: str = "", size: tuple[int, int] = LLAMA) -> Case:
@@ -65,5 +65,5 @@ def full(threads: int) -> Iterator[Case]:
 
 def quick(threads: int) -> Iterator[Case]:
     """One row of each kind."""
-    yield from (down(0.9, threads, weights) for weights in ("", "int8"))
-    yield up(0.9, threads)
+    yield from (down(0.9, threads, weights, QUICK) for weights in ("", "int8"))
+    yield up(0.9, threads, size=QUICK)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 from benchmarks.cases import BYTES, Case
 from benchmarks.engines import DTYPES, Built
 from benchmarks.quantised_targets import VALUE_BYTES
-from benchmarks.quantised_weights import PROJECTIONS, normalised, quantised
+from benchmarks.quantised_weights import PROJECTIONS, projections, quantised, through
 
 CALIBRATION = 8  # tokens from which the thresholds of a stack are taken: their quantiles need no more
 
@@ -66,7 +67,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A decoder block of one token (attention to itself is its value), with a threshold in front of every layer."""
+    """A decoder block as in ``quantised_weights``, with a threshold in front of every layer.
+
+    ``zeros``: while it is set, each threshold is taken from the tokens that are read, as TEAL does.
+    """
+
+    zeros: float | None = None
 
     def __init__(self, layers: dict[str, Tensor], seen: bool) -> None:
         super().__init__()
@@ -76,25 +82,14 @@ class Block(nn.Module):
         self.seen = seen
 
     def product(self, name: str, x: Tensor) -> Tensor:
-        kept = torch.where(x.abs() > getattr(self, f"t_{name}"), x, 0) if self.seen else x
+        threshold = getattr(self, f"t_{name}")
+        if self.zeros is not None:
+            threshold.copy_(x.float().abs().flatten().quantile(self.zeros))
+        kept = torch.where(x.abs() > threshold, x, 0) if self.seen else x
         return F.linear(kept, self.layers[name])
 
     def forward(self, x: Tensor) -> Tensor:
-        n = normalised(x)
-        x = x + self.product("o", self.product("q", n) + self.product("k", n) + self.product("v", n))
-        n = normalised(x)
-        y: Tensor = x + self.product("down", F.silu(self.product("gate", n)) * self.product("up", n))
-        return y
-
-
-class CalibratedBlock(Block):
-    """Takes each threshold from the first tokens that it reads, as TEAL does."""
-
-    zeros = 0.5
-
-    def product(self, name: str, x: Tensor) -> Tensor:
-        getattr(self, f"t_{name}").copy_(x.float().abs().flatten().quantile(self.zeros))
-        return super().product(name, x)
+        return through({name: partial(self.product, name) for name in PROJECTIONS}, x)
 
 
 def build(compile_: Callable[[nn.Module], Callable[..., Any]], path: str, case: Case, seen: bool = True) -> Built:
@@ -130,10 +125,9 @@ def program(case: Case, seen: bool) -> tuple[nn.Module, list[Tensor]]:
 
 def _calibrate(blocks: list[Block], tokens: Tensor, zeros: float) -> None:
     for block in blocks:
-        block.__class__ = CalibratedBlock
-        block.zeros = zeros  # type: ignore[assignment]
+        block.zeros = zeros
         tokens = block(tokens)
-        block.__class__ = Block
+        block.zeros = None
 
 
 def _dense(case: Case, n: int, k: int) -> Tensor:
@@ -152,14 +146,8 @@ def _cold(case: Case) -> list[Tensor]:
 
 
 def _blocks(case: Case, seen: bool) -> Iterator[Block]:
-    shapes = dict.fromkeys("qkvo", (case.k, case.k))
-    shapes |= {"gate": (case.n, case.k), "up": (case.n, case.k), "down": (case.k, case.n)}
-    bases = {s: _dense(case, *s) for s in dict.fromkeys(shapes.values())}
-    for block in range(case.blocks):
-        rolled = (
-            bases[shapes[name]].roll(37 * (7 * block + i), 0) * _scale(name) for i, name in enumerate(PROJECTIONS)
-        )
-        yield Block(dict(zip(PROJECTIONS, rolled, strict=True)), seen)
+    for layers in projections(case, partial(_dense, case), lambda weight, by: weight.roll(by, 0)):
+        yield Block({name: weight * _scale(name) for name, weight in layers.items()}, seen)
 
 
 def _scale(name: str) -> float:

@@ -27,7 +27,9 @@ WARM_BELOW_S = 0.05  # calls longer than this get no warming call before the tim
 SLOW = 6.0  # an engine that is this many times slower than the best sits out after the first rounds
 FEWEST = 5
 LARGEST_ERROR = {"fp32": 1e-4, "bf16": 3e-2}
-LARGEST_ROUNDED = {"linear": 0.1, "stack": 0.3}  # of quantised cases, against x as it is: errors are shown, not judged
+# Of quantised cases, against x as it is: errors are shown, not judged. A value that falls on the other side of a
+# threshold moves all blocks after it, as one on the other side of a step of x does.
+LARGEST_ROUNDED = {"linear": 0.1, "stack": 0.3, "thresholds": 0.3}
 
 
 @dataclass
@@ -179,9 +181,7 @@ def measure(
 
 
 def largest_error(case: Case) -> float:
-    if case.kind == "thresholds":  # a value on the other side of a threshold moves all blocks after it
-        return LARGEST_ROUNDED["stack"]
-    return LARGEST_ROUNDED[case.kind] if case.quantised else LARGEST_ERROR[case.dtype]
+    return LARGEST_ROUNDED[case.kind] if case.quantised or case.kind == "thresholds" else LARGEST_ERROR[case.dtype]
 
 
 def interleave(remotes: dict[str, Remote], once: dict[str, float], rounds: int, budget_s: float) -> dict[str, Samples]:

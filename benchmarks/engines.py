@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.cases import BYTES, GATED, Case, packed_bytes
+from benchmarks.cases import BYTES, Case, packed_bytes
 from benchmarks.quantised_targets import VALUE_BYTES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -170,7 +170,7 @@ def build_sparsec(case: Case, seen: bool = True) -> Built:
             raise RuntimeError(f"sparsec fell back to dense: {record.failure}")
     rows = case.batch * case.tokens if case.kind == "encoder" else case.m
     layers = [(layer.decision, layer.fact) for record in records for layer in record.layers]
-    ranges = [next((r for r in d.gated if r.m_lo <= rows), d.at(rows)) for d, _ in layers]
+    ranges = [next((r for r in d.gated if r.holds(rows)), d.at(rows)) for d, _ in layers]
     chosen = [f"{r.format} {r.kernel}".strip() for r in ranges]
     path = ", ".join(f"{chosen.count(c)} {c}" if len(set(chosen)) > 1 else c for c in dict.fromkeys(chosen))
     width = VALUE_BYTES.get(case.weights, BYTES[case.dtype])
@@ -241,21 +241,17 @@ def build_torch_int(case: Case) -> Built:
 
 def any_layer(case: Case) -> bool:
     """Also quantised layers, as floats; a stack would not fit beside the others."""
-    return case.kind not in ("stack", *GATED)
-
-
-def small_or_gated(case: Case) -> bool:
-    return any_layer(case) or case.gated
+    return case.kind != "stack"
 
 
 ENGINES = {
     e.name: e
     for e in (
         Engine("eager", True, on_torch(lambda module: module, "torch eager")),
-        Engine("inductor", True, on_torch(inductor, "Inductor"), takes=small_or_gated),
+        Engine("inductor", True, on_torch(inductor, "Inductor"), takes=any_layer),
         Engine("unseen", True, build_unseen, takes=lambda case: case.gated),
         Engine("freezing", True, on_torch(inductor, "Inductor, frozen"), env=(("TORCHINDUCTOR_FREEZING", "1"),)),
-        Engine("onnxruntime", True, build_onnxruntime, takes=any_layer),
+        Engine("onnxruntime", True, build_onnxruntime, takes=lambda case: any_layer(case) and not case.gated),
         Engine("ort-int8", True, build_ort_int8, takes=lambda case: case.quantised),
         Engine("ort-nbits", True, build_ort_nbits, takes=lambda case: case.quantised),
         Engine("torch-int", True, build_torch_int, takes=lambda case: case.quantised),

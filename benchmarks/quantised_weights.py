@@ -9,8 +9,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -85,14 +86,22 @@ def answers(case: Case, kept: list[Quantised], xs: list[Tensor]) -> list[Tensor]
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
-def stack_weights(case: Case) -> Iterator[dict[str, Quantised]]:
-    """The projections of one block after the other."""
+W = TypeVar("W")
+
+
+def projections(case: Case, base: Callable[[int, int], W], rolled: Callable[[W, int], W]) -> Iterator[dict[str, W]]:
+    """The projections of one block after the other: rotations by rows of one ``base`` [n, k] of each shape."""
     shapes = dict.fromkeys("qkvo", (case.k, case.k))
     shapes |= {"gate": (case.n, case.k), "up": (case.n, case.k), "down": (case.k, case.n)}
-    bases = {shape: quantised(case, *shape) for shape in dict.fromkeys(shapes.values())}
+    bases = {shape: base(*shape) for shape in dict.fromkeys(shapes.values())}
     for block in range(case.blocks):
         first = 7 * block
-        yield {name: bases[shapes[name]].rolled(37 * (first + i)) for i, name in enumerate(PROJECTIONS)}
+        yield {name: rolled(bases[shapes[name]], 37 * (first + i)) for i, name in enumerate(PROJECTIONS)}
+
+
+def stack_weights(case: Case) -> Iterator[dict[str, Quantised]]:
+    """The projections of one block after the other, on the grid of the case."""
+    return projections(case, partial(quantised, case), Quantised.rolled)
 
 
 def token(case: Case) -> Tensor:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
+from torch import library as torch_library
 from torch.nn import functional as F
 
 from sparsec.codegen import reference
@@ -28,8 +29,9 @@ from sparsec.codegen.triton import family_of
 from sparsec.codegen.triton.contract import Call, Family
 from sparsec.codegen.triton.launch import run
 from sparsec.errors import SparsecWarning
+from sparsec.runtime import library as on_cpu
 
-_libraries: list[torch.library.Library] = []  # a Library unregisters its ops when it is collected
+_libraries: list[torch_library.Library] = []  # a Library unregisters its ops when it is collected
 
 
 Config: TypeAlias = "tuple[tuple[str, int], ...]"  # tile sizes, splits and warps; see ``codegen/triton/contract``
@@ -219,22 +221,10 @@ def device_of(x: torch.Tensor) -> Any:
 @functools.cache
 def load() -> None:
     """Make ``torch.ops.sparsec_gpu.*`` exist in this process."""
-    library: Any = torch.library.Library("sparsec_gpu", "FRAGMENT")  # type: ignore[no-untyped-call]
+    library: Any = torch_library.Library("sparsec_gpu", "FRAGMENT")  # type: ignore[no-untyped-call]
     tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-    for name, function, shape in (("linear", linear, _linear_shape), ("conv2d", conv2d, _conv_shape)):
+    for name, function, shape in (("linear", linear, on_cpu._linear_shape), ("conv2d", conv2d, on_cpu._conv_shape)):
         library.define(f"{name}(Tensor x, Tensor weight, Tensor? bias, str plan) -> Tensor", tags=tags)
         library.impl(name, function, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"sparsec_gpu::{name}", shape, lib=library)
+        torch_library.register_fake(f"sparsec_gpu::{name}", shape, lib=library)
     _libraries.append(library)
-
-
-def _linear_shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, plan: str) -> torch.Tensor:
-    from sparsec.runtime.library import _linear_shape as shape
-
-    return shape(x, weight, bias, plan)
-
-
-def _conv_shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, plan: str) -> torch.Tensor:
-    from sparsec.runtime.library import _conv_shape as shape
-
-    return shape(x, weight, bias, plan)
