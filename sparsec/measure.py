@@ -5,13 +5,14 @@ call costs, and the rate of each sparse kernel (``measure_kernels.py``). The mac
 each kernel half of one after it is compiled. Both are kept as JSON in ``<cache>/rates``, a kernel's under the hash of
 its text. What was measured on a busy machine is used, but measured again when it is ten minutes old.
 
-Two threads of a virtual machine may share a core for seconds, and then two are as fast as one. So that dense and
-sparse are not compared across such moments, kernels are timed on one thread and scaled as dense was seen to scale.
+Dense and sparse must not be compared across the moments of a machine that others use. Two threads of a virtual
+machine may share a core for seconds, and then two are as fast as one: kernels are timed on one thread and scaled as
+dense was seen to scale. Memory is several times slower at one moment than at another: what a kernel streams is kept
+as a multiple of what dense streamed in the same moment.
 """
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
@@ -27,9 +28,17 @@ from sparsec.codegen.spec import KernelSpec
 from sparsec.errors import BuildError, PackError
 from sparsec.facts import WeightFact
 from sparsec.formats import BOOKS, Format, Pattern
-from sparsec.measure_calls import best_seconds, best_seconds_alone_too, cold_bytes, plausible, thread_count, tune_log
+from sparsec.measure_calls import (
+    best_seconds,
+    best_seconds_alone_too,
+    cold_bytes,
+    cold_linear,
+    plausible,
+    thread_count,
+    tune_log,
+)
 from sparsec.measure_conv import dense_conv, gather_rate
-from sparsec.measure_kernels import TORCH, Text, compile_all, direct, kernel_texts, measure_kernel
+from sparsec.measure_kernels import SIDE, TORCH, Text, compile_all, direct, kernel_texts, measure_kernel
 from sparsec.passes.decide.candidates import allowed, formats_of, patterns
 from sparsec.passes.decide.gates import KINDS
 from sparsec.quiet import wait_for_cores
@@ -37,15 +46,11 @@ from sparsec.targets import reference
 from sparsec.targets.base import DenseRate, KernelRate, Rates, Target
 from sparsec.targets.cuda import GpuTarget
 
-VERSION = "6"  # of what is measured and how; another one measures again
+VERSION = "7"  # of what is measured and how; another one measures again
 MS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 # Measured even where a weight does not have the pattern: `explain` says what it would give.
 USUAL = ("panel", "bitmap", "index", "nm:2:4")
 BUSY_S = 600.0
-
-# Of the dense weights: calls as short as those of the sparse kernels, since on a shared machine the shortest calls
-# find the quietest moments, and sparse would look better than it is.
-_SIDE = 1024
 
 _log = tune_log()
 _machines: dict[tuple[str, int, str], Rates] = {}
@@ -82,7 +87,17 @@ def rates(
     for pair, found in texts.items():
         rated = (_kernel_rate(t, target, machine, cache) for t in found)
         _kernels[(*place, *pair)] = tuple(r for r in rated if r is not None)
-    return replace(machine, kernels=tuple(r for pair in pairs for r in _kernels[(*place, *pair)]))
+    return replace(machine, kernels=_no_slower([r for pair in pairs for r in _kernels[(*place, *pair)]]))
+
+
+def _no_slower(kernels: list[KernelRate]) -> tuple[KernelRate, ...]:
+    """Loops on rounded x, which compute less with the same bytes, wait for memory no longer than those on x as it is:
+    what was measured between them is noise, and would choose the one that computes more."""
+    plain = {(r.pattern, r.dtype, r.values, r.loop): r.bandwidth for r in kernels}
+    keys = [(r.pattern, r.dtype, r.values, r.loop.partition("/")[0]) for r in kernels]
+    return tuple(
+        replace(r, bandwidth=max(r.bandwidth, plain.get(key, 0.0))) for r, key in zip(kernels, keys, strict=True)
+    )
 
 
 def _named(name: str, dtype: str) -> Format:
@@ -119,7 +134,7 @@ def rates_for(
 
 
 def _kernel_rate(t: Text, target: Target, machine: Rates, cache: Path) -> KernelRate | None:
-    """The rate of one loop with the machine's threads; None where it cannot be built."""
+    """The rate of one loop with the machine's threads and memory; None where it cannot be built."""
     threads = machine.threads
     key = digest(target.fingerprint, str(threads), t.spec.name, t.text, torch.__version__, VERSION)
 
@@ -127,7 +142,7 @@ def _kernel_rate(t: Text, target: Target, machine: Rates, cache: Path) -> Kernel
         _log.info("measuring %s with %d threads", t.spec.name, threads)
         wait_for_cores(threads)
         with thread_count(threads):
-            return measure_kernel(t, target, machine.overhead, cache)
+            return measure_kernel(t, target, machine, cache)
 
     try:
         alone = _stored(cache / "rates" / f"kernel-{key}.json", _kernel_from_json, measure)
@@ -135,7 +150,7 @@ def _kernel_rate(t: Text, target: Target, machine: Rates, cache: Path) -> Kernel
         _log.info("%s is not used: %s", t.spec.name, error)
         return None
     points = tuple((m, c / machine.scaling, p / machine.scaling, z / machine.scaling) for m, c, p, z in alone.points)
-    return replace(alone, points=points)
+    return replace(alone, points=points, bandwidth=alone.bandwidth * machine.dense_bandwidth)
 
 
 @torch.no_grad()
@@ -159,14 +174,9 @@ def _measure_machine(target: Target, threads: int, cache: Path) -> tuple[Rates, 
 def _dense(name: str, dtype: torch.dtype, cold: int, overhead: float) -> tuple[DenseRate, float, bool]:
     """Seconds per weight of ``F.linear`` at each M, how many times faster all threads are than one where arithmetic
     counts, and whether the machine was busy. Every call reads a weight that the caches have forgotten."""
-    size = _SIDE * _SIDE
-    copies = max(2, -(-cold // (size * dtype.itemsize)))
-    weights = itertools.cycle(torch.randn(copies, _SIDE, _SIDE).mul_(0.02).to(dtype).unbind())
-
-    def linear(x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.linear(x, next(weights))
-
-    calls = {str(m): partial(linear, torch.randn(m, _SIDE).to(dtype)) for m in MS}
+    size = SIDE * SIDE
+    linear = cold_linear(dtype, SIDE, cold)
+    calls = {str(m): partial(linear, torch.randn(m, SIDE).to(dtype)) for m in MS}
     seconds, alone, busy = best_seconds_alone_too(calls, budget_s=0.9)
     points = plausible([(m, max(seconds[str(m)] - overhead, 0.1 * seconds[str(m)]) / size) for m in MS])
     scaling = max(alone[str(m)] / seconds[str(m)] for m in MS[-3:])

@@ -71,6 +71,14 @@ def plausible(points: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
     return tuple(checked)
 
 
+def cold_linear(dtype: torch.dtype, side: int, cold: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """``F.linear`` with weights [side, side] that take turns, ``cold`` bytes in all: each call reads one that the
+    caches have forgotten."""
+    copies = max(2, -(-cold // (side * side * dtype.itemsize)))
+    weights = itertools.cycle(torch.full((copies, side, side), 0.02, dtype=dtype).unbind())
+    return lambda x: torch.nn.functional.linear(x, next(weights))
+
+
 def cold_bytes(target: Target) -> int:
     """How many bytes to use in turn so that none of them is in a cache when it is used again."""
     return min(max(3 * target.l3_bytes, _LEAST_COLD_BYTES), _MOST_COLD_BYTES)

@@ -2,7 +2,7 @@
 
 Two runs tell arithmetic and memory apart. On weights that fit the caches, at several densities and M, time is
 arithmetic: three coefficients are fitted for each M. On copies of a large weight, used in turn so that none is in a
-cache when its turn comes, time is memory: bytes over seconds.
+cache when its turn comes, time is memory: bytes over seconds, beside those of a dense linear in the same rounds.
 """
 
 from __future__ import annotations
@@ -21,14 +21,25 @@ from sparsec.codegen.spec import KernelSpec, Packed
 from sparsec.errors import NoCompiler, PackError
 from sparsec.facts import Conv
 from sparsec.formats import BOOKS, Format, Pattern, value_kind
-from sparsec.measure_calls import best_seconds, best_seconds_alone_too, cold_bytes, plausible, thread_count, tune_log
+from sparsec.measure_calls import (
+    best_seconds,
+    best_seconds_alone_too,
+    cold_bytes,
+    cold_linear,
+    plausible,
+    thread_count,
+    tune_log,
+)
 from sparsec.passes.decide.candidates import PARTS_OF_WEIGHT
 from sparsec.passes.graph import DTYPES
 from sparsec.runtime.direct import Direct
-from sparsec.targets.base import KernelRate, Target
+from sparsec.targets.base import KernelRate, Rates, Target
 
 TORCH = {name: dtype for dtype, name in DTYPES.items()}
 
+# Of dense weights: calls as short as those of the sparse kernels, since on a shared machine the shortest calls find the
+# quietest moments, and sparse would look better than it is.
+SIDE = 1024
 _SMALL = (256, 2048)  # fits the second-level cache in most formats, while x of many rows does not fit the first
 _LARGE = (2048, 2048)
 _LEAST_S = 1e-3  # of one timing; shorter calls are repeated
@@ -101,9 +112,12 @@ def direct(
 
 
 @torch.no_grad()
-def measure_kernel(t: Text, target: Target, overhead: float, cache: Path) -> tuple[KernelRate, bool]:
-    """The rate of one loop, its arithmetic on one thread and its bandwidth on torch's, and whether the machine was too
-    busy for it to be trusted. Raises BuildError, PackError."""
+def measure_kernel(t: Text, target: Target, machine: Rates, cache: Path) -> tuple[KernelRate, bool]:
+    """The rate of one loop, and whether the machine was too busy for it to be trusted.
+
+    Its arithmetic is that of one thread; its bandwidth, on torch's threads, a multiple of ``machine.dense_bandwidth``.
+    Raises BuildError, PackError.
+    """
     calls: dict[str, Callable[[], object]] = {}
     sizes: dict[str, tuple[int, int, int, int]] = {}
     packs: list[tuple[int, int, int]] = []
@@ -121,9 +135,9 @@ def measure_kernel(t: Text, target: Target, overhead: float, cache: Path) -> tup
             sizes[name] = (k, round(rows * k * left), round(stored * left), m)
     with thread_count(1):
         seconds, busy = best_seconds(calls, budget_s=0.5, min_call_s=_LEAST_S)
-    taken = [(*sizes[name], max(s - overhead, 0.1 * s)) for name, s in seconds.items()]
+    taken = [(*sizes[name], max(s - machine.overhead, 0.1 * s)) for name, s in seconds.items()]
     points = fitted(taken, positions=t.pattern.kind in ("bitmap", "index"))
-    bandwidth, busy_too = _streamed(t, target, overhead, cache)
+    bandwidth, busy_too = _streamed(t, target, machine, cache)
     read = _bytes_of(packs[1:]) if t.values else (0.0, 0.0)
     rate = KernelRate(str(t.pattern), t.spec.way, t.spec.dtype, points, bandwidth, read, values=t.values)
     return rate, busy or busy_too
@@ -150,19 +164,25 @@ def _densities(pattern: Pattern) -> tuple[float, ...]:
     return (pattern.params[0] / pattern.params[1],) if pattern.kind == "nm" else _DENSITIES
 
 
-def _streamed(t: Text, target: Target, overhead: float, cache: Path) -> tuple[float, bool]:
-    """Bytes per second of a call whose weight is in no cache."""
+def _streamed(t: Text, target: Target, machine: Rates, cache: Path) -> tuple[float, bool]:
+    """Bytes per second of a call whose weight is in no cache, over those of a dense fp32 linear at the same time."""
     weight = sample(t.pattern, *_LARGE, _densities(t.pattern)[0], t.values)[0].to(TORCH[t.spec.dtype])
     first = direct(weight, t.spec, target, cache)
     size = first.packed.bytes or weight.nbytes  # no pack: the kernel reads the weight itself
-    copies = max(2, -(-cold_bytes(target) // max(size, 1)))
+    cold = cold_bytes(target)
+    copies = max(2, -(-cold // max(size, 1)))
     packs = [replace(first.packed, tensors=tuple(p.clone() for p in first.packed.tensors)) for _ in range(copies)]
     runs = itertools.cycle([direct(weight.clone(), t.spec, target, cache, packed) for packed in packs])
     part = _part(t, *_LARGE)
     read = size * (_LEFT if part else 1.0)
     x = torch.randn(_LOOP_MS.get(t.spec.loop, _OTHER_MS)[0], _LARGE[1]).to(TORCH[t.spec.dtype])
-    seconds, _, busy = best_seconds_alone_too({"cold": partial(_call_next, runs, x, *part)}, budget_s=0.3)
-    return read / max(seconds["cold"] - overhead, 1e-9), busy
+    calls = {
+        "ours": partial(_call_next, runs, x, *part),
+        "dense": partial(cold_linear(torch.float32, SIDE, cold), torch.randn(1, SIDE)),
+    }
+    seconds, _, busy = best_seconds_alone_too(calls, budget_s=0.4)
+    dense = 4 * SIDE * SIDE / max(seconds["dense"] - machine.dense_overhead, 1e-9)
+    return read / max(seconds["ours"] - machine.overhead, 1e-9) / dense, busy
 
 
 def _call_next(runs: Iterator[Direct], x: torch.Tensor, *part: torch.Tensor) -> torch.Tensor:

@@ -73,3 +73,8 @@ class Rates:
     scaling: float = 1.0  # arithmetic of all threads over that of one
     conv: tuple[DenseRate, ...] = ()  # as ``dense``, of a convolution of some size; M: pixels of its result
     gather: float = 0.0  # seconds, with all threads, for each value of a patch that a convolution's kernel gathers
+
+    @property
+    def dense_bandwidth(self) -> float:
+        """Bytes of weight per second that a dense fp32 linear of one row reads from memory."""
+        return 4 / next(d for d in self.dense if d.dtype == "fp32").points[0][1]

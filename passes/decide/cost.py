@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sparsec.targets.base import DenseRate, KernelRate, Rates
@@ -61,6 +61,13 @@ class Cost:
     def times(self, factor: float) -> Cost:
         return Cost(tuple(Piece(p.lo, p.hi, tuple(line.times(factor) for line in p.lines)) for p in self.pieces))
 
+    def mixed(self, share: float) -> Cost:
+        """With ``share`` of what waits for the other added: of lines a and b, the larger of a + share*b, b + share*a.
+
+        Pieces of other than two lines stay as they are.
+        """
+        return Cost(tuple(replace(p, lines=_mixed(p.lines, share)) for p in self.pieces))
+
     def knots(self) -> Iterator[float]:
         """Where one piece hands over to the next."""
         yield from (p.hi for p in self.pieces if p.hi < math.inf)
@@ -78,6 +85,12 @@ class Cost:
     def text(self) -> str:
         """The cost as text of a sympy expression in ``M``."""
         return _text(self)
+
+
+def _mixed(lines: tuple[Line, ...], share: float) -> tuple[Line, ...]:
+    if len(lines) != 2:
+        return lines
+    return tuple(Line(one.a + share * other.a, one.b + share * other.b) for one, other in (lines, lines[::-1]))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -18,6 +18,7 @@ from sparsec.formats import BOOKS, VALUE_BITS, VALUE_BYTES, Format, Pattern, sto
 from sparsec.options import Policy
 from sparsec.passes.decide import bucket, decide, dense_decision
 from sparsec.passes.decide.candidates import (
+    HIDDEN,
     MODEL_MARGIN,
     PANEL_PRICE,
     SWITCH_FORMAT,
@@ -81,7 +82,9 @@ def brute_force(dense: Way, ways: list[Way], least: float) -> list[tuple[str, st
                 continue
             same = last is None or way == last
             factor = 1.0 if same else SWITCH_LOOP if way.format == last.format else SWITCH_FORMAT
-            price = way.cost.at(m) * (PANEL_PRICE if way.format.startswith("panel") else 1.0) * factor
+            piece = next(p for p in way.cost.pieces if m <= p.hi)
+            waits, hidden = sorted((line.at(m) for line in piece.lines), reverse=True)
+            price = (waits + HIDDEN * hidden) * (PANEL_PRICE if way.format.startswith("panel") else 1.0) * factor
             if price < lowest[0]:
                 winner, lowest = way, (price,)
         chosen.append((winner.format, winner.kernel))
@@ -196,6 +199,18 @@ def test_equal_cost_goes_to_dense() -> None:
     faster = dataclasses.replace(rates.kernels[0], points=((1, 0.0, 0.99 * seconds, 0.0),))
     a_bit_faster = dataclasses.replace(rates, kernels=(faster,))
     assert decide(fact, "fp32", TARGET, a_bit_faster, exact_tie).ours
+
+
+def test_of_ways_that_wait_equally_long_for_memory_the_one_that_computes_less_is_taken() -> None:
+    slow, quick = (
+        KernelRate("bitmap", loop, "fp32", ((1, 0.0, seconds, 0.0),), 1e9)
+        for loop, seconds in (("a", 2e-11), ("b", 1e-12))
+    )
+    rates = dataclasses.replace(RATES, dense=(DenseRate("fp32", ((1, 1e-8),)),), kernels=(slow, quick), overhead=0.0)
+    decision = decide(a_fact(density=0.1), "fp32", TARGET, rates, Policy())
+    costs = {c.kernel: c.cost for c in decision.candidates if c.format != "dense"}
+    assert len(costs) == 2
+    assert decision.at(1).kernel == "b"
 
 
 def test_min_speedup_zero_takes_the_best_sparse_way_even_where_it_loses() -> None:

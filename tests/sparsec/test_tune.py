@@ -24,14 +24,15 @@ from sparsec.codegen.spec import KernelSpec, Packed
 from sparsec.efforts import EFFORTS
 from sparsec.errors import BadOptionValue, CompileFailed, SparsecWarning, TuningNotKept
 from sparsec.formats import Format, Pattern
-from sparsec.measure import _kernels, _machines, plausible, rates, rates_for
+from sparsec.measure import _kernels, _machines, _no_slower, plausible, rates, rates_for
 from sparsec.measure_calls import best_seconds, cold_bytes, thread_count
-from sparsec.measure_kernels import Text, compile_all, fit, fitted, kernel_texts, sample
+from sparsec.measure_kernels import Text, compile_all, fit, fitted, kernel_texts, measure_kernel, sample
 from sparsec.options import Policy
 from sparsec.passes.decide import decide
 from sparsec.passes.decide.candidates import ways_for
 from sparsec.passes.profile.weights import profile
 from sparsec.passes.quantize.contract import Grid
+from sparsec.runtime.direct import Direct
 from sparsec.targets import reference
 from sparsec.targets.base import DenseRate, KernelRate, Rates
 from sparsec.timing import Ratio, Samples
@@ -706,3 +707,41 @@ def test_a_rate_that_was_kept_is_the_rate_that_was_measured() -> None:
     back = _kernel_from_json(json.loads(json.dumps(asdict(rate))))
     assert back == rate
     assert hash(back) == hash(rate)  # decisions are remembered by it
+
+
+def one_kernel(target: targets.base.Target = PORTABLE) -> Text:
+    (text,) = (t for t in kernel_texts(Format.parse("bitmap+fp32"), "fp32", target) if t.spec.loop == "dot")
+    return text
+
+
+def test_what_a_kernel_streams_does_not_follow_the_moment_it_was_measured_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same seconds of ours and of dense, three times longer while a neighbour uses the memory."""
+    kernels_module = importlib.import_module("sparsec.measure_kernels")
+    slower = [1.0]
+
+    def timed(calls: Any, budget_s: float, min_call_s: float = 0.0) -> tuple[dict[str, float], dict[str, float], bool]:
+        for call in calls.values():
+            call()
+        seconds = {name: slower[0] * {"ours": 2e-3, "dense": 1e-3}[name] for name in calls}
+        return seconds, seconds, False
+
+    monkeypatch.setattr(kernels_module, "best_seconds_alone_too", timed)
+    machine = dataclasses.replace(MACHINE, overhead=0.0, dense_overhead=0.0)
+    quiet, _ = measure_kernel(one_kernel(), PORTABLE, machine, tmp_path)
+    slower[0] = 3.0
+    busy, _ = measure_kernel(one_kernel(), PORTABLE, machine, tmp_path)
+    assert busy.bandwidth == pytest.approx(quiet.bandwidth)
+    read = Direct(
+        sample(Pattern("bitmap"), 2048, 2048, 0.5)[0], Format.parse("bitmap+fp32"), "dot", target="cpu:portable"
+    ).packed.bytes
+    assert quiet.bandwidth == pytest.approx(read / 2e-3 / (4 * 1024 * 1024 / 1e-3))
+
+
+def test_a_loop_that_rounds_x_is_not_said_to_stream_slower_than_one_that_does_not() -> None:
+    points = ((1, 0.0, 0.0, 1e-11),)
+    rounds = KernelRate("panel", "dot/int8", "fp32", points, 3.4e10, values="int8")
+    plain = dataclasses.replace(rounds, loop="dot", bandwidth=3.5e10)
+    other = dataclasses.replace(rounds, values="int4")
+    assert [r.bandwidth for r in _no_slower([plain, rounds, other])] == [3.5e10, 3.5e10, 3.4e10]
