@@ -41,6 +41,7 @@ TORCH = {name: dtype for dtype, name in DTYPES.items()}
 # quietest moments, and sparse would look better than it is.
 SIDE = 1024
 _SMALL = (256, 2048)  # fits the second-level cache in most formats, while x of many rows does not fit the first
+_FEW = 128  # columns of one tile that take no time beside the call itself
 _LARGE = (2048, 2048)
 _LEAST_S = 1e-3  # of one timing; shorter calls are repeated
 _LOOP_MS = {"dot": (1, 2, 4, 8, 16, 64), "outer": (8, 16, 64, 256), **dict.fromkeys(PARTS_OF_WEIGHT, (1, 2, 4, 8))}
@@ -118,29 +119,44 @@ def measure_kernel(t: Text, target: Target, machine: Rates, cache: Path) -> tupl
     Its arithmetic is that of one thread; its bandwidth, on torch's threads, a multiple of ``machine.dense_bandwidth``.
     Raises BuildError, PackError.
     """
-    calls: dict[str, Callable[[], object]] = {}
+    ms = _LOOP_MS.get(t.spec.loop, _OTHER_MS)
+    calls = {"call": _try(t, target, cache, (16, _FEW, _densities(t.pattern)[-1]))[0](ms[0])}
     sizes: dict[str, tuple[int, int, int, int]] = {}
     packs: list[tuple[int, int, int]] = []
     n, k = _SMALL
     densities = _densities(t.pattern)
     # One tile: next to nothing but what is done to x.
     for rows, density in [(16, densities[-1]), *((n, density) for density in densities)]:
-        weight, stored = sample(t.pattern, rows, k, density, t.values)
-        run = direct(weight.to(TORCH[t.spec.dtype]), t.spec, target, cache)
+        call, stored, size = _try(t, target, cache, (rows, k, density))
         left = _LEFT if t.spec.loop in PARTS_OF_WEIGHT else 1.0
-        packs.append((rows * k, stored, run.packed.bytes))
-        for m in _LOOP_MS.get(t.spec.loop, _OTHER_MS):
+        packs.append((rows * k, stored, size))
+        for m in ms:
             name = f"{rows}/{density}/{m}"
-            calls[name] = partial(run, torch.randn(m, k).to(TORCH[t.spec.dtype]), *_part(t, rows, k))
+            calls[name] = call(m)
             sizes[name] = (k, round(rows * k * left), round(stored * left), m)
     with thread_count(1):
         seconds, busy = best_seconds(calls, budget_s=0.5, min_call_s=_LEAST_S)
-    taken = [(*sizes[name], max(s - machine.overhead, 0.1 * s)) for name, s in seconds.items()]
+    nothing = seconds.pop("call")
+    taken = [(*sizes[name], max(s - nothing, 0.1 * s)) for name, s in seconds.items()]
     points = fitted(taken, positions=t.pattern.kind in ("bitmap", "index"))
     bandwidth, busy_too = _streamed(t, target, machine, cache)
     read = _bytes_of(packs[1:]) if t.values else (0.0, 0.0)
     rate = KernelRate(str(t.pattern), t.spec.way, t.spec.dtype, points, bandwidth, read, values=t.values)
     return rate, busy or busy_too
+
+
+def _try(
+    t: Text, target: Target, cache: Path, size: tuple[int, int, float]
+) -> tuple[Callable[[int], Callable[[], object]], int, int]:
+    """For a weight of ``size`` (N, K, density): M -> a call, how many values it stores, and bytes of its pack."""
+    n, k, density = size
+    weight, stored = sample(t.pattern, n, k, density, t.values)
+    run = direct(weight.to(TORCH[t.spec.dtype]), t.spec, target, cache)
+
+    def call(m: int) -> Callable[[], object]:
+        return partial(run, torch.randn(m, k).to(TORCH[t.spec.dtype]), *_part(t, n, k))
+
+    return call, stored, run.packed.bytes
 
 
 def _part(t: Text, n: int, k: int) -> tuple[torch.Tensor, ...]:

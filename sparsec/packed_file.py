@@ -40,7 +40,7 @@ from sparsec.passes.decide.whole import WholePlan
 from sparsec.rounding import plain_but, rounded_inputs, rounding
 from sparsec.runtime.packed import Meta
 
-LAYOUT = 2  # of this file and of the packs in it; another one cannot be read
+LAYOUT = 3  # of this file and of the packs in it; another one cannot be read
 KEY = "sparsec"
 NAME = "packed.safetensors"  # in a folder; not a name that other tools would take for plain weights
 

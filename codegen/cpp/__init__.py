@@ -37,10 +37,9 @@ def family(kind: str, x: str = "", loop: str = "") -> Family:
     return cast(Family, getattr(importlib.import_module(module), name))
 
 
-def pack_of(format: Format, loop: str) -> str:
+def pack_of(loop: str) -> str:
     """The loop in ``LOOP_FAMILIES`` whose packs a loop reads; "" for those that all other loops read."""
-    shared = loop == "select" and format.pattern.kind == "panel" and is_coded(format.values)
-    return loop if loop in LOOP_FAMILIES and not shared else ""
+    return loop if loop in LOOP_FAMILIES else ""
 
 
 def loops_of(format: Format, x: str = "") -> tuple[str, ...]:

@@ -2,13 +2,14 @@
 // pack: values. Work is split into tiles of one chunk of rows.
 INLINE int64_t tile_chunks(const SparsecCall *) { return 1; }
 constexpr int kBlockChunks = 16;  // chunks of rows whose sums stay in the first-level cache
-constexpr int64_t kChunkSize = kChunk * kValueBits / 8;
+constexpr int64_t kChunkSize = kChunk * kValueBits / 8, kPiece = kChunkSize;
 
 struct Column {
   const char *at;
   MEMBER Column() {}
   MEMBER Column(const SparsecCall *call, int64_t chunk, int64_t column)
       : at(pack_of<char>(call, 0) + (column * ceil_div(call->n, kChunk) + chunk) * kChunkSize) {}
+  MEMBER const char *here() const { return at; }
   // f(i, values of rows 32 i to 32 i + 31) of the next chunk of rows
   template <class F>
   MEMBER void next(F f) {

@@ -2,6 +2,7 @@
 // column. A column of a tile is its masks and then its values, where codes of each 32 rows start in a new byte. pack:
 // those bytes, and where each column of each tile begins, in units of 4 bytes (int32).
 constexpr int kBlockChunks = 16;
+constexpr int64_t kPiece = kChunk * kValueBits / 16;  // of values, where half is kept
 INLINE int64_t tile_chunks(const SparsecCall *call) {
   int64_t all = ceil_div(call->n, kChunk);
   return all < kBlockChunks ? all : kBlockChunks;
@@ -10,14 +11,14 @@ INLINE int64_t tile_chunks(const SparsecCall *call) {
 struct Column {
   const uint32_t *mask;
   const Stored *v;
-  const char *at;
   MEMBER Column() {}
   MEMBER Column(const SparsecCall *call, int64_t chunk, int64_t column) {
     int64_t chunks = tile_chunks(call), start = pack_of<int32_t>(call, 1)[chunk / chunks * call->k + column];
-    at = pack_of<char>(call, 0) + 4 * start;
+    auto *at = pack_of<char>(call, 0) + 4 * start;
     mask = reinterpret_cast<const uint32_t *>(at);
     v = reinterpret_cast<const Stored *>(at + chunks * kChunk / 8);
   }
+  MEMBER const char *here() const { return reinterpret_cast<const char *>(v); }
   template <class F>
   MEMBER void next(F f) {
 #pragma GCC unroll 4

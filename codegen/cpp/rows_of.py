@@ -1,8 +1,8 @@
 """Kernels of the loop ``select``: only the rows of a weight whose outputs somebody reads.
 
-``panel`` with values as they are reads the weight as PyTorch stores it, so it has no pack (``row_plain.h``); codes are
-read from the pack that dense products have (``row_words.h``); ``bitmap``, ``nm`` and ``block`` have rows of masks and
-kept values (``row_bitmap.h``).
+``panel`` with values as they are reads the weight as PyTorch stores it, so it has no pack (``row_plain.h``); its codes
+lie row by row (``row_words.h``); ``bitmap``, ``nm`` and ``block`` have rows of masks and kept values
+(``row_bitmap.h``).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Rows:
         """``panel`` with values as they are gets a pack without tensors: the kernel is given the weight itself."""
         format, name = Format(pattern, values), layout(pattern, values)
         if name == "row_words":
-            return words.pack(weight, format, source_key)
+            return words.pack(weight, format, source_key, together=1)
         if name == "row_plain":
             n, k = packer.checked(weight, values).shape
             return Packed(format, 1, (), _work(n, k + 1), (n, k), source_key)
@@ -45,7 +45,7 @@ class Rows:
     def unpack(self, packed: Packed) -> torch.Tensor:
         (_, k), values = packed.shape, packed.format.values
         if layout(packed.format.pattern, values) == "row_words":
-            return words.unpack(packed)
+            return words.unpack(packed, together=1)
         whole, kept = (t[:, :k].contiguous() for t in masked.unpack(packed, -(-k // 32) * 32))
         return coded.decoded(whole, kept, packed.tensors[2:], values) if is_coded(values) else whole
 

@@ -21,12 +21,18 @@ template <int MB, int COUNT>
 INLINE void add_columns(const SparsecCall *call, int64_t chunk, int chunks, int64_t begin, int64_t row, F16 *sums) {
   const float *x = static_cast<const float *>(call->scratch) + begin * call->m + row;
   Column column[COUNT];
-  for (int c = 0; c < COUNT; ++c) column[c] = Column(call, chunk, call->active[begin + c]);
+  int64_t ahead[COUNT];  // how far behind a column is the one that is read after it
+  for (int c = 0; c < COUNT; ++c) {
+    int64_t after = begin + c + kAtOnce < call->active_count ? begin + c + kAtOnce : begin + c;
+    column[c] = Column(call, chunk, call->active[begin + c]);
+    ahead[c] = Column(call, chunk, call->active[after]).here() - column[c].here();
+  }
   for (int i = 0; i < chunks; ++i, sums += kVectors16) {
     F16 acc[MB][kVectors16];
     for (int r = 0; r < MB; ++r)
       for (int v = 0; v < kVectors16; ++v) acc[r][v] = sums[r * kBlockChunks * kVectors16 + v];
-    for (int c = 0; c < COUNT; ++c)
+    for (int c = 0; c < COUNT; ++c) {
+      for (int b = 0; b < kPiece && (CODED || !i); b += 64) __builtin_prefetch(column[c].here() + ahead[c] + b);
       column[c].next([&](int j, const F32 &w) __attribute__((always_inline)) {
         for (int r = 0; r < MB; ++r) {
           F16 xs = splat(x[c * call->m + r]);
@@ -34,6 +40,7 @@ INLINE void add_columns(const SparsecCall *call, int64_t chunk, int chunks, int6
           acc[r][2 * j + 1] = fma(w.b, xs, acc[r][2 * j + 1]);
         }
       });
+    }
     for (int r = 0; r < MB; ++r)
       for (int v = 0; v < kVectors16; ++v) sums[r * kBlockChunks * kVectors16 + v] = acc[r][v];
   }
@@ -42,8 +49,6 @@ INLINE void add_columns(const SparsecCall *call, int64_t chunk, int chunks, int6
 template <int MB>
 __attribute__((noinline)) void add_group(const SparsecCall *call, int64_t chunk, int chunks, int64_t begin, int64_t end,
                                          int64_t row, F16 *sums) {
-  for (int64_t c = end; c < end + kAtOnce && c < call->active_count; ++c)  // the first lines of what comes next
-    for (int b = 0; b < 256; b += 64) __builtin_prefetch(Column(call, chunk, call->active[c]).at + b);
   if (end - begin == kAtOnce) return add_columns<MB, kAtOnce>(call, chunk, chunks, begin, row, sums);
   for (; begin < end; ++begin) add_columns<MB, 1>(call, chunk, chunks, begin, row, sums);
 }

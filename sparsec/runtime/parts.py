@@ -56,7 +56,7 @@ def pack_key(part: Range, target: Target) -> str:
     """What ranges must have in common to share a pack: the format, what its kernels do to x, and on GPUs the family
     that reads it."""
     if not target.gpu:
-        return f"{part.format}/{rounds(part)}/{cpp.pack_of(Format.parse(part.format), part.kernel)}"
+        return f"{part.format}/{rounds(part)}/{cpp.pack_of(part.kernel)}"
     return f"{part.format} {triton.kind_of(Format.parse(part.format), part.kernel)}"
 
 

@@ -191,7 +191,7 @@ def with_meta(content: dict[str, Any], **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda c: c["said"].update(layout=1), "it has layout version 1, and sparsec .* reads version 2"),
+        (lambda c: c["said"].update(layout=1), "it has layout version 1, and sparsec .* reads version 3"),
         (lambda c: with_meta(c, version=7), "down has version 7 of the layout index.*version 1 is read here"),
         (lambda c: with_meta(c, target="cpu:neon"), "down was packed for cpu:neon, which this machine cannot run"),
         (lambda c: with_meta(c, format="octal+fp32"), "the pack of down is not one that this version knows"),
