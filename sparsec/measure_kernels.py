@@ -43,6 +43,8 @@ SIDE = 1024
 _SMALL = (256, 2048)  # fits the second-level cache in most formats, while x of many rows does not fit the first
 _FEW = 128  # columns of one tile that take no time beside the call itself
 _LARGE = (2048, 2048)
+# Of kernels that read a part: columns and rows as long as layers have them, for each is fetched from a place of its own.
+_LARGE_PART = (4096, 4096)
 _LEAST_S = 1e-3  # of one timing; shorter calls are repeated
 _LOOP_MS = {"dot": (1, 2, 4, 8, 16, 64), "outer": (8, 16, 64, 256), **dict.fromkeys(PARTS_OF_WEIGHT, (1, 2, 4, 8))}
 _OTHER_MS = (1, 8, 64)
@@ -123,7 +125,7 @@ def measure_kernel(t: Text, target: Target, machine: Rates, cache: Path) -> tupl
     calls = {"call": _try(t, target, cache, (16, _FEW, _densities(t.pattern)[-1]))[0](ms[0])}
     sizes: dict[str, tuple[int, int, int, int]] = {}
     packs: list[tuple[int, int, int]] = []
-    n, k = _SMALL
+    n, k = _SMALL[::-1] if t.spec.loop == "skip" else _SMALL
     densities = _densities(t.pattern)
     # One tile: next to nothing but what is done to x.
     for rows, density in [(16, densities[-1]), *((n, density) for density in densities)]:
@@ -182,16 +184,17 @@ def _densities(pattern: Pattern) -> tuple[float, ...]:
 
 def _streamed(t: Text, target: Target, machine: Rates, cache: Path) -> tuple[float, bool]:
     """Bytes per second of a call whose weight is in no cache, over those of a dense fp32 linear at the same time."""
-    weight = sample(t.pattern, *_LARGE, _densities(t.pattern)[0], t.values)[0].to(TORCH[t.spec.dtype])
+    large = _LARGE_PART if t.spec.loop in PARTS_OF_WEIGHT else _LARGE
+    weight = sample(t.pattern, *large, _densities(t.pattern)[0], t.values)[0].to(TORCH[t.spec.dtype])
     first = direct(weight, t.spec, target, cache)
     size = first.packed.bytes or weight.nbytes  # no pack: the kernel reads the weight itself
     cold = cold_bytes(target)
     copies = max(2, -(-cold // max(size, 1)))
     packs = [replace(first.packed, tensors=tuple(p.clone() for p in first.packed.tensors)) for _ in range(copies)]
     runs = itertools.cycle([direct(weight.clone(), t.spec, target, cache, packed) for packed in packs])
-    part = _part(t, *_LARGE)
+    part = _part(t, *large)
     read = size * (_LEFT if part else 1.0)
-    x = torch.randn(_LOOP_MS.get(t.spec.loop, _OTHER_MS)[0], _LARGE[1]).to(TORCH[t.spec.dtype])
+    x = torch.randn(_LOOP_MS.get(t.spec.loop, _OTHER_MS)[0], large[1]).to(TORCH[t.spec.dtype])
     calls = {
         "ours": partial(_call_next, runs, x, *part),
         "dense": partial(cold_linear(torch.float32, SIDE, cold), torch.randn(1, SIDE)),
