@@ -156,18 +156,19 @@ def _try(
     run = direct(weight.to(TORCH[t.spec.dtype]), t.spec, target, cache)
 
     def call(m: int) -> Callable[[], object]:
-        return partial(run, torch.randn(m, k).to(TORCH[t.spec.dtype]), *_part(t, n, k))
+        return partial(run, torch.randn(m, k).to(TORCH[t.spec.dtype]), *_parts(t, n, k)[0])
 
     return call, stored, run.packed.bytes
 
 
-def _part(t: Text, n: int, k: int) -> tuple[torch.Tensor, ...]:
-    """For kernels that read a part of the weight, which: _LEFT of the columns or rows, spread at random."""
+def _parts(t: Text, n: int, k: int) -> list[tuple[torch.Tensor, ...]]:
+    """What calls are given besides x: for kernels that read a part of the weight, which columns or rows, spread at
+    random; _LEFT of them each, and all of them in turn, so that each call's are in no cache. Nothing for others."""
     if t.spec.loop not in PARTS_OF_WEIGHT:
-        return ()
+        return [()]
     size = k if t.spec.loop == "skip" else n
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
-    return (order[: max(round(size * _LEFT), 1)].sort().values.to(torch.int32),)
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    return [(part.sort().values,) for part in order.tensor_split(max(min(round(1 / _LEFT), size), 1))]
 
 
 def _bytes_of(packs: list[tuple[int, int, int]]) -> tuple[float, float]:
@@ -191,12 +192,13 @@ def _streamed(t: Text, target: Target, machine: Rates, cache: Path) -> tuple[flo
     cold = cold_bytes(target)
     copies = max(2, -(-cold // max(size, 1)))
     packs = [replace(first.packed, tensors=tuple(p.clone() for p in first.packed.tensors)) for _ in range(copies)]
-    runs = itertools.cycle([direct(weight.clone(), t.spec, target, cache, packed) for packed in packs])
-    part = _part(t, *large)
-    read = size * (_LEFT if part else 1.0)
+    parts = _parts(t, *large)
+    runs = [direct(weight.clone(), t.spec, target, cache, packed) for packed in packs]
+    turns = itertools.cycle([(run, part) for part in parts for run in runs])
+    read = size / len(parts)
     x = torch.randn(_LOOP_MS.get(t.spec.loop, _OTHER_MS)[0], large[1]).to(TORCH[t.spec.dtype])
     calls = {
-        "ours": partial(_call_next, runs, x, *part),
+        "ours": partial(_call_next, turns, x),
         "dense": partial(cold_linear(torch.float32, SIDE, cold), torch.randn(1, SIDE)),
     }
     seconds, _, busy = best_seconds_alone_too(calls, budget_s=0.4)
@@ -204,8 +206,9 @@ def _streamed(t: Text, target: Target, machine: Rates, cache: Path) -> tuple[flo
     return read / max(seconds["ours"] - machine.overhead, 1e-9) / dense, busy
 
 
-def _call_next(runs: Iterator[Direct], x: torch.Tensor, *part: torch.Tensor) -> torch.Tensor:
-    return next(runs)(x, *part)
+def _call_next(turns: Iterator[tuple[Direct, tuple[torch.Tensor, ...]]], x: torch.Tensor) -> torch.Tensor:
+    run, part = next(turns)
+    return run(x, *part)
 
 
 def sample(pattern: Pattern, n: int, k: int, density: float, values: str = "") -> tuple[torch.Tensor, int]:
