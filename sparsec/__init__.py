@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sparsec.calibrate import calibrate
     from sparsec.explain import Explanation, explain
+    from sparsec.export_onnx import export_onnx
     from sparsec.io import load, save
     from sparsec.pack import pack_, unpack_
     from sparsec.rounding import restore
@@ -28,6 +29,7 @@ _HOME = {
     "Report": "sparsec.sparsify",
     "calibrate": "sparsec.calibrate",
     "explain": "sparsec.explain",
+    "export_onnx": "sparsec.export_onnx",
     "invalidate": "sparsec.runtime.store",
     "load": "sparsec.io",
     "methods": "sparsec.sparsify",
@@ -45,6 +47,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "explain",
+    "export_onnx",
     "invalidate",
     "load",
     "methods",
@@ -69,6 +72,8 @@ sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:
+    if name == "onnx":  # the one module among the functions
+        return importlib.import_module("sparsec.onnx")
     if name not in _HOME:
         raise AttributeError(f"module 'sparsec' has no attribute {name!r}; it has {', '.join(__all__)}")
     return getattr(importlib.import_module(_HOME[name]), name)

@@ -43,7 +43,7 @@ SIDE = 1024
 _SMALL = (256, 2048)  # fits the second-level cache in most formats, while x of many rows does not fit the first
 _FEW = 128  # columns of one tile that take no time beside the call itself
 _LARGE = (2048, 2048)
-# Of kernels that read a part: columns and rows as long as layers have them, for each is fetched from a place of its own.
+# Of kernels that read a part: columns and rows as long as layers have them, for each is read at a place of its own.
 _LARGE_PART = (4096, 4096)
 _LEAST_S = 1e-3  # of one timing; shorter calls are repeated
 _LOOP_MS = {"dot": (1, 2, 4, 8, 16, 64), "outer": (8, 16, 64, 256), **dict.fromkeys(PARTS_OF_WEIGHT, (1, 2, 4, 8))}

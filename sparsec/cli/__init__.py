@@ -33,6 +33,7 @@ COMMANDS = {
     "eval": "What pruning cost, paired with the dense model.",
     "tune": "Measure the decisions on this machine and keep them.",
     "calibrate": "Count the zeros of a model's activations and keep the rates.",
+    "export": "Write a model as ONNX that any ONNX Runtime runs, fast with our library.",
     "methods": "The sparsification methods and what each needs.",
     "targets": "The machines kernels can be made for, and this one.",
     "kernels": "The kernel families and where their source is.",

@@ -1,0 +1,1 @@
+"""Kernels of CPUs as operators of ONNX Runtime: the same text, in a library that a session registers."""

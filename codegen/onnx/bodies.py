@@ -1,0 +1,168 @@
+"""What an operator is in standard ONNX: a function of the same name, which a runtime without our library inlines.
+
+Every input but x is a constant, so what is decoded is folded once, when a session is made, to one MatMul of the dense
+weight. Positions of floats are the running sum of gaps that are stored for this alone, a byte each: twice the load time
+of a dense layer instead of five times where they are worked out from bits. Of codes a byte each would be as much as the
+codes, so there a bit's value lies where the running sum of the bits before its byte says, and in its byte a table.
+(NonZero would give positions, but ONNX Runtime does not fold it.)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from sparsec.codegen.onnx.library import DOMAIN, Op
+
+if TYPE_CHECKING:
+    import onnx
+
+OPSET = 21
+
+_BITS = [[byte >> bit & 1 for bit in range(8)] for byte in range(256)]
+_BEFORE = [[sum(row[:bit]) for bit in range(8)] for row in _BITS]
+
+
+def _table(rows: list[list[int]]) -> str:
+    return ", ".join(str(number) for row in rows for number in row)
+
+
+def _spread() -> str:
+    """Text that gives ``scattered`` [bytes of masks, 8]: numbers of ``signed`` where a bit is set, zeros elsewhere."""
+    return f"""
+  minus_one = Constant<value_ints = [-1]>()
+  begin = Constant<value_ints = [0]>()
+  first_axis = Constant<value_int = 0>()
+  is_kept = Constant<value = bool[256, 8] {{{_table(_BITS)}}}>()
+  kept_before = Constant<value = int32[256, 8] {{{_table(_BEFORE)}}}>()
+  kept_in_byte = Constant<value = int32[256, 1] {{{_table([[sum(row)] for row in _BITS])}}}>()
+  nothing = Constant<value = int8[1] {{0}}>()
+  byte = Cast<to = 6>(masks)
+  kept = Gather<axis = 0>(is_kept, byte)
+  in_byte = Gather<axis = 0>(kept_before, byte)
+  counts = Gather<axis = 0>(kept_in_byte, byte)
+  before_byte = CumSum<exclusive = 1>(counts, first_axis)
+  place = Add(before_byte, in_byte)
+  number = Gather<axis = 0>(signed, place)
+  scattered = Where(kept, number, nothing)
+"""
+
+
+def function(op: Op) -> onnx.FunctionProto:
+    """The body of an operator, in opset 21."""
+    import onnx
+
+    inputs = ", ".join(("x", "bias", "work", *op.packs))
+    attributes = "n, k, outer_from, version"
+    body = _integer_body() if op.x else _bitmap_body()
+    text = f"""
+<opset_import: ["" : {OPSET}], domain: "{DOMAIN}">
+{op.name} <{attributes}> ({inputs}) => (y) {{
+  n_number = Constant<value_int : int = @n>()
+  k_number = Constant<value_int : int = @k>()
+  one_axis = Constant<value_ints = [1]>()
+  n = Reshape(n_number, one_axis)
+  k = Reshape(k_number, one_axis)
+{body}
+}}"""
+    return onnx.parser.parse_function(text)
+
+
+def _in_rows(unit: int, rows: int, multiple: int) -> str:
+    """Text that gives ``weight`` [k, n]: ``scattered`` lies by (``rows`` rows, ``unit`` columns, row, column), with
+    columns up to a multiple."""
+    return f"""
+  multiple = Constant<value_ints = [{multiple}]>()
+  less = Constant<value_ints = [{multiple - 1}]>()
+  unit = Constant<value_ints = [{unit}]>()
+  rows = Constant<value_ints = [{rows}]>()
+  both = Constant<value_ints = [0, 0]>()
+  more = Add(k, less)
+  multiples = Div(more, multiple)
+  columns = Mul(multiples, multiple)
+  units = Div(columns, unit)
+  order = Concat<axis = 0>(minus_one, units, rows, unit)
+  apart = Reshape(scattered, order)
+  turned = Transpose<perm = [1, 3, 0, 2]>(apart)
+  flat = Concat<axis = 0>(columns, minus_one)
+  whole = Reshape(turned, flat)
+  ends = Concat<axis = 0>(k, n)
+  weight = Slice(whole, both, ends)
+"""
+
+
+def gaps(masks: torch.Tensor) -> torch.Tensor:
+    """How many positions each set bit of ``masks`` is behind the one before it, [kept] in the smallest type that holds
+    them: what the body of a bitmap of floats knows positions from."""
+    bits = np.unpackbits(masks.contiguous().numpy().view(np.uint8).ravel(), bitorder="little")
+    found = np.diff(np.flatnonzero(bits), prepend=0)
+    most = int(found.max(initial=0))
+    return torch.from_numpy(found.astype(np.uint8 if most < 2**8 else np.uint16 if most < 2**16 else np.int32))
+
+
+def _bitmap_body() -> str:
+    """bitmap.h: 4 rows, 32 columns."""
+    return f"""
+  minus_one = Constant<value_ints = [-1]>()
+  begin = Constant<value_ints = [0]>()
+  first_axis = Constant<value_int = 0>()
+  of_tile = Constant<value_ints = [16]>()
+  to_tile = Constant<value_ints = [15]>()
+  more_rows = Add(n, to_tile)
+  tiles = Div(more_rows, of_tile)
+  all_rows = Mul(tiles, of_tile)
+  of_word = Constant<value_ints = [32]>()
+  to_word = Constant<value_ints = [31]>()
+  more_columns = Add(k, to_word)
+  words = Div(more_columns, of_word)
+  all_columns = Mul(words, of_word)
+  size = Mul(all_rows, all_columns)
+  nothing = ConstantOfShape<value = float[1] {{0.0}}>(size)
+  steps = Cast<to = 6>(gaps)
+  positions = CumSum(steps, first_axis)
+  count = Shape(gaps)
+  kept = Slice(values, begin, count)
+  scattered = ScatterElements<axis = 0>(nothing, positions, kept)
+{_in_rows(32, 4, 32)}
+  product = MatMul(x, weight)
+  y = Add(product, bias)
+"""
+
+
+def _integer_body() -> str:
+    """int_steps.h: 16 rows, 4 columns, padded to 16 columns; x is rounded row by row as int_x.h does it.
+
+    Codes are made signed where they are few, before they are scattered, and x unsigned: ONNX Runtime has fast products
+    of just these.
+    """
+    return f"""
+  one = Constant<value_float = 1.0>()
+  none = Constant<value_float = 0.0>()
+  most = Constant<value_float = 127.0>()
+  last_axis = Constant<value_ints = [-1]>()
+  size_of_x = Abs(x)
+  largest = ReduceMax<keepdims = 1>(size_of_x, last_axis)
+  exact = Div(largest, most)
+  is_zero = Equal(exact, none)
+  step = Where(is_zero, one, exact)
+  in_steps = Div(x, step)
+  nearest = Round(in_steps)
+  shift = Constant<value_float = 128.0>()
+  from_zero = Add(nearest, shift)
+  q = Cast<to = 2>(from_zero)
+  zero_of_q = Constant<value = uint8 {{128}}>()
+  middle = Constant<value = int32 {{128}}>()
+  unsigned = Cast<to = 6>(codes)
+  centred = Sub(unsigned, middle)
+  signed = Cast<to = 3>(centred)
+{_spread()}
+{_in_rows(4, 16, 16)}
+  product = MatMulInteger(q, weight, zero_of_q)
+  sums = Cast<to = 1>(product)
+  scales = Slice(scale, begin, n)
+  in_rows = Mul(sums, step)
+  scaled = Mul(in_rows, scales)
+  y = Add(scaled, bias)
+"""

@@ -1,0 +1,222 @@
+"""One ONNX file that any ONNX Runtime runs, and that runs our kernels where our library is registered.
+
+``torch.onnx.export`` writes the model; then the linear layers that are expected to gain become operators of the domain
+``sparsec``, each with a body in standard ONNX (``onnx_rewrite.py``). An ONNX file of another tool takes the same second
+step. What was written is run before it is called done, with and without the library, against PyTorch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sparsec import cache, targets
+from sparsec.errors import BadModelFile, MissingPackage, VerifyError, WriteFailed
+from sparsec.onnx import first_line
+from sparsec.onnx_rewrite import OnnxLayer, rewrite
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+OPSET = 21
+_EXTERNAL = 2**31 - 2**27  # bytes from which weights go to a file of their own; a protobuf ends at 2 GiB
+_ALLOWED = 2e-3  # of the largest value of an output, that outputs may differ from PyTorch's
+
+
+@dataclass(frozen=True)
+class OnnxReport:
+    """What was written. ``errors``: of each output the largest difference from PyTorch over its largest value, with our
+    library (``sparsec``) and without (``plain``); empty where nothing was run."""
+
+    path: str
+    layers: tuple[OnnxLayer, ...]
+    bytes: int
+    dense_bytes: int
+    errors: Mapping[str, Mapping[str, float]]
+
+    def __str__(self) -> str:
+        from sparsec.onnx_report import text_of
+
+        return text_of(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "layers": [layer.to_dict() for layer in self.layers]}
+
+
+@torch.no_grad()
+def export_onnx(
+    model: torch.nn.Module,
+    args: Sequence[Any],
+    path: str | Path,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    names: tuple[Sequence[str], Sequence[str]] = ((), ()),
+    portable: bool = False,
+    min_speedup: float = 1.05,
+    opset: int = OPSET,
+    verify: bool = True,
+    cache_dir: str = "",
+) -> OnnxReport:
+    """Write ``model`` as ONNX.
+
+    ``args``, ``kwargs``: inputs that the model can be called with; use sizes above 1 where they are to be dynamic.
+    ``dynamic_shapes``: as for ``torch.onnx.export``; by default the first axis of every tensor, and the second of ids
+    and masks. ``names``: of the inputs and outputs. ``portable``: standard operators only. ``min_speedup``: of our
+    operators over dense, expected for one row; 0 takes them wherever a weight has zeros. ``verify``: run the file,
+    which needs ONNX Runtime.
+    Raises MissingPackage without onnx and onnxscript; BadModelFile where the model cannot be written as ONNX, with the
+    operator that cannot; WriteFailed; VerifyError where an output differs, with the first layer that does.
+    """
+    said = dict(kwargs or {})
+    shapes = _axes(args, said) if dynamic_shapes is None else dynamic_shapes
+    program = _exported(model, tuple(args), said, shapes, opset, names)
+    report = write(program, Path(path), portable=portable, min_speedup=min_speedup, cache_dir=cache_dir)
+    if not verify:
+        return report
+    from sparsec.onnx_verify import differences
+
+    wanted = _tensors(model(*args, **said))
+    inputs = _tensors([*args, *said.values()])
+    errors = differences(Path(path), inputs, wanted, cache_dir)
+    return OnnxReport(report.path, report.layers, report.bytes, report.dense_bytes, checked(errors, report.path))
+
+
+def write(
+    model: ir.Model, path: Path, *, portable: bool = False, min_speedup: float = 1.05, cache_dir: str = ""
+) -> OnnxReport:
+    """Rewrite an onnx-ir model, which is changed, and write it. Raises WriteFailed."""
+    dense = _bytes_of(model)
+    layers: list[OnnxLayer] = []
+    if not portable:
+        target = targets.resolve("cpu")
+        layers = rewrite(model, target, torch.get_num_threads(), cache.cache_dir(cache_dir), min_speedup)
+    _save(model, path)
+    beside = path.with_name(f"{path.name}.data")
+    size = path.stat().st_size + (beside.stat().st_size if beside.exists() else 0)
+    return OnnxReport(str(path), tuple(layers), size, dense, {})
+
+
+def rewrite_file(source: str | Path, path: str | Path, **said: Any) -> OnnxReport:
+    """As ``export_onnx`` for an ONNX file from any tool. ``said``: keywords of ``write``. Raises BadModelFile."""
+    ir = _onnx_ir()
+    try:
+        model = ir.load(str(source))
+    except Exception as error:  # protobuf, onnx and onnx-ir have no class in common
+        raise BadModelFile(path=str(source), why=first_line(error)) from error
+    return write(model, Path(path), **said)
+
+
+def checked(errors: Mapping[str, Mapping[str, float]], path: str) -> Mapping[str, Mapping[str, float]]:
+    """``errors``, or VerifyError for the largest where that is more than rounding."""
+    for how, of in errors.items():
+        for output, error in of.items():
+            if not error <= _ALLOWED:  # NaN too
+                raise VerifyError(where=f"{output} of {path}", format=f"{how} ONNX", error=error, allowed=_ALLOWED)
+    return errors
+
+
+def _onnx_ir() -> Any:
+    try:
+        import onnx_ir
+        import onnxscript  # noqa: F401  torch.onnx needs it
+    except ImportError:
+        raise MissingPackage(feature="ONNX export", package="onnx, onnxscript", extra="onnx") from None
+    return onnx_ir
+
+
+def _exported(
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    shapes: Any,
+    opset: int,
+    names: tuple[Sequence[str], Sequence[str]],
+) -> ir.Model:
+    _onnx_ir()
+    said: dict[str, Any] = {"dynamo": True, "dynamic_shapes": shapes, "opset_version": opset, "verbose": False}
+    said |= {"input_names": list(names[0]) or None, "output_names": list(names[1]) or None}
+    try:
+        with _quiet():
+            program = torch.onnx.export(model.eval(), args, kwargs=kwargs, **said)
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise BadModelFile(path=type(model).__name__, why=f"torch.onnx cannot export it: {_reason(error)}") from error
+    assert program is not None
+    found: ir.Model = program.model
+    return found
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause, which names the operator and the line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return first_line(error)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporter says of packages that are not needed."""
+    import logging
+
+    log = logging.getLogger("torch.onnx")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(before)
+
+
+def _axes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The first axis of every tensor as dynamic, and the second of whole numbers, which are ids and masks."""
+    auto = torch.export.Dim.AUTO
+
+    def of(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return None
+        tokens = value.dim() > 1 and not value.is_floating_point()
+        return dict.fromkeys(range(min(value.dim(), 2 if tokens else 1)), auto)
+
+    positional = tuple(of(value) for value in args)
+    if not kwargs:
+        return positional
+    named = {name: of(value) for name, value in kwargs.items()}
+    return named if not args else (*positional, *named.values())
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """Every tensor in a nest of containers, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for item in items for tensor in _tensors(item)]
+
+
+def _bytes_of(model: ir.Model) -> int:
+    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+
+
+def _save(model: ir.Model, path: Path) -> None:
+    """Write under another name first, so that a full disk leaves what was there."""
+    ir = _onnx_ir()
+    partial = path.with_name(f".{path.name}.part")
+    beside = path.with_name(f"{path.name}.data")
+    try:
+        if _bytes_of(model) > _EXTERNAL:
+            ir.save(model, str(partial), external_data=beside.name)
+        else:
+            ir.save(model, str(partial))
+        partial.replace(path)
+    except OSError as error:
+        raise WriteFailed(path=str(path), why=error.strerror or str(error)) from error
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,62 @@
+"""Files that ``sparsec.export_onnx`` wrote, in ONNX Runtime with our kernels: ``session(path)`` is all it takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsec.errors import BadModelFile, MissingPackage
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+LEAST = (1, 22)  # of ONNX Runtime, by the version of its C interface that the library asks for
+
+
+def library_path(cache_dir: str = "") -> Path:
+    """The library for ``SessionOptions.register_custom_ops_library``, with every operator that files may hold.
+
+    It is compiled the first time (half a minute) and kept in the cache directory; it runs on any machine of the same
+    architecture, with the best of its instruction sets. Raises NoCompiler, CompileFailed.
+    """
+    from sparsec import cache
+    from sparsec.codegen.onnx.library import STANDARD, compile_library
+
+    return compile_library(STANDARD, cache.cache_dir(cache_dir))
+
+
+def session(
+    path: str | Path, options: onnxruntime.SessionOptions | None = None, cache_dir: str = "", **more: Any
+) -> onnxruntime.InferenceSession:
+    """An ``InferenceSession`` of a file in which our operators run our kernels.
+
+    ``options``: yours; the library is registered in it. ``more``: for ``InferenceSession``; providers are the CPU's
+    unless given. Raises MissingPackage without ONNX Runtime or with one before 1.22, BadModelFile where ONNX Runtime
+    refuses the file, NoCompiler, CompileFailed.
+    """
+    ort = runtime()
+    said = options or ort.SessionOptions()
+    said.register_custom_ops_library(str(library_path(cache_dir)))
+    more.setdefault("providers", ["CPUExecutionProvider"])
+    try:
+        return ort.InferenceSession(str(path), said, **more)
+    except Exception as error:  # whatever its C++ throws: each has a class of its own, under no common one
+        raise BadModelFile(path=str(path), why=first_line(error)) from error
+
+
+def runtime() -> Any:
+    """The module ``onnxruntime``. Raises MissingPackage."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise MissingPackage(feature="running ONNX files", package="onnxruntime", extra="onnx") from None
+    numbers = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
+    if numbers < LEAST:
+        package = f"onnxruntime>={LEAST[0]}.{LEAST[1]} (here is {onnxruntime.__version__})"
+        raise MissingPackage(feature="running ONNX files", package=package, extra="onnx")
+    return onnxruntime
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, on one line and without its class."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,169 @@
+"""Linear layers of an ONNX model become operators of ours: a model in, the same model and a row for each layer out.
+
+Which layers is decided as the backend decides, from facts of the weight and this machine's rates. An operator is a node
+and a function of the same name (``codegen/onnx/bodies.py``), so the file also runs where our library is not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from sparsec.codegen import cpp
+from sparsec.codegen.onnx.library import DOMAIN, LAYOUT, Op, supported
+from sparsec.codegen.spec import Packed
+from sparsec.errors import PackError
+from sparsec.facts import Decision, ValueFact, WeightFact
+from sparsec.formats import Format, stored_types
+from sparsec.measure import rates_for
+from sparsec.onnx_inputs import rounded
+from sparsec.onnx_sites import OnnxSite, sites
+from sparsec.options import Policy
+from sparsec.passes.decide import decide
+from sparsec.passes.profile.weights import profile
+from sparsec.targets.base import Target
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+FORMATS = {"": ("bitmap",), "int8": ("bitmap+int8",)}  # by what inputs are rounded to
+
+
+@dataclass(frozen=True)
+class OnnxLayer:
+    """What became of a layer. ``decision``: the format's name, or ``dense``; ``bytes``: of its weight in the file."""
+
+    name: str
+    n: int
+    k: int
+    zeros: float
+    decision: str
+    reason: str
+    bytes: int
+    expected: float  # times faster than dense at one row, 1 for dense
+
+    def to_dict(self) -> dict[str, object]:
+        return dict(vars(self))
+
+
+def rewrite(model: ir.Model, target: Target, threads: int, cache: Path, min_speedup: float) -> list[OnnxLayer]:
+    """Replace what is expected to gain ``min_speedup``, or (0) whatever has a zero."""
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    packs: dict[str, list[ir.Value]] = {}
+    machine = _Machine(target, threads, cache, min_speedup)
+    layers = [_site(model, site, machine, packs) for site in list(sites(model.graph))]
+    if packs:
+        model.graph.opset_imports[DOMAIN] = 1
+        RemoveUnusedNodesPass()(model)
+    return layers
+
+
+@dataclass(frozen=True)
+class _Machine:
+    target: Target
+    threads: int
+    cache: Path
+    min_speedup: float
+
+    def decide(self, fact: WeightFact, x: str) -> Decision:
+        formats = FORMATS[x]
+        rates = rates_for(fact, "fp32", self.target, self.threads, self.cache, formats, x)
+        return decide(fact, "fp32", self.target, rates, Policy(formats=formats, min_speedup=self.min_speedup), x=x)
+
+
+def _site(model: ir.Model, site: OnnxSite, machine: _Machine, packs: dict[str, list[ir.Value]]) -> OnnxLayer:
+    n, k = site.shape
+    if site.reason:
+        assert site.constant.const_value is not None
+        return OnnxLayer(site.name, n, k, 0.0, "dense", site.reason, site.constant.const_value.nbytes, 1.0)
+    weight, before = site.weight(), rounded(site.x)
+    fact = profile(weight)
+    on_grid = before is not None and any(name.startswith("int8") for name in stored_types(fact.values))
+    x = "int8" if on_grid else ""
+    if not x:
+        fact = replace(fact, values=ValueFact())  # codes whose x stays as it is have no operator
+    decision = machine.decide(fact, x)
+    first = decision.at(1)
+    row = OnnxLayer(site.name, n, k, fact.sparsity, "dense", decision.reason, weight.nbytes, 1.0)
+    if first.format == "dense" or not supported(Format.parse(first.format), x):
+        return row
+    op = Op(Format.parse(first.format), x)
+    try:
+        values = _packed(model.graph, site, op, weight, fact, packs)
+    except PackError as error:
+        return replace(row, reason=str(error))
+    _replace(model, site, before if x and before is not None else site.x, op, values, decision)
+    size = sum(v.const_value.nbytes for v in values if v.const_value is not None)
+    gain = first.dense_s / first.ours_s if first.ours_s else 1.0
+    return replace(row, decision=first.format, bytes=size, expected=gain)
+
+
+def _packed(
+    graph: ir.Graph, site: OnnxSite, op: Op, weight: torch.Tensor, fact: WeightFact, packs: dict[str, list[ir.Value]]
+) -> list[ir.Value]:
+    """The pack of a weight as initializers, which tied weights share. Raises PackError."""
+    key = f"{op.name} {fact.key}"
+    if key not in packs:
+        packed = cpp.pack_verified(weight, op.format, fact.key, x=op.x)
+        packs[key] = _initializers(graph, site.name, op, packed)
+    return packs[key]
+
+
+def _replace(model: ir.Model, site: OnnxSite, x: ir.Value, op: Op, values: list[ir.Value], decision: Decision) -> None:
+    """Put an operator that reads ``x`` in the place of a site."""
+    import onnx_ir as ir
+
+    from sparsec.codegen.onnx import bodies
+
+    n, k = site.shape
+    said = {"n": n, "k": k, "outer_from": _outer_from(decision), "version": LAYOUT}
+    inputs = [x, _bias(model.graph, site), *values]
+    node = ir.node(op.name, inputs, said, domain=DOMAIN, name=f"{site.name}_{op.name}")
+    node.metadata_props.update(site.nodes[0].metadata_props)
+    old, y = site.y, node.outputs[0]
+    y.name, y.type, y.shape = old.name, old.type, old.shape
+    ir.convenience.replace_nodes_and_values(model.graph, site.nodes[0], list(site.nodes), [node], [old], [y])
+    if (DOMAIN, op.name, "") not in model.functions:
+        model.functions[DOMAIN, op.name, ""] = ir.serde.deserialize_function(bodies.function(op))
+
+
+def _initializers(graph: ir.Graph, name: str, op: Op, packed: Packed) -> list[ir.Value]:
+    """The tensors of a pack as initializers; masks as bytes, since standard ONNX looks bytes up."""
+    from sparsec.codegen.onnx.bodies import gaps
+
+    tensors = packed.tensors if op.x else (*packed.tensors, gaps(packed.tensors[0]))
+    named = {"work": packed.work, **dict(zip(op.packs, tensors, strict=True))}
+    return [
+        _initializer(graph, f"{name}.{part}", tensor.view(torch.uint8) if part == "masks" else tensor)
+        for part, tensor in named.items()
+    ]
+
+
+def _initializer(graph: ir.Graph, name: str, tensor: torch.Tensor) -> ir.Value:
+    import onnx_ir as ir
+
+    free, i = name, 1
+    while free in graph.initializers:
+        free, i = f"{name}.{i}", i + 1
+    held = ir.tensor(tensor.contiguous().numpy(), name=free)
+    value = ir.Value(name=free, type=ir.TensorType(held.dtype), shape=ir.Shape(tensor.shape), const_value=held)
+    graph.register_initializer(value)
+    return value
+
+
+def _bias(graph: ir.Graph, site: OnnxSite) -> ir.Value:
+    """The layer's bias; zeros where it has none, since all inputs of an operator are there."""
+    if site.bias_from is not None:
+        return site.bias_from
+    n = site.shape[0]
+    shared = f"sparsec.zeros.{n}"
+    return graph.initializers.get(shared) or _initializer(graph, shared, torch.zeros(n))
+
+
+def _outer_from(decision: Decision) -> int:
+    """The least number of rows that the loop ``outer`` serves; 0 where none."""
+    return next((r.m_lo for r in decision.ranges if r.kernel == "outer"), 0)

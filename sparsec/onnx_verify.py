@@ -1,0 +1,37 @@
+"""Whether an ONNX file computes what PyTorch does: a file and inputs in, the error of each output out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from sparsec.onnx import runtime, session
+
+
+def differences(
+    path: Path, inputs: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], cache_dir: str = ""
+) -> Mapping[str, Mapping[str, float]]:
+    """For ``sparsec`` (with our library) and ``plain`` (without): of each output its largest difference from
+    ``wanted``, over the largest value there."""
+    ort = runtime()
+    quiet = ort.SessionOptions()
+    quiet.log_severity_level = 3
+    plain = ort.InferenceSession(str(path), quiet, providers=["CPUExecutionProvider"])
+    found = {}
+    for how, run in (("sparsec", session(path, cache_dir=cache_dir)), ("plain", plain)):
+        feed = {said.name: value.numpy() for said, value in zip(run.get_inputs(), inputs, strict=True)}
+        names = [said.name for said in run.get_outputs()]
+        outputs = [torch.from_numpy(y) for y in run.run(names, feed)]
+        found[how] = {name: _error(y, want) for name, y, want in zip(names, outputs, wanted, strict=True)}
+    return found
+
+
+def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    if found.shape != wanted.shape:
+        return float("inf")
+    if not wanted.numel():
+        return 0.0
+    largest = float(wanted.double().abs().max())
+    return float((found.double() - wanted.double()).abs().max()) / (largest or 1.0)
