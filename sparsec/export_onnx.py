@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +20,14 @@ import torch
 from sparsec import cache, targets
 from sparsec.errors import BadModelFile, MissingPackage, VerifyError, WriteFailed
 from sparsec.onnx import first_line
-from sparsec.onnx_rewrite import OnnxLayer, rewrite
+from sparsec.onnx_rewrite import OnnxLayer, operators, rewrite
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 OPSET = 21
 _EXTERNAL = 2**31 - 2**27  # bytes from which weights go to a file of their own; a protobuf ends at 2 GiB
-_ALLOWED = 2e-3  # of the largest value of an output, that outputs may differ from PyTorch's
+ALLOWED = 2e-3  # of the largest value of an output, that outputs may differ from PyTorch's
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,13 @@ def export_onnx(
     report = write(program, Path(path), portable=portable, min_speedup=min_speedup, cache_dir=cache_dir)
     if not verify:
         return report
-    from sparsec.onnx_verify import differences
+    from sparsec.onnx_verify import differences, first_difference
 
     wanted = _tensors(model(*args, **said))
     inputs = _tensors([*args, *said.values()])
     errors = differences(Path(path), inputs, wanted, cache_dir)
-    return OnnxReport(report.path, report.layers, report.bytes, report.dense_bytes, checked(errors, report.path))
+    checked(errors, report.path, lambda: first_difference(Path(path), inputs, ALLOWED, cache_dir))
+    return replace(report, errors=errors)
 
 
 def write(
@@ -106,21 +107,36 @@ def write(
 
 def rewrite_file(source: str | Path, path: str | Path, **said: Any) -> OnnxReport:
     """As ``export_onnx`` for an ONNX file from any tool. ``said``: keywords of ``write``. Raises BadModelFile."""
-    ir = _onnx_ir()
+    return write(loaded(source), Path(path), **said)
+
+
+def explain_file(source: str | Path, min_speedup: float = 1.05, cache_dir: str = "") -> OnnxReport:
+    """What ``rewrite_file`` would make of an ONNX file; nothing is written. Raises BadModelFile."""
+    model = loaded(source)
+    dense, ours = _bytes_of(model), operators(model)
+    layers = rewrite(model, targets.resolve("cpu"), torch.get_num_threads(), cache.cache_dir(cache_dir), min_speedup)
+    return OnnxReport(str(source), (*ours, *layers), _bytes_of(model), dense, {})
+
+
+def loaded(source: str | Path) -> ir.Model:
+    """An ONNX file as an onnx-ir model. Raises BadModelFile."""
+    reader = _onnx_ir()
     try:
-        model = ir.load(str(source))
+        found: ir.Model = reader.load(str(source))
     except Exception as error:  # protobuf, onnx and onnx-ir have no class in common
         raise BadModelFile(path=str(source), why=first_line(error)) from error
-    return write(model, Path(path), **said)
+    return found
 
 
-def checked(errors: Mapping[str, Mapping[str, float]], path: str) -> Mapping[str, Mapping[str, float]]:
-    """``errors``, or VerifyError for the largest where that is more than rounding."""
+def checked(errors: Mapping[str, Mapping[str, float]], path: str, first: Callable[[], str] = str) -> None:
+    """Raise VerifyError where an error is more than rounding. ``first``: names the first layer that differs."""
     for how, of in errors.items():
         for output, error in of.items():
-            if not error <= _ALLOWED:  # NaN too
-                raise VerifyError(where=f"{output} of {path}", format=f"{how} ONNX", error=error, allowed=_ALLOWED)
-    return errors
+            if error <= ALLOWED:  # NaN is not
+                continue
+            layer = first()
+            where = f"{output} of {path}" + (f", first in {layer}," if layer else "")
+            raise VerifyError(where=where, format=f"{how} ONNX", error=error, allowed=ALLOWED)
 
 
 def _onnx_ir() -> Any:

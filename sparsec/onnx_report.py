@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 def text_of(report: OnnxReport) -> str:
     """A line for each layer with its reason, then sizes and errors."""
     ours = [layer for layer in report.layers if layer.decision != "dense"]
-    lines = [f"{report.path}: {len(ours)} of {len(report.layers)} linear layers have operators of sparsec", ""]
+    lines = [f"{report.path}: {len(ours)} of {len(report.layers)} linear layers as operators of sparsec", ""]
     width = max((len(layer.name) for layer in report.layers), default=5)
     lines.append(f"{'layer':<{width}}  {'shape':<11}  {'zeros':>6}  {'in the file':<12}  {'MB':>7}  expected  why")
     for layer in report.layers:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from sparsec.codegen import cpp
@@ -60,6 +61,22 @@ def rewrite(model: ir.Model, target: Target, threads: int, cache: Path, min_spee
         model.graph.opset_imports[DOMAIN] = 1
         RemoveUnusedNodesPass()(model)
     return layers
+
+
+def operators(model: ir.Model) -> list[OnnxLayer]:
+    """Layers that are operators of ours already."""
+    found = []
+    for node in model.graph:
+        if node.domain != DOMAIN:
+            continue
+        n, k = (int(node.attributes[name].value) for name in ("n", "k"))
+        held = [v.const_value for v in node.inputs[2:] if v is not None and v.const_value is not None]
+        masks = [t.numpy().view(np.uint8) for t in held if (t.name or "").endswith("masks")]
+        kept = sum(int(np.unpackbits(array).sum(dtype=np.int64)) for array in masks)
+        name = (node.name or node.op_type).removesuffix(f"_{node.op_type}")
+        why, size = "an operator of sparsec already", sum(t.nbytes for t in held)
+        found.append(OnnxLayer(name, n, k, 1 - kept / (n * k), node.op_type, why, size, 1.0))
+    return found
 
 
 @dataclass(frozen=True)

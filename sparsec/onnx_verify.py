@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from sparsec.onnx import runtime, session
+from sparsec.onnx import library_path, runtime, session
 
 
 def differences(
@@ -26,6 +26,29 @@ def differences(
         outputs = [torch.from_numpy(y) for y in run.run(names, feed)]
         found[how] = {name: _error(y, want) for name, y, want in zip(names, outputs, wanted, strict=True)}
     return found
+
+
+def first_difference(path: Path, inputs: Sequence[torch.Tensor], allowed: float, cache_dir: str = "") -> str:
+    """The first operator of ours that gives something else with the library than its body does without; "" where none
+    does, so that what differs from PyTorch is what ``torch.onnx`` wrote."""
+    import onnx
+
+    ort = runtime()
+    model = onnx.load(path)
+    ours = [node for node in model.graph.node if node.domain == "sparsec"]
+    model.graph.output.extend(onnx.helper.make_tensor_value_info(node.output[0], 1, None) for node in ours)
+    data, quiet, both = model.SerializeToString(), ort.SessionOptions(), []
+    quiet.log_severity_level = 3
+    for library in (False, True):
+        if library:
+            quiet.register_custom_ops_library(str(library_path(cache_dir)))
+        run = ort.InferenceSession(data, quiet, providers=["CPUExecutionProvider"])
+        feed = {said.name: value.numpy() for said, value in zip(run.get_inputs(), inputs, strict=True)}
+        both.append(run.run([node.output[0] for node in ours], feed))
+    for node, plain, sparse in zip(ours, *both, strict=True):
+        if not _error(torch.from_numpy(sparse), torch.from_numpy(plain)) <= allowed:
+            return str(node.name)
+    return ""
 
 
 def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:

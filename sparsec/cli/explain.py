@@ -40,10 +40,14 @@ def command(
     The rows of a layer are batch x tokens; the head of a causal model works on the last token alone, as in bench. Times
     are expected from this machine's measured rates; --measure adds times of this run: of each layer, and of the whole
     model by Inductor and by sparsec, as sparsec bench has them. The model is loaded, looked at and not changed.
-    Of a packed model (sparsec pack) the table of its packs is printed.
+    Of a packed model (sparsec pack) the table of its packs is printed, of an ONNX file what sparsec export --from-onnx
+    would make of it.
     """
     if (packed := _packed_file(model)) is not None:
         _table_of(packed, as_json)
+        return
+    if model.endswith(".onnx"):
+        _onnx(model, as_json)
         return
     batches, said = parse_batches(batch), parse_options(options)
     if html is not None and not html.parent.is_dir():
@@ -68,6 +72,16 @@ def _packed_file(spec: str) -> Path | None:
         return path
     inside = path / "packed.safetensors"
     return inside if inside.is_file() else None
+
+
+def _onnx(file: str, as_json: bool) -> None:
+    from sparsec.export_onnx import explain_file
+
+    report = explain_file(file)
+    if as_json:
+        emit_json(report.to_dict())
+    else:
+        print(report)
 
 
 def _table_of(file: Path, as_json: bool) -> None:

@@ -16,7 +16,8 @@ import sparsec
 import sparsec.onnx
 from sparsec import cli
 from sparsec.errors import BadModelFile, MissingPackage, VerifyError, WriteFailed
-from sparsec.export_onnx import checked, export_onnx, rewrite_file
+from sparsec.export_onnx import ALLOWED, checked, explain_file, export_onnx, rewrite_file
+from sparsec.onnx_verify import differences, first_difference
 
 
 class Layers(nn.Module):
@@ -262,3 +263,38 @@ def test_layers_that_round_their_inputs_run_integer_kernels(tmp_path: Path) -> N
     for ours in (True, False):
         (y,) = run(path, x, ours=ours)
         torch.testing.assert_close(y, model(x), rtol=1e-3, atol=2e-2 * float(model(x).abs().max()))
+
+
+def test_explain_reads_a_file_of_any_tool_and_one_of_ours(
+    tmp_path: Path, pruned: Layers, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, ours = tmp_path / "source.onnx", tmp_path / "ours.onnx"
+    export_onnx(pruned, (torch.randn(4, 96),), source, portable=True)
+    export_onnx(pruned, (torch.randn(4, 96),), ours, min_speedup=0)
+    before = source.read_bytes()
+    report = explain_file(source, min_speedup=0)
+    assert [(layer.decision, round(layer.zeros, 1)) for layer in report.layers] == [("bitmap+fp32", 0.8)] * 2
+    assert source.read_bytes() == before
+    assert cli.run(["explain", str(ours)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("an operator of sparsec already") == 2
+    assert "80.0%" in out
+
+
+def test_a_wrong_pack_is_found_and_named(tmp_path: Path, pruned: Layers) -> None:
+    """A value of the second layer is changed where only our kernel reads it: the mask, with the body's gaps as they
+    were."""
+    path = tmp_path / "model.onnx"
+    export_onnx(pruned, (torch.randn(4, 96),), path, min_speedup=0)
+    model = onnx.load(path)
+    masks = next(t for t in model.graph.initializer if t.name == "second.masks")
+    array = onnx.numpy_helper.to_array(masks).copy()
+    at = next(i for i, byte in enumerate(array) if byte & 1 and not byte & 2)
+    array[at] ^= 3  # the same number of values, one of them at another place
+    masks.CopyFrom(onnx.numpy_helper.from_array(array, masks.name))
+    onnx.save(model, path)
+    x = torch.randn(4, 96)
+    errors = differences(path, [x], [pruned(x)])
+    assert errors["plain"][next(iter(errors["plain"]))] < 1e-5
+    with pytest.raises(VerifyError, match="first in second"):
+        checked(errors, str(path), lambda: first_difference(path, [x], ALLOWED))
