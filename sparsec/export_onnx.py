@@ -95,10 +95,8 @@ def write(
 ) -> OnnxReport:
     """Rewrite an onnx-ir model, which is changed, and write it. Raises WriteFailed."""
     dense = _bytes_of(model)
-    layers: list[OnnxLayer] = []
-    if not portable:
-        target = targets.resolve("cpu")
-        layers = rewrite(model, target, torch.get_num_threads(), cache.cache_dir(cache_dir), min_speedup)
+    target, kept = targets.resolve("cpu"), cache.cache_dir(cache_dir)
+    layers = rewrite(model, target, torch.get_num_threads(), kept, min_speedup, portable)
     _save(model, path)
     beside = path.with_name(f"{path.name}.data")
     size = path.stat().st_size + (beside.stat().st_size if beside.exists() else 0)

@@ -21,6 +21,7 @@ from sparsec.facts import Decision, ValueFact, WeightFact
 from sparsec.formats import Format, stored_types
 from sparsec.measure import rates_for
 from sparsec.onnx_inputs import rounded
+from sparsec.onnx_low_bit import WHY, low_bit, replace_low_bit
 from sparsec.onnx_sites import OnnxSite, sites
 from sparsec.options import Policy
 from sparsec.passes.decide import decide
@@ -50,16 +51,18 @@ class OnnxLayer:
         return dict(vars(self))
 
 
-def rewrite(model: ir.Model, target: Target, threads: int, cache: Path, min_speedup: float) -> list[OnnxLayer]:
-    """Replace what is expected to gain ``min_speedup``, or (0) whatever has a zero."""
+def rewrite(
+    model: ir.Model, target: Target, threads: int, cache: Path, min_speedup: float, portable: bool = False
+) -> list[OnnxLayer]:
+    """Replace what is expected to gain ``min_speedup``, or (0) whatever has a zero. ``portable``: by standard ONNX."""
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     packs: dict[str, list[ir.Value]] = {}
-    machine = _Machine(target, threads, cache, min_speedup)
+    machine = _Machine(target, threads, cache, min_speedup, portable)
     layers = [_site(model, site, machine, packs) for site in list(sites(model.graph))]
     if packs:
         model.graph.opset_imports[DOMAIN] = 1
-        RemoveUnusedNodesPass()(model)
+    RemoveUnusedNodesPass()(model)
     return layers
 
 
@@ -85,6 +88,7 @@ class _Machine:
     threads: int
     cache: Path
     min_speedup: float
+    portable: bool
 
     def decide(self, fact: WeightFact, x: str) -> Decision:
         formats = FORMATS[x]
@@ -100,6 +104,11 @@ def _site(model: ir.Model, site: OnnxSite, machine: _Machine, packs: dict[str, l
     weight, before = site.weight(), rounded(site.x)
     fact = profile(weight)
     on_grid = before is not None and any(name.startswith("int8") for name in stored_types(fact.values))
+    if before is None and (four := low_bit(fact)):
+        size = replace_low_bit(model, site, weight, four, fact.key)
+        return OnnxLayer(site.name, n, k, fact.sparsity, four, WHY, size, weight.nbytes / size)
+    if machine.portable:
+        return OnnxLayer(site.name, n, k, fact.sparsity, "dense", "standard ONNX skips no zeros", weight.nbytes, 1.0)
     x = "int8" if on_grid else ""
     if not x:
         fact = replace(fact, values=ValueFact())  # codes whose x stays as it is have no operator

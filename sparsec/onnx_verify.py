@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from sparsec.onnx import library_path, runtime, session
+from sparsec.onnx import accuracy, library_path, runtime, session
 
 
 def differences(
@@ -18,9 +18,10 @@ def differences(
     ort = runtime()
     quiet = ort.SessionOptions()
     quiet.log_severity_level = 3
+    quiet.add_session_config_entry(*accuracy(exact=True))
     plain = ort.InferenceSession(str(path), quiet, providers=["CPUExecutionProvider"])
     found = {}
-    for how, run in (("sparsec", session(path, cache_dir=cache_dir)), ("plain", plain)):
+    for how, run in (("sparsec", session(path, cache_dir=cache_dir, exact=True)), ("plain", plain)):
         feed = {said.name: value.numpy() for said, value in zip(run.get_inputs(), inputs, strict=True)}
         names = [said.name for said in run.get_outputs()]
         outputs = [torch.from_numpy(y) for y in run.run(names, feed)]
@@ -36,6 +37,8 @@ def first_difference(path: Path, inputs: Sequence[torch.Tensor], allowed: float,
     ort = runtime()
     model = onnx.load(path)
     ours = [node for node in model.graph.node if node.domain == "sparsec"]
+    if not ours:
+        return ""
     model.graph.output.extend(onnx.helper.make_tensor_value_info(node.output[0], 1, None) for node in ours)
     data, quiet, both = model.SerializeToString(), ort.SessionOptions(), []
     quiet.log_severity_level = 3

@@ -38,11 +38,11 @@ def pruned() -> Layers:
     return model
 
 
-def run(path: Path, *inputs: torch.Tensor, ours: bool = True) -> list[torch.Tensor]:
+def run(path: Path, *inputs: torch.Tensor, ours: bool = True, exact: bool = False) -> list[torch.Tensor]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     plain = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    session = sparsec.onnx.session(path) if ours else plain
+    session = sparsec.onnx.session(path, exact=exact) if ours else plain
     feed = {said.name: x.numpy() for said, x in zip(session.get_inputs(), inputs, strict=True)}
     return [torch.from_numpy(y) for y in session.run(None, feed)]
 
@@ -298,3 +298,22 @@ def test_a_wrong_pack_is_found_and_named(tmp_path: Path, pruned: Layers) -> None
     assert errors["plain"][next(iter(errors["plain"]))] < 1e-5
     with pytest.raises(VerifyError, match="first in second"):
         checked(errors, str(path), lambda: first_difference(path, [x], ALLOWED))
+
+
+@pytest.mark.parametrize("portable", [True, False], ids=["portable", "ours"])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero points"])
+def test_dense_layers_of_4_bits_are_small_and_standard(tmp_path: Path, portable: bool, symmetric: bool) -> None:
+    torch.manual_seed(0)
+    model = Layers().eval()
+    recipe = {"method": "rtn", "bits": 4, "group": 32, "symmetric": symmetric}
+    sparsec.sparsify(model, recipe, progress=False)
+    path = tmp_path / "model.onnx"
+    report = export_onnx(model, (torch.randn(2, 3, 96),), path, portable=portable)
+    assert [layer.decision for layer in report.layers] == ["int4g32", "int4g32"]
+    assert {node.domain for node in onnx.load(path).graph.node} == {""}
+    assert path.stat().st_size < 0.3 * report.dense_bytes
+    x = torch.randn(5, 3, 96)
+    largest = float(model(x).abs().max())
+    assert max(error for of in report.errors.values() for error in of.values()) < 1e-4
+    torch.testing.assert_close(run(path, x)[0], model(x), rtol=0, atol=2e-2 * largest)  # x is rounded
+    assert float((run(path, x, exact=True)[0] - model(x)).abs().max()) < 1e-4 * largest
