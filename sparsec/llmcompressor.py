@@ -286,10 +286,27 @@ def _open_ended(pattern: str) -> bool:
     return pattern.endswith(".*") and not pattern.endswith(r"\.*") and not set("|$") & set(pattern)
 
 
+_PARTS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\$", re.DOTALL)
+_ENDS = ("$", r"\Z")
+
+
 def _at_any_dot(pattern: str) -> str:
-    r"""The pattern with ``$`` and ``\Z`` true before every dot too: there a module's name ends for what is inside."""
-    parts = r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\$"
-    return re.sub(parts, lambda found: "(?![^.])" if found[0] in ("$", r"\Z") else found[0], pattern, flags=re.DOTALL)
+    r"""The pattern with ``$`` and ``\Z`` true before every dot too: there a module's name ends for what is inside.
+
+    What follows an end must match nothing, not the dot: where it cannot, no name is meant.
+    """
+    rests = (pattern[part.end() :] for part in _PARTS.finditer(pattern) if part[0] in _ENDS)
+    if "|" not in pattern and any(_never_empty(rest) for rest in rests):
+        return "(?!)"
+    return _PARTS.sub(lambda found: "(?![^.])" if found[0] in _ENDS else found[0], pattern)
+
+
+def _never_empty(pattern: str) -> bool:
+    """Whether it needs a character; False for the rest of a group, which is no pattern by itself."""
+    try:
+        return re.fullmatch(pattern, "") is None
+    except re.error:
+        return False
 
 
 def _matches(name: str, entry: str) -> bool:

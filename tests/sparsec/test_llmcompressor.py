@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -362,6 +362,8 @@ PIECES = ["model", r"\.", ".", "layers", r"\d", "0", "1", ".*", "self_attn", "ml
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=7), st.booleans())
+@example(["model", "$", r"\."], False)
+@example(["model", "$", ".*"], False)
 def test_any_regular_expression_means_the_same_layers(pieces: list[str], as_ignore: bool) -> None:
     entry = "re:" + "".join(pieces)
     try:
