@@ -298,7 +298,16 @@ def _at_any_dot(pattern: str) -> str:
     rests = (pattern[part.end() :] for part in _PARTS.finditer(pattern) if part[0] in _ENDS)
     if "|" not in pattern and any(_never_empty(rest) for rest in rests):
         return "(?!)"
-    return _PARTS.sub(lambda found: "(?![^.])" if found[0] in _ENDS else found[0], pattern)
+    return _into_weight(_PARTS.sub(lambda found: "(?![^.])" if found[0] in _ENDS else found[0], pattern))
+
+
+def _into_weight(pattern: str) -> str:
+    r"""The pattern whose last ``\.`` and ``.`` may lie behind the name, in the ``.weight`` of its weight."""
+    tail = re.search(r"(?<!\\)(?:\\\.)?\.*$", pattern)
+    if tail is None or not tail[0]:
+        return pattern
+    behind = re.sub(r"\\\.|\.", lambda part: f"(?:{part[0]}|$)", tail[0])
+    return pattern[: tail.start()] + behind
 
 
 def _never_empty(pattern: str) -> bool:

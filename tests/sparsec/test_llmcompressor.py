@@ -364,6 +364,9 @@ PIECES = ["model", r"\.", ".", "layers", r"\d", "0", "1", ".*", "self_attn", "ml
 @given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=7), st.booleans())
 @example(["model", "$", r"\."], False)
 @example(["model", "$", ".*"], False)
+@example([".*", "_proj", r"\."], False)
+@example([".*", "_proj", ".", "."], False)
+@example([".*", "_pro", ".", r"\."], False)
 def test_any_regular_expression_means_the_same_layers(pieces: list[str], as_ignore: bool) -> None:
     entry = "re:" + "".join(pieces)
     try:
