@@ -236,7 +236,9 @@ class _Modifier:
             flags, pattern = self.regex(entry, "targets")
             if "weight" in pattern:
                 return f"re:{flags}{self.weight_of(pattern)}"
-            return entry if _open_ended(pattern) else f"re:{flags}(?:{_at_any_dot(pattern)}).*"
+            if _open_ended(pattern):
+                return f"re:{flags}{_into_weight(pattern[:-2])}.*"
+            return f"re:{flags}(?:{_at_any_dot(pattern)}).*"
         if re.match(r"[A-Z]\w*$", entry):
             if entry.endswith(("Layer", "Block")):
                 why = f"has {entry}, a class of blocks; name their layers instead, as in 're:.*layers.*'"

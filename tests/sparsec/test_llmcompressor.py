@@ -366,6 +366,7 @@ PIECES = ["model", r"\.", ".", "layers", r"\d", "0", "1", ".*", "self_attn", "ml
 @example(["model", "$", ".*"], False)
 @example([".*", "_proj", r"\."], False)
 @example([".*", "_proj", ".", "."], False)
+@example([".*", "_proj", r"\.", ".*"], False)
 @example([".*", "_pro", ".", r"\."], False)
 def test_any_regular_expression_means_the_same_layers(pieces: list[str], as_ignore: bool) -> None:
     entry = "re:" + "".join(pieces)
