@@ -95,8 +95,7 @@ def write(
 ) -> OnnxReport:
     """Rewrite an onnx-ir model, which is changed, and write it. Raises WriteFailed."""
     dense = _bytes_of(model)
-    target, kept = targets.resolve("cpu"), cache.cache_dir(cache_dir)
-    layers = rewrite(model, target, torch.get_num_threads(), kept, min_speedup, portable)
+    layers = _rewritten(model, min_speedup, cache_dir, portable)
     _save(model, path)
     beside = path.with_name(f"{path.name}.data")
     size = path.stat().st_size + (beside.stat().st_size if beside.exists() else 0)
@@ -112,8 +111,13 @@ def explain_file(source: str | Path, min_speedup: float = 1.05, cache_dir: str =
     """What ``rewrite_file`` would make of an ONNX file; nothing is written. Raises BadModelFile."""
     model = loaded(source)
     dense, ours = _bytes_of(model), operators(model)
-    layers = rewrite(model, targets.resolve("cpu"), torch.get_num_threads(), cache.cache_dir(cache_dir), min_speedup)
+    layers = _rewritten(model, min_speedup, cache_dir)
     return OnnxReport(str(source), (*ours, *layers), _bytes_of(model), dense, {})
+
+
+def _rewritten(model: ir.Model, min_speedup: float, cache_dir: str, portable: bool = False) -> list[OnnxLayer]:
+    threads, kept = torch.get_num_threads(), cache.cache_dir(cache_dir)
+    return rewrite(model, targets.resolve("cpu"), threads, kept, min_speedup, portable)
 
 
 def loaded(source: str | Path) -> ir.Model:

@@ -20,7 +20,7 @@ def library_path(cache_dir: str = "") -> Path:
     architecture, with the best of its instruction sets. Raises NoCompiler, CompileFailed.
     """
     from sparsec import cache
-    from sparsec.codegen.onnx.library import STANDARD, compile_library
+    from sparsec.codegen.onnx.ops import STANDARD, compile_library
 
     return compile_library(STANDARD, cache.cache_dir(cache_dir))
 

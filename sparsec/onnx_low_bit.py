@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from sparsec.codegen.cpp.codes import codes_of
 from sparsec.facts import WeightFact
 from sparsec.formats import Format, stored_types, value_kind
-from sparsec.onnx_sites import OnnxSite
+from sparsec.onnx_sites import OnnxSite, initializer
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -42,23 +41,12 @@ def replace_low_bit(model: ir.Model, site: OnnxSite, weight: torch.Tensor, value
         "scale": codes.scale.t().contiguous().numpy(),
         "zero": codes.zero.t().contiguous().numpy().astype(ml_dtypes.uint4),
     }
-    held = [_initializer(model.graph, f"{site.name}.{name}", array) for name, array in small.items()]
+    held = [initializer(model.graph, f"{site.name}.{name}", array) for name, array in small.items()]
     said = {"axis": 0, "block_size": codes.group}
     wide = ir.node("DequantizeLinear", held, said, name=f"{site.name}_dequantize")
     product = ir.node("MatMul", [site.x, wide.outputs[0]], name=f"{site.name}_product")
     nodes = [wide, product]
     if site.bias_from is not None:
         nodes.append(ir.node("Add", [product.outputs[0], site.bias_from], name=f"{site.name}_bias"))
-    old, y = site.y, nodes[-1].outputs[0]
-    y.name, y.type, y.shape = old.name, old.type, old.shape
-    ir.convenience.replace_nodes_and_values(model.graph, site.nodes[0], list(site.nodes), nodes, [old], [y])
+    site.put(model.graph, nodes)
     return sum(v.const_value.nbytes for v in held if v.const_value is not None)
-
-
-def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:  # type: ignore[type-arg]
-    import onnx_ir as ir
-
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
-    graph.register_initializer(value)
-    return value

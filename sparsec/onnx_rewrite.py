@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from sparsec.codegen import cpp
-from sparsec.codegen.onnx.library import DOMAIN, LAYOUT, Op, supported
+from sparsec.codegen.onnx.ops import DOMAIN, LAYOUT, Op, supported
 from sparsec.codegen.spec import Packed
 from sparsec.errors import PackError
 from sparsec.facts import Decision, ValueFact, WeightFact
@@ -22,7 +22,7 @@ from sparsec.formats import Format, stored_types
 from sparsec.measure import rates_for
 from sparsec.onnx_inputs import rounded
 from sparsec.onnx_low_bit import WHY, low_bit, replace_low_bit
-from sparsec.onnx_sites import OnnxSite, sites
+from sparsec.onnx_sites import OnnxSite, initializer, sites
 from sparsec.options import Policy
 from sparsec.passes.decide import decide
 from sparsec.passes.profile.weights import profile
@@ -150,9 +150,7 @@ def _replace(model: ir.Model, site: OnnxSite, x: ir.Value, op: Op, values: list[
     inputs = [x, _bias(model.graph, site), *values]
     node = ir.node(op.name, inputs, said, domain=DOMAIN, name=f"{site.name}_{op.name}")
     node.metadata_props.update(site.nodes[0].metadata_props)
-    old, y = site.y, node.outputs[0]
-    y.name, y.type, y.shape = old.name, old.type, old.shape
-    ir.convenience.replace_nodes_and_values(model.graph, site.nodes[0], list(site.nodes), [node], [old], [y])
+    site.put(model.graph, [node])
     if (DOMAIN, op.name, "") not in model.functions:
         model.functions[DOMAIN, op.name, ""] = ir.serde.deserialize_function(bodies.function(op))
 
@@ -164,21 +162,11 @@ def _initializers(graph: ir.Graph, name: str, op: Op, packed: Packed) -> list[ir
     tensors = packed.tensors if op.x else (*packed.tensors, gaps(packed.tensors[0]))
     named = {"work": packed.work, **dict(zip(op.packs, tensors, strict=True))}
     return [
-        _initializer(graph, f"{name}.{part}", tensor.view(torch.uint8) if part == "masks" else tensor)
+        initializer(
+            graph, f"{name}.{part}", (tensor.view(torch.uint8) if part == "masks" else tensor).contiguous().numpy()
+        )
         for part, tensor in named.items()
     ]
-
-
-def _initializer(graph: ir.Graph, name: str, tensor: torch.Tensor) -> ir.Value:
-    import onnx_ir as ir
-
-    free, i = name, 1
-    while free in graph.initializers:
-        free, i = f"{name}.{i}", i + 1
-    held = ir.tensor(tensor.contiguous().numpy(), name=free)
-    value = ir.Value(name=free, type=ir.TensorType(held.dtype), shape=ir.Shape(tensor.shape), const_value=held)
-    graph.register_initializer(value)
-    return value
 
 
 def _bias(graph: ir.Graph, site: OnnxSite) -> ir.Value:
@@ -187,7 +175,7 @@ def _bias(graph: ir.Graph, site: OnnxSite) -> ir.Value:
         return site.bias_from
     n = site.shape[0]
     shared = f"sparsec.zeros.{n}"
-    return graph.initializers.get(shared) or _initializer(graph, shared, torch.zeros(n))
+    return graph.initializers.get(shared) or initializer(graph, shared, np.zeros(n, np.float32))
 
 
 def _outer_from(decision: Decision) -> int:

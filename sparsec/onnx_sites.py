@@ -9,8 +9,9 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
@@ -52,11 +53,17 @@ class OnnxSite:
         return (second, first) if self.transposed else (first, second)
 
     def weight(self) -> torch.Tensor:
-        found = tensor_of(self.constant)
+        assert self.constant.const_value is not None
+        found = torch.from_numpy(self.constant.const_value.numpy().copy())
         return (found.t() if self.transposed else found).contiguous()
 
-    def bias(self) -> torch.Tensor | None:
-        return tensor_of(self.bias_from) if self.bias_from is not None else None
+    def put(self, graph: ir.Graph, nodes: list[ir.Node]) -> None:
+        """Compute what this computes by ``nodes``, the last of which gives it."""
+        import onnx_ir as ir
+
+        old, y = self.y, nodes[-1].outputs[0]
+        y.name, y.type, y.shape = old.name, old.type, old.shape
+        ir.convenience.replace_nodes_and_values(graph, self.nodes[0], list(self.nodes), nodes, [old], [y])
 
 
 def sites(graph: ir.Graph) -> Iterator[OnnxSite]:
@@ -74,10 +81,17 @@ def sites(graph: ir.Graph) -> Iterator[OnnxSite]:
             yield found
 
 
-def tensor_of(value: ir.Value) -> torch.Tensor:
-    """A copy of a constant as a torch tensor."""
-    assert value.const_value is not None
-    return torch.from_numpy(value.const_value.numpy().copy())
+def initializer(graph: ir.Graph, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
+    """A new constant of the graph; where the name is taken, with a number behind it."""
+    import onnx_ir as ir
+
+    free, i = name, 1
+    while free in graph.initializers:
+        free, i = f"{name}.{i}", i + 1
+    held = ir.tensor(array, name=free)
+    value = ir.Value(name=free, type=ir.TensorType(held.dtype), shape=ir.Shape(array.shape), const_value=held)
+    graph.register_initializer(value)
+    return value
 
 
 def name_of(node: ir.Node) -> str:

@@ -2,7 +2,8 @@
 // Expects dot_x.h, and from the layout: kMostRows and
 //   template <int MB>
 //   void dot_row(const SparsecCall *, int64_t row, int64_t next, const Lane *x, int64_t stride, F16 *acc);
-// where the lanes of acc[i] sum up to the output of row i of x; `next` is the row of W that will be asked for then. A tile is 16 entries of the list.
+// where the lanes of acc[i] sum up to the output of row i of x; `next` is the row of W that will be asked for then. A tile
+// is 16 entries of the list.
 
 // out[r][i] += the outliers of row wanted[i] times row `row` + r of x. They lie by tiles of rows of W, so neighbours in
 // the list that are of one tile share what is computed for it.

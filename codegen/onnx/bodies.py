@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from sparsec.codegen.onnx.library import DOMAIN, Op
+from sparsec.codegen.onnx.ops import DOMAIN, Op
 
 if TYPE_CHECKING:
     import onnx

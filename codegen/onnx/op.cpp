@@ -201,9 +201,9 @@ Registered *registered() {
 
 bool domain_of(const Ort &ort, OrtCustomOpDomain **out) {
   Registered *ops = registered();
-  if (!ops || !ort.ok(26, "sparsec", out)) return false;
+  if (!ops || !ort.new_domain("sparsec", out)) return false;
   for (size_t i = 0; i < kOpCount; ++i)
-    if (!ort.ok(27, *out, static_cast<const OrtCustomOp *>(&ops[i]))) return false;
+    if (!ort.add_op(*out, &ops[i])) return false;
   return true;
 }
 

@@ -23,7 +23,7 @@ struct OrtApiBase {
 
 constexpr uint32_t kOrtVersion = 22;
 enum { kOrtFail = 1, kOrtInvalidArgument = 2 };
-enum { kOrtAny = 0, kOrtFloat = 1, kOrtUint8 = 2, kOrtInt32 = 6, kOrtInt64 = 7 };
+enum { kOrtAny = 0, kOrtFloat = 1, kOrtUint8 = 2, kOrtInt64 = 7 };
 
 struct OrtCustomOp {
   uint32_t version;
@@ -71,8 +71,8 @@ struct Ort {
     return !status;
   }
 
-  OrtStatus *new_domain(const char *name, OrtCustomOpDomain **out) const { return call(26, name, out); }
-  OrtStatus *add_op(OrtCustomOpDomain *domain, const OrtCustomOp *op) const { return call(27, domain, op); }
+  bool new_domain(const char *name, OrtCustomOpDomain **out) const { return ok(26, name, out); }
+  bool add_op(OrtCustomOpDomain *domain, const OrtCustomOp *op) const { return ok(27, domain, op); }
   OrtStatus *add_domain(OrtSessionOptions *to, OrtCustomOpDomain *domain) const { return call(28, to, domain); }
   bool attribute(const OrtKernelInfo *info, const char *name, int64_t *out) const { return ok(86, info, name, out); }
   bool data(const OrtValue *value, void **out) const { return ok(51, const_cast<OrtValue *>(value), out); }

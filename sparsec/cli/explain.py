@@ -44,10 +44,14 @@ def command(
     would make of it.
     """
     if (packed := _packed_file(model)) is not None:
-        _table_of(packed, as_json)
+        from sparsec.packed_file import report_of
+
+        _show(report_of(packed), as_json)
         return
     if model.endswith(".onnx"):
-        _onnx(model, as_json)
+        from sparsec.export_onnx import explain_file
+
+        _show(explain_file(model), as_json)
         return
     batches, said = parse_batches(batch), parse_options(options)
     if html is not None and not html.parent.is_dir():
@@ -74,20 +78,7 @@ def _packed_file(spec: str) -> Path | None:
     return inside if inside.is_file() else None
 
 
-def _onnx(file: str, as_json: bool) -> None:
-    from sparsec.export_onnx import explain_file
-
-    report = explain_file(file)
-    if as_json:
-        emit_json(report.to_dict())
-    else:
-        print(report)
-
-
-def _table_of(file: Path, as_json: bool) -> None:
-    from sparsec.packed_file import report_of
-
-    report = report_of(file)
+def _show(report: Any, as_json: bool) -> None:
     if as_json:
         emit_json(report.to_dict())
     else:

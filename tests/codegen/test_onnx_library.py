@@ -19,7 +19,7 @@ from onnx import helper, numpy_helper
 
 from sparsec.codegen import cpp, reference
 from sparsec.codegen.onnx import bodies
-from sparsec.codegen.onnx.library import DOMAIN, LAYOUT, STANDARD, Op, compile_library
+from sparsec.codegen.onnx.ops import DOMAIN, LAYOUT, STANDARD, Op, compile_library
 
 BITMAP, INTEGER = STANDARD
 
@@ -216,7 +216,7 @@ def test_flipped_bits_never_end_the_process(library: Path, op: Op, tmp_path: Pat
 
 
 def test_an_operator_without_a_kernel_for_a_format_is_not_offered() -> None:
-    from sparsec.codegen.onnx.library import supported
+    from sparsec.codegen.onnx.ops import supported
     from sparsec.formats import Format
 
     assert supported(Format.parse("bitmap+fp32"))
