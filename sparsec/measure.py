@@ -46,7 +46,7 @@ from sparsec.targets import reference
 from sparsec.targets.base import DenseRate, KernelRate, Rates, Target
 from sparsec.targets.cuda import GpuTarget
 
-VERSION = "10"  # of what is measured and how; another one measures again
+VERSION = "11"  # of what is measured and how; another one measures again
 MS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 # Measured even where a weight does not have the pattern: `explain` says what it would give.
 USUAL = ("panel", "bitmap", "index", "nm:2:4")
@@ -93,11 +93,13 @@ def rates(
 def _no_slower(kernels: list[KernelRate]) -> tuple[KernelRate, ...]:
     """Loops on rounded x, which compute less with the same bytes, wait for memory no longer than those on x as it is:
     what was measured between them is noise, and would choose the one that computes more."""
-    plain = {(r.pattern, r.dtype, r.values, r.loop): r.bandwidth for r in kernels}
-    keys = [(r.pattern, r.dtype, r.values, r.loop.partition("/")[0]) for r in kernels]
-    return tuple(
-        replace(r, bandwidth=max(r.bandwidth, plain.get(key, 0.0))) for r, key in zip(kernels, keys, strict=True)
-    )
+    plain = {(r.pattern, r.dtype, r.values, r.loop): r for r in kernels}
+    found = []
+    for r in kernels:
+        other = plain.get((r.pattern, r.dtype, r.values, r.loop.partition("/")[0]), r)
+        slower = other.bandwidth > r.bandwidth
+        found.append(replace(r, bandwidth=other.bandwidth, exposed=other.exposed) if slower else r)
+    return tuple(found)
 
 
 def _named(name: str, dtype: str) -> Format:
@@ -243,6 +245,6 @@ def _kernel_from_json(value: dict[str, Any]) -> KernelRate:
     points = tuple((int(m), float(c), float(p), float(nonzero)) for m, c, p, nonzero in value["points"])
     position, kept = value.get("stored", (0.0, 0.0))
     rate = KernelRate(**{**value, "points": points, "stored": (float(position), float(kept))})  # JSON has no tuples
-    if not points or rate.bandwidth < 0 or any(min(p) < 0 or p[0] < 1 for p in points):
+    if not points or rate.bandwidth < 0 or not 0 <= rate.exposed <= 1 or any(min(p) < 0 or p[0] < 1 for p in points):
         raise ValueError("not a rate")
     return rate

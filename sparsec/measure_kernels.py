@@ -2,7 +2,8 @@
 
 Two runs tell arithmetic and memory apart. On weights that fit the caches, at several densities and M, time is
 arithmetic: three coefficients are fitted for each M. On copies of a large weight, used in turn so that none is in a
-cache when its turn comes, time is memory: bytes over seconds, beside those of a dense linear in the same rounds.
+cache when its turn comes, time is memory and what of the arithmetic it does not hide, which two densities tell apart:
+bytes over seconds, beside those of a dense linear in the same rounds.
 """
 
 from __future__ import annotations
@@ -49,6 +50,9 @@ _LEAST_S = 1e-3  # of one timing; shorter calls are repeated
 _LOOP_MS = {"dot": (1, 2, 4, 8, 16, 64), "outer": (8, 16, 64, 256), **dict.fromkeys(PARTS_OF_WEIGHT, (1, 2, 4, 8))}
 _OTHER_MS = (1, 8, 64)
 _DENSITIES = (0.5, 0.2, 0.05)
+EXPOSED = [i / 10 for i in range(1, 11)]  # shares of ``KernelRate.exposed`` that are tried
+USUALLY_EXPOSED = 0.4  # of kernels that are measured at one density
+FASTEST = 1.25  # times what a sum over a buffer reads: what is hidden behind arithmetic is not said to be faster
 _LEFT = 0.25  # share of columns or rows that kernels of activation sparsity are measured with
 
 _log = tune_log()
@@ -141,10 +145,48 @@ def measure_kernel(t: Text, target: Target, machine: Rates, cache: Path) -> tupl
     nothing = seconds.pop("call")
     taken = [(*sizes[name], max(s - nothing, 0.1 * s)) for name, s in seconds.items()]
     points = fitted(taken, positions=t.pattern.kind in ("bitmap", "index"))
-    bandwidth, busy_too = _streamed(t, target, machine, cache)
     read = _bytes_of(packs[1:]) if t.values else (0.0, 0.0)
-    rate = KernelRate(str(t.pattern), t.spec.way, t.spec.dtype, points, bandwidth, read, values=t.values)
-    return rate, busy or busy_too
+    rate = KernelRate(str(t.pattern), t.spec.way, t.spec.dtype, points, stored=read, values=t.values)
+    cold, busy_too = _streamed(t, target, machine, cache)
+    bandwidth, exposed = memory_of(rate, machine, cold)
+    return replace(rate, bandwidth=bandwidth, exposed=exposed), busy or busy_too
+
+
+@dataclass(frozen=True)
+class Cold:
+    """A call whose weight is in no cache: sizes, bytes read, seconds; and what dense streams beside it."""
+
+    k: int
+    positions: float
+    stored: float
+    read: float
+    seconds: float
+    dense: float  # bytes per second
+
+
+def memory_of(rate: KernelRate, machine: Rates, cold: list[Cold]) -> tuple[float, float]:
+    """(bandwidth over dense's, ``exposed``) by which calls from memory take as long as they did.
+
+    ``rate``: its arithmetic, of one thread. From two calls of unequal density both numbers; from one the bandwidth
+    alone, with USUALLY_EXPOSED. For kernels that read a part of a weight all is in the bandwidth.
+    """
+    _, column, position, value = rate.points[0]
+    works = [(column * c.k + position * c.positions + value * c.stored) / machine.scaling for c in cold]
+    shares = [0.0] if rate.loop in PARTS_OF_WEIGHT else [USUALLY_EXPOSED] if len(cold) == 1 else EXPOSED
+
+    def waiting(share: float) -> float:
+        """Seconds for memory of the first call."""
+        total, work = cold[0].seconds, works[0]
+        waits = total - share * work if total >= (1 + share) * work else (total - work) / max(share, 0.1)
+        return max(waits, cold[0].read / (FASTEST * machine.bandwidth))
+
+    def wrong(share: float) -> float:
+        per_byte = waiting(share) / cold[0].read
+        told = [sorted((per_byte * c.read, work)) for c, work in zip(cold, works, strict=True)]
+        return max(abs(math.log((b + share * a) / c.seconds)) for (a, b), c in zip(told, cold, strict=True))
+
+    share = min(shares, key=wrong)
+    return cold[0].read / waiting(share) / cold[0].dense, share
 
 
 def _try(
@@ -183,27 +225,30 @@ def _densities(pattern: Pattern) -> tuple[float, ...]:
     return (pattern.params[0] / pattern.params[1],) if pattern.kind == "nm" else _DENSITIES
 
 
-def _streamed(t: Text, target: Target, machine: Rates, cache: Path) -> tuple[float, bool]:
-    """Bytes per second of a call whose weight is in no cache, over those of a dense fp32 linear at the same time."""
+def _streamed(t: Text, target: Target, machine: Rates, cache: Path) -> tuple[list[Cold], bool]:
+    """Calls whose weights are in no cache, beside those of a dense fp32 linear at the same time."""
     large = _LARGE_PART if t.spec.loop in PARTS_OF_WEIGHT else _LARGE
-    weight = sample(t.pattern, *large, _densities(t.pattern)[0], t.values)[0].to(TORCH[t.spec.dtype])
-    first = direct(weight, t.spec, target, cache)
-    size = first.packed.bytes or weight.nbytes  # no pack: the kernel reads the weight itself
-    cold = cold_bytes(target)
-    copies = max(2, -(-cold // max(size, 1)))
-    packs = [replace(first.packed, tensors=tuple(p.clone() for p in first.packed.tensors)) for _ in range(copies)]
+    cold, m = cold_bytes(target), _LOOP_MS.get(t.spec.loop, _OTHER_MS)[0]
+    x = torch.randn(m, large[1]).to(TORCH[t.spec.dtype])
     parts = _parts(t, *large)
-    runs = [direct(weight.clone(), t.spec, target, cache, packed) for packed in packs]
-    turns = itertools.cycle([(run, part) for part in parts for run in runs])
-    read = size / len(parts)
-    x = torch.randn(_LOOP_MS.get(t.spec.loop, _OTHER_MS)[0], large[1]).to(TORCH[t.spec.dtype])
-    calls = {
-        "ours": partial(_call_next, turns, x),
-        "dense": partial(cold_linear(torch.float32, SIDE, cold), torch.randn(1, SIDE)),
-    }
-    seconds, _, busy = best_seconds_alone_too(calls, budget_s=0.4)
+    calls: dict[str, Callable[[], object]] = {}
+    found = {}
+    for density in _densities(t.pattern)[: 1 if t.spec.loop in PARTS_OF_WEIGHT else 2]:
+        sampled, stored = sample(t.pattern, *large, density, t.values)
+        weight = sampled.to(TORCH[t.spec.dtype])
+        first = direct(weight, t.spec, target, cache)
+        size = first.packed.bytes or weight.nbytes  # no pack: the kernel reads the weight itself
+        copies = max(2, -(-cold // max(size, 1)))
+        packs = [replace(first.packed, tensors=tuple(p.clone() for p in first.packed.tensors)) for _ in range(copies)]
+        runs = [direct(weight.clone(), t.spec, target, cache, packed) for packed in packs]
+        calls[str(density)] = partial(_call_next, itertools.cycle([(run, p) for p in parts for run in runs]), x)
+        share = 1 / len(parts)
+        found[str(density)] = (large[1], large[0] * large[1] * share, stored * share, size * share)
+    calls["dense"] = partial(cold_linear(torch.float32, SIDE, cold), torch.randn(1, SIDE))
+    seconds, _, busy = best_seconds_alone_too(calls, budget_s=0.6)
     dense = 4 * SIDE * SIDE / max(seconds["dense"] - machine.dense_overhead, 1e-9)
-    return read / max(seconds["ours"] - machine.overhead, 1e-9) / dense, busy
+    overhead = machine.overhead
+    return [Cold(*sizes, max(seconds[d] - overhead, 0.1 * seconds[d]), dense) for d, sizes in found.items()], busy
 
 
 def _call_next(turns: Iterator[tuple[Direct, tuple[torch.Tensor, ...]]], x: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,11 @@ class Target:
         return self.name == "cuda"
 
     @property
+    def whole_graphs(self) -> bool:
+        """Whether graphs are handed to another runtime, which replaces their layers itself."""
+        return False
+
+    @property
     def fingerprint(self) -> str:
         flags = "+bf16" if self.bf16_dot else ""
         return f"{self.name}/{self.model}/{self.isa}{flags}/{self.cores}c"
@@ -58,6 +63,7 @@ class KernelRate:
     stored: tuple[float, float] = (0.0, 0.0)  # bytes of a position and of a kept value; 0, 0: as ``storage_bytes`` says
     most: int = 0  # rows that the kernel takes at most; 0: any number
     values: str = ""  # how kept values are stored, ``int8``; empty: in ``dtype``, that of x
+    exposed: float = 0.0  # of waiting for memory and arithmetic, the share of the shorter that the longer does not hide
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,6 @@ FULLEST_NM = 0.75  # above this share of kept values, N:M saves less than its in
 MODEL_MARGIN = 1.25
 PANEL_MARGIN = 1.1
 PANEL_PRICE = 1.05  # panels hold the whole weight a second time, so they must be faster than a smaller pack
-# Of ways that wait for memory equally long, the one that computes less is faster where the weight is in a cache, and
-# hides its arithmetic better where it is not.
-HIDDEN = 0.1
 FULLEST_BLOCKS = 0.9  # likewise for the share of blocks that hold anything
 # A second kernel for the same pack takes seconds to compile; a second format also doubles the memory of the packs.
 SWITCH_LOOP = 1.02
@@ -62,8 +59,7 @@ class Way:
     @property
     def price(self) -> Cost:
         """What this way is compared with our other ways by."""
-        cost = self.cost.mixed(HIDDEN)
-        return cost.times(PANEL_PRICE) if self.panel else cost
+        return self.cost.times(PANEL_PRICE) if self.panel else self.cost
 
     def candidate(self) -> Candidate:
         return Candidate(self.format, self.kernel, self.bytes, self.cost.text())

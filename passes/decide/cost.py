@@ -1,7 +1,7 @@
 """Seconds of one call as a function of M, the rows of x: linear pieces in, crossovers and sympy text out.
 
 Dense is a line through its measured points; a sparse kernel waits for memory or for arithmetic,
-``overhead + Max(bytes / bandwidth, a + b*M)`` with a line of its own between each two of its points. Everything is
+``overhead + Max(bytes / bandwidth, a + b*M)``, the shorter of the two in part, with a line of its own between each two of its points. Everything is
 linear in M between a few known M, so where two costs cross is solved from pairs of lines; no M is sampled.
 """
 
@@ -61,12 +61,11 @@ class Cost:
     def times(self, factor: float) -> Cost:
         return Cost(tuple(Piece(p.lo, p.hi, tuple(line.times(factor) for line in p.lines)) for p in self.pieces))
 
-    def mixed(self, share: float) -> Cost:
-        """With ``share`` of what waits for the other added: of lines a and b, the larger of a + share*b, b + share*a.
-
-        Pieces of other than two lines stay as they are.
+    def mixed(self, share: float, start: float) -> Cost:
+        """With ``share`` of what waits for the other added: of lines a and b, which both begin at ``start`` seconds, the
+        larger of a + share*b and b + share*a. Pieces of other than two lines stay as they are.
         """
-        return Cost(tuple(replace(p, lines=_mixed(p.lines, share)) for p in self.pieces))
+        return Cost(tuple(replace(p, lines=_mixed(p.lines, share, start)) for p in self.pieces))
 
     def knots(self) -> Iterator[float]:
         """Where one piece hands over to the next."""
@@ -87,10 +86,11 @@ class Cost:
         return _text(self)
 
 
-def _mixed(lines: tuple[Line, ...], share: float) -> tuple[Line, ...]:
+def _mixed(lines: tuple[Line, ...], share: float, start: float) -> tuple[Line, ...]:
     if len(lines) != 2:
         return lines
-    return tuple(Line(one.a + share * other.a, one.b + share * other.b) for one, other in (lines, lines[::-1]))
+    pairs = (lines, lines[::-1])
+    return tuple(Line(one.a + share * (other.a - start), one.b + share * other.b) for one, other in pairs)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -119,7 +119,8 @@ def dense_cost(rate: DenseRate, weights: int, overhead: float) -> Cost:
 def kernel_cost(rate: KernelRate, rates: Rates, n: int, k: int, stored: int, read: int) -> Cost:
     """A sparse kernel on a weight [n, k] that stores ``stored`` values in ``read`` bytes.
 
-    It either waits for memory or follows straight lines between the measured M, up to the rows it takes.
+    It either waits for memory or follows straight lines between the measured M, up to the rows it takes; of the shorter
+    of the two a share is added.
     """
     memory = Line(rates.overhead + read / (rate.bandwidth or rates.bandwidth), 0.0)
     points = [(m, rates.overhead + c * k + p * n * k + nonzero * stored) for m, c, p, nonzero in rate.points]
@@ -127,7 +128,7 @@ def kernel_cost(rate: KernelRate, rates: Rates, n: int, k: int, stored: int, rea
     if rate.most:
         pieces = [Piece(p.lo, min(p.hi, rate.most), p.lines) for p in pieces if p.lo <= rate.most]
         pieces.append(Piece(float(rate.most), math.inf, (Line(NEVER_S, 0.0),)))
-    return Cost(tuple(pieces))
+    return Cost(tuple(pieces)).mixed(rate.exposed, rates.overhead)
 
 
 def through(points: list[tuple[int, float]], start: float) -> Iterator[tuple[float, float, Line]]:

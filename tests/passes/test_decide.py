@@ -18,7 +18,6 @@ from sparsec.formats import BOOKS, VALUE_BITS, VALUE_BYTES, Format, Pattern, sto
 from sparsec.options import Policy
 from sparsec.passes.decide import bucket, decide, dense_decision
 from sparsec.passes.decide.candidates import (
-    HIDDEN,
     MODEL_MARGIN,
     PANEL_PRICE,
     SWITCH_FORMAT,
@@ -64,7 +63,14 @@ def random_rates(seed: int) -> Rates:
             seconds *= r.uniform(0.95, 3.5)
         dense.append(DenseRate(dtype, tuple(points)))
     kernels = [
-        KernelRate(p, loop, d, random_points(r, (1, 4, 64) if loop == "dot" else (8, 16, 256)), r.choice((0, 1e10)))
+        KernelRate(
+            p,
+            loop,
+            d,
+            random_points(r, (1, 4, 64) if loop == "dot" else (8, 16, 256)),
+            r.choice((0, 1e10)),
+            exposed=r.choice((0.0, 0.1, 0.6)),
+        )
         for p in ("panel", "bitmap", "index", "nm:2:4", "block:16x1")
         for loop in ("dot", "outer")
         for d in ("fp32", "bf16")
@@ -82,9 +88,7 @@ def brute_force(dense: Way, ways: list[Way], least: float) -> list[tuple[str, st
                 continue
             same = last is None or way == last
             factor = 1.0 if same else SWITCH_LOOP if way.format == last.format else SWITCH_FORMAT
-            piece = next(p for p in way.cost.pieces if m <= p.hi)
-            waits, hidden = sorted((line.at(m) for line in piece.lines), reverse=True)
-            price = (waits + HIDDEN * hidden) * (PANEL_PRICE if way.format.startswith("panel") else 1.0) * factor
+            price = way.cost.at(m) * (PANEL_PRICE if way.format.startswith("panel") else 1.0) * factor
             if price < lowest[0]:
                 winner, lowest = way, (price,)
         chosen.append((winner.format, winner.kernel))
@@ -203,7 +207,7 @@ def test_equal_cost_goes_to_dense() -> None:
 
 def test_of_ways_that_wait_equally_long_for_memory_the_one_that_computes_less_is_taken() -> None:
     slow, quick = (
-        KernelRate("bitmap", loop, "fp32", ((1, 0.0, seconds, 0.0),), 1e9)
+        KernelRate("bitmap", loop, "fp32", ((1, 0.0, seconds, 0.0),), 1e9, exposed=0.1)
         for loop, seconds in (("a", 2e-11), ("b", 1e-12))
     )
     rates = dataclasses.replace(RATES, dense=(DenseRate("fp32", ((1, 1e-8),)),), kernels=(slow, quick), overhead=0.0)

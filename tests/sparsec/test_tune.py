@@ -26,7 +26,19 @@ from sparsec.errors import BadOptionValue, CompileFailed, SparsecWarning, Tuning
 from sparsec.formats import Format, Pattern
 from sparsec.measure import _kernels, _machines, _no_slower, plausible, rates, rates_for
 from sparsec.measure_calls import best_seconds, cold_bytes, thread_count
-from sparsec.measure_kernels import Text, compile_all, fit, fitted, kernel_texts, measure_kernel, sample
+from sparsec.measure_kernels import (
+    FASTEST,
+    USUALLY_EXPOSED,
+    Cold,
+    Text,
+    compile_all,
+    fit,
+    fitted,
+    kernel_texts,
+    measure_kernel,
+    memory_of,
+    sample,
+)
 from sparsec.options import Policy
 from sparsec.passes.decide import decide
 from sparsec.passes.decide.candidates import ways_for
@@ -717,14 +729,15 @@ def one_kernel(target: targets.base.Target = PORTABLE) -> Text:
 def test_what_a_kernel_streams_does_not_follow_the_moment_it_was_measured_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same seconds of ours and of dense, three times longer while a neighbour uses the memory."""
+    """The same seconds of ours and of dense, three times longer while a neighbour uses the memory; so long that what is
+    computed meanwhile does not count."""
     kernels_module = importlib.import_module("sparsec.measure_kernels")
     slower = [1.0]
 
     def timed(calls: Any, budget_s: float, min_call_s: float = 0.0) -> tuple[dict[str, float], dict[str, float], bool]:
         for call in calls.values():
             call()
-        seconds = {name: slower[0] * {"ours": 2e-3, "dense": 1e-3}[name] for name in calls}
+        seconds = {name: slower[0] * {"0.5": 2.0, "0.2": 1.0, "dense": 1e-3}[name] for name in calls}
         return seconds, seconds, False
 
     monkeypatch.setattr(kernels_module, "best_seconds_alone_too", timed)
@@ -732,11 +745,33 @@ def test_what_a_kernel_streams_does_not_follow_the_moment_it_was_measured_in(
     quiet, _ = measure_kernel(one_kernel(), PORTABLE, machine, tmp_path)
     slower[0] = 3.0
     busy, _ = measure_kernel(one_kernel(), PORTABLE, machine, tmp_path)
-    assert busy.bandwidth == pytest.approx(quiet.bandwidth)
+    assert busy.bandwidth == pytest.approx(quiet.bandwidth, rel=1e-2)
     read = Direct(
         sample(Pattern("bitmap"), 2048, 2048, 0.5)[0], Format.parse("bitmap+fp32"), "dot", target="cpu:portable"
     ).packed.bytes
-    assert quiet.bandwidth == pytest.approx(read / 2e-3 / (4 * 1024 * 1024 / 1e-3))
+    assert quiet.bandwidth == pytest.approx(read / 2.0 / (4 * 1024 * 1024 / 1e-3), rel=1e-2)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("bandwidth", [5e9, 2e10])
+def test_memory_and_what_it_does_not_hide_are_told_apart_by_two_densities(share: float, bandwidth: float) -> None:
+    rate, dense = KernelRate("bitmap", "dot", "bf16", ((1, 0.0, 2e-11, 1e-11),)), 1e10
+    cold = []
+    for kept in (0.5, 0.2):
+        positions, stored = 2048 * 2048, kept * 2048 * 2048
+        read = positions / 8 + 2 * stored
+        short, long = sorted((read / bandwidth, 2e-11 * positions + 1e-11 * stored))
+        cold.append(Cold(2048, positions, stored, read, long + share * short, dense))
+    assert memory_of(rate, MACHINE, cold) == pytest.approx((bandwidth / dense, share))
+    alone, usual = memory_of(rate, MACHINE, cold[:1])
+    assert usual == USUALLY_EXPOSED
+    assert alone <= FASTEST * MACHINE.bandwidth / dense
+
+
+def test_a_kernel_that_only_computes_is_not_said_to_stream_without_end() -> None:
+    rate = KernelRate("bitmap", "dot", "bf16", ((1, 0.0, 2e-10, 0.0),))
+    cold = [Cold(2048, 2048.0**2, 0.0, 2048.0**2, 2e-10 * 2048**2, 1e10)]
+    assert memory_of(rate, MACHINE, cold)[0] == pytest.approx(FASTEST * MACHINE.bandwidth / 1e10)
 
 
 def test_a_loop_that_rounds_x_is_not_said_to_stream_slower_than_one_that_does_not() -> None:
