@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from sparsec import compat, dump, records
-from sparsec.errors import BadOptionValue, ModeAndOptions, NoCompiler, OptionError, SparsecWarning
+from sparsec.errors import BadOptionValue, MissingPackage, ModeAndOptions, NoCompiler, OptionError, SparsecWarning
 from sparsec.options import Options
 
 _warned: set[str] = set()
@@ -43,7 +43,7 @@ def sparsec(
         assert c.compiled is not None
         _log(c.record)
         return c.compiled
-    except OptionError:
+    except (OptionError, MissingPackage):
         raise
     except Exception as error:
         return _fall_back(gm, example_inputs, parsed, error)

@@ -6,6 +6,7 @@ which happens when the backend is first used, not at ``import sparsec``.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,13 +30,16 @@ except ImportError as error:  # pragma: no cover
 __all__ = [
     "CsltOps",
     "compile_rest",
+    "compile_rewritten",
     "copy_graph_module",
     "cslt_ops",
     "emit_artifact",
     "enters_autocast",
+    "exported",
     "is_fake",
     "looking_only",
     "mode_options",
+    "onnx_operators",
     "own_frame",
     "real_tensors",
     "scaled_mm_fp8",
@@ -52,6 +56,68 @@ def compile_rest(
     """Hand a Dynamo graph to Inductor, which takes ownership of it."""
     compiled: Any = compile_fx(gm, list(example_inputs), config_patches=dict(patches))
     return cast(Callable[..., Any], compiled)
+
+
+def compile_rewritten(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    patches: Mapping[str, Any],
+    rewrite: Callable[[torch.fx.GraphModule, Sequence[int]], torch.fx.GraphModule],
+    decompositions: Mapping[Any, Callable[..., Any]],
+) -> Callable[..., Any]:
+    """As ``compile_rest``, with ``rewrite(graph of ATen operators, numbers of the inputs that are weights)`` before
+    Inductor takes it. Nothing is cached across processes: what ``rewrite`` puts into the graph lives in this one."""
+    from torch._functorch import config as functorch_config
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    def inner(lowered: torch.fx.GraphModule, inputs: Sequence[Any], **said: Any) -> Any:
+        return compile_fx_inner(rewrite(lowered, tuple(said.get("static_input_idxs") or ())), inputs, **said)
+
+    here = {"fx_graph_cache": False, **patches}
+    with functorch_config.patch(enable_autograd_cache=False):
+        compiled: Any = compile_fx(gm, list(example_inputs), inner, here, dict(decompositions))
+    return cast(Callable[..., Any], compiled)
+
+
+@functools.cache
+def onnx_operators() -> tuple[Callable[[Any], bool], dict[Any, Callable[..., Any]]]:
+    """Whether torch.onnx can write an operator, and how the other ones are made of those it can."""
+    from torch.onnx._internal.exporter import _decomp, _registration
+
+    registry = _registration.ONNXRegistry.from_torchlib()
+    known = set(_decomp.get_onnx_implemented_overloads(registry))
+    return registry.is_registered, dict(_decomp.create_onnx_friendly_decomposition_table(known))
+
+
+def exported(gm: torch.fx.GraphModule) -> torch.export.ExportedProgram:
+    """A graph of ATen operators, whose inputs are tensors and sizes, in the form that ``torch.onnx.export`` takes."""
+    from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
+    from torch.export.graph_signature import (
+        ExportGraphSignature,
+        InputKind,
+        InputSpec,
+        OutputKind,
+        OutputSpec,
+        SymIntArgument,
+        TensorArgument,
+    )
+    from torch.utils import _pytree
+
+    def argument(node: torch.fx.Node) -> SymIntArgument | TensorArgument:
+        return (TensorArgument if isinstance(node.meta["val"], torch.Tensor) else SymIntArgument)(name=node.name)
+
+    inputs = gm.graph.find_nodes(op="placeholder")
+    outputs: Sequence[Any] = gm.graph.output_node().args[0]  # type: ignore[assignment]
+    signature = ExportGraphSignature(
+        [InputSpec(InputKind.USER_INPUT, argument(node), None) for node in inputs],
+        [OutputSpec(OutputKind.USER_OUTPUT, argument(node), None) for node in outputs],
+    )
+    in_spec = _pytree.tree_structure((tuple(inputs), {}))
+    call = ModuleCallSignature([], [], in_spec, _pytree.tree_structure(tuple(outputs)))
+    return torch.export.ExportedProgram(
+        root=gm, graph=gm.graph, graph_signature=signature, state_dict={}, range_constraints={},
+        module_call_graph=[ModuleCallEntry("", call)], constants={},
+    )  # fmt: skip
 
 
 def mode_options(mode: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsec import cache, targets
-from sparsec.errors import BadModelFile, MissingPackage, VerifyError, WriteFailed
+from sparsec.errors import BadModelFile, BadOptionValue, MissingPackage, VerifyError, WriteFailed
 from sparsec.onnx import first_line
 from sparsec.onnx_rewrite import OnnxLayer, operators, rewrite
+from sparsec.onnx_small import WAYS, as_sparse_initializers, expand_when_loaded
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -60,7 +62,9 @@ def export_onnx(
     dynamic_shapes: Any = None,
     names: tuple[Sequence[str], Sequence[str]] = ((), ()),
     portable: bool = False,
+    compress: str = "",
     min_speedup: float = 1.05,
+    rows: int = 0,
     opset: int = OPSET,
     verify: bool = True,
     cache_dir: str = "",
@@ -69,36 +73,54 @@ def export_onnx(
 
     ``args``, ``kwargs``: inputs that the model can be called with; use sizes above 1 where they are to be dynamic.
     ``dynamic_shapes``: as for ``torch.onnx.export``; by default the first axis of every tensor, and the second of ids
-    and masks. ``names``: of the inputs and outputs. ``portable``: standard operators only. ``min_speedup``: of our
-    operators over dense, expected for one row; 0 takes them wherever a weight has zeros. ``verify``: run the file,
-    which needs ONNX Runtime.
+    and masks. ``names``: of the inputs and outputs. ``portable``: standard operators only. ``compress``: pack constants
+    with many zeros that stay dense, too, embeddings among them, as ``bitmap`` or ``sparse_initializer``; the file is
+    small then, and slow to load. ``min_speedup``: of our operators over dense, expected for ``rows`` (0: the tokens of
+    ``args``); 0 takes them wherever a weight has zeros. ``verify``: run the file, which needs ONNX Runtime.
     Raises MissingPackage without onnx and onnxscript; BadModelFile where the model cannot be written as ONNX, with the
     operator that cannot; WriteFailed; VerifyError where an output differs, with the first layer that does.
     """
     said = dict(kwargs or {})
     shapes = _axes(args, said) if dynamic_shapes is None else dynamic_shapes
     program = _exported(model, tuple(args), said, shapes, opset, names)
-    report = write(program, Path(path), portable=portable, min_speedup=min_speedup, cache_dir=cache_dir)
+    inputs = _tensors([*args, *said.values()])
+    report = write(
+        program,
+        Path(path),
+        portable=portable,
+        compress=compress,
+        min_speedup=min_speedup,
+        rows=rows or rows_of(inputs),
+        cache_dir=cache_dir,
+    )
     if not verify:
         return report
     from sparsec.onnx_verify import differences, first_difference
 
     wanted = _tensors(model(*args, **said))
-    inputs = _tensors([*args, *said.values()])
     errors = differences(Path(path), inputs, wanted, cache_dir)
     checked(errors, report.path, lambda: first_difference(Path(path), inputs, ALLOWED, cache_dir))
     return replace(report, errors=errors)
 
 
 def write(
-    model: ir.Model, path: Path, *, portable: bool = False, min_speedup: float = 1.05, cache_dir: str = ""
+    model: ir.Model,
+    path: Path,
+    *,
+    portable: bool = False,
+    compress: str = "",
+    min_speedup: float = 1.05,
+    rows: int = 1,
+    cache_dir: str = "",
 ) -> OnnxReport:
-    """Rewrite an onnx-ir model, which is changed, and write it. Raises WriteFailed."""
+    """Rewrite an onnx-ir model, which is changed, and write it. Raises WriteFailed, BadOptionValue."""
+    if compress and compress not in WAYS:
+        raise BadOptionValue(key="compress", value=compress, expected=f"it must be one of {', '.join(WAYS)}")
     dense = _bytes_of(model)
-    layers = _rewritten(model, min_speedup, cache_dir, portable)
-    _save(model, path)
-    beside = path.with_name(f"{path.name}.data")
-    size = path.stat().st_size + (beside.stat().st_size if beside.exists() else 0)
+    layers = _rewritten(model, min_speedup, cache_dir, portable, rows)
+    if compress == "bitmap":
+        expand_when_loaded(model)
+    size = _save(model, path, sparse=compress == "sparse_initializer")
     return OnnxReport(str(path), tuple(layers), size, dense, {})
 
 
@@ -107,17 +129,19 @@ def rewrite_file(source: str | Path, path: str | Path, **said: Any) -> OnnxRepor
     return write(loaded(source), Path(path), **said)
 
 
-def explain_file(source: str | Path, min_speedup: float = 1.05, cache_dir: str = "") -> OnnxReport:
+def explain_file(source: str | Path, min_speedup: float = 1.05, cache_dir: str = "", rows: int = 1) -> OnnxReport:
     """What ``rewrite_file`` would make of an ONNX file; nothing is written. Raises BadModelFile."""
     model = loaded(source)
     dense, ours = _bytes_of(model), operators(model)
-    layers = _rewritten(model, min_speedup, cache_dir)
+    layers = _rewritten(model, min_speedup, cache_dir, rows=rows)
     return OnnxReport(str(source), (*ours, *layers), _bytes_of(model), dense, {})
 
 
-def _rewritten(model: ir.Model, min_speedup: float, cache_dir: str, portable: bool = False) -> list[OnnxLayer]:
+def _rewritten(
+    model: ir.Model, min_speedup: float, cache_dir: str, portable: bool = False, rows: int = 1
+) -> list[OnnxLayer]:
     threads, kept = torch.get_num_threads(), cache.cache_dir(cache_dir)
-    return rewrite(model, targets.resolve("cpu"), threads, kept, min_speedup, portable)
+    return rewrite(model, targets.resolve("cpu"), threads, kept, min_speedup, portable, rows=rows)
 
 
 def loaded(source: str | Path) -> ir.Model:
@@ -162,7 +186,7 @@ def _exported(
     said: dict[str, Any] = {"dynamo": True, "dynamic_shapes": shapes, "opset_version": opset, "verbose": False}
     said |= {"input_names": list(names[0]) or None, "output_names": list(names[1]) or None}
     try:
-        with _quiet():
+        with quiet_export():
             program = torch.onnx.export(model.eval(), args, kwargs=kwargs, **said)
     except torch.onnx.errors.OnnxExporterError as error:
         raise BadModelFile(path=type(model).__name__, why=f"torch.onnx cannot export it: {_reason(error)}") from error
@@ -179,7 +203,7 @@ def _reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_export() -> Iterator[None]:
     """Without what the exporter says of packages that are not needed."""
     import logging
 
@@ -211,6 +235,12 @@ def _axes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return named if not args else (*positional, *named.values())
 
 
+def rows_of(inputs: Sequence[Any]) -> int:
+    """Rows that linear layers read in a call, as its inputs tell: tokens of ids, or what has features last."""
+    tensors = [x for x in inputs if isinstance(x, torch.Tensor) and x.numel()]
+    return max((x.numel() // (x.shape[-1] if x.is_floating_point() and x.dim() else 1) for x in tensors), default=1)
+
+
 def _tensors(value: Any) -> list[torch.Tensor]:
     """Every tensor in a nest of containers, in order."""
     if isinstance(value, torch.Tensor):
@@ -223,18 +253,25 @@ def _bytes_of(model: ir.Model) -> int:
     return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
 
 
-def _save(model: ir.Model, path: Path) -> None:
-    """Write under another name first, so that a full disk leaves what was there."""
+def _save(model: ir.Model, path: Path, sparse: bool) -> int:
+    """Write elsewhere first, so that a full disk leaves what was there; the bytes. ``sparse``: sparse initializers."""
     ir = _onnx_ir()
-    partial = path.with_name(f".{path.name}.part")
-    beside = path.with_name(f"{path.name}.data")
+    beside = f"{path.name}.data"
     try:
-        if _bytes_of(model) > _EXTERNAL:
-            ir.save(model, str(partial), external_data=beside.name)
-        else:
-            ir.save(model, str(partial))
-        partial.replace(path)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            partial = Path(folder, path.name)
+            if _bytes_of(model) > _EXTERNAL:
+                ir.save(model, str(partial), external_data=beside)
+            elif sparse:
+                proto = ir.to_proto(model)
+                as_sparse_initializers(proto)
+                partial.write_bytes(proto.SerializeToString())
+            else:
+                ir.save(model, str(partial))
+            made = sorted(Path(folder).iterdir(), reverse=True)  # the weights before the file that names them
+            size = sum(file.stat().st_size for file in made)
+            for file in made:
+                file.replace(path.with_name(file.name))
     except OSError as error:
         raise WriteFailed(path=str(path), why=error.strerror or str(error)) from error
-    finally:
-        partial.unlink(missing_ok=True)
+    return size

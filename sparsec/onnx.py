@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from sparsec.errors import BadModelFile, MissingPackage
 if TYPE_CHECKING:
     import onnxruntime
 
+FORMATS = {"": ("bitmap",), "int8": ("bitmap+int8",)}  # by what inputs are rounded to
 LEAST = (1, 22)  # of ONNX Runtime, by the version of its C interface that the library asks for
 
 
@@ -53,6 +55,12 @@ def session(
 def accuracy(exact: bool) -> tuple[str, str]:
     """The session's entry that says whether products with 4-bit weights may round the other side to 8 bits."""
     return "session.qdq_matmulnbits_accuracy_level", "1" if exact else "4"
+
+
+def formats_of(said: Sequence[str], x: str = "") -> tuple[str, ...]:
+    """The formats that operators have for an input that is rounded as ``x`` says, of those in ``said`` (none: all)."""
+    ours = FORMATS["int8" if x.partition(":")[0] == "int8" else ""]
+    return tuple(name for name in ours if not said or name in said or name.partition("+")[0] in said) or ("dense",)
 
 
 def runtime() -> Any:

@@ -55,6 +55,7 @@ def export_decoder(model: nn.Module, path: str | Path, batch: int = 2, tokens: i
         "attention_mask": {0: auto, 1: auto},
         "past": tuple({0: auto, 2: auto} for _ in past),
     }
+    said = {"rows": 1, **said}  # tokens come one by one
     return export_onnx(wrapped, (ids, mask, *past), path, dynamic_shapes=shapes, names=_names(len(past) // 2), **said)
 
 

@@ -1,7 +1,8 @@
-"""Whether the input of an ONNX layer is rounded to int8 token by token, as ``passes/quantize/inputs.py`` writes it."""
+"""Whether the input of an ONNX layer is rounded to int8, as ``passes/quantize/inputs.py`` writes it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,9 +11,19 @@ if TYPE_CHECKING:
 _TOP = 127.0
 
 
-def rounded(value: ir.Value) -> ir.Value | None:
-    """What ``value = clamp(round(x / s), -127, 127) * s`` rounds, where s is max|x| / 127 of the last axis and 1 where
-    that is zero; None where it is not that."""
+@dataclass(frozen=True)
+class Rounded:
+    """``x`` was rounded to ``q * scale``; ``q`` holds whole numbers as floats. ``per_token``: scale is max|x| / 127 of
+    the last axis and 1 where that is zero; else it is one constant."""
+
+    x: ir.Value
+    q: ir.Value
+    scale: ir.Value
+    per_token: bool
+
+
+def rounded(value: ir.Value) -> Rounded | None:
+    """How ``value = clamp(round(x / s), -127, 127) * s`` was made; None where it is not that."""
     product = _made_by(value, "Mul")
     if product is None:
         return None
@@ -25,8 +36,9 @@ def rounded(value: ir.Value) -> ir.Value | None:
         if steps is None or steps.inputs[1] is not scale:
             continue
         x = steps.inputs[0]
-        if x is not None and _is_scale_of(scale, x):
-            return x
+        per_token = x is not None and _is_scale_of(scale, x)
+        if x is not None and q is not None and scale is not None and (per_token or (_number(scale) or 0.0) > 0.0):
+            return Rounded(x, q, scale, per_token)
     return None
 
 

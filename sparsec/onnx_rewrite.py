@@ -20,8 +20,12 @@ from sparsec.errors import PackError
 from sparsec.facts import Decision, ValueFact, WeightFact
 from sparsec.formats import Format, stored_types
 from sparsec.measure import rates_for
+from sparsec.onnx import FORMATS
 from sparsec.onnx_inputs import rounded
-from sparsec.onnx_low_bit import WHY, low_bit, replace_low_bit
+from sparsec.onnx_int8 import WHY as int8_why
+from sparsec.onnx_int8 import replace_int8
+from sparsec.onnx_low_bit import WHY as low_bit_why
+from sparsec.onnx_low_bit import low_bit, replace_low_bit
 from sparsec.onnx_sites import OnnxSite, initializer, sites
 from sparsec.options import Policy
 from sparsec.passes.decide import decide
@@ -31,7 +35,7 @@ from sparsec.targets.base import Target
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-FORMATS = {"": ("bitmap",), "int8": ("bitmap+int8",)}  # by what inputs are rounded to
+NO_ZEROS_SKIPPED = "standard ONNX skips no zeros"
 
 
 @dataclass(frozen=True)
@@ -45,20 +49,28 @@ class OnnxLayer:
     decision: str
     reason: str
     bytes: int
-    expected: float  # times faster than dense at one row, 1 for dense
+    expected: float  # times faster than dense at the rows it was decided for, 1 for dense
 
     def to_dict(self) -> dict[str, object]:
         return dict(vars(self))
 
 
 def rewrite(
-    model: ir.Model, target: Target, threads: int, cache: Path, min_speedup: float, portable: bool = False
+    model: ir.Model,
+    target: Target,
+    threads: int,
+    cache: Path,
+    min_speedup: float,
+    portable: bool = False,
+    low_bits: bool = True,
+    rows: int = 1,
 ) -> list[OnnxLayer]:
-    """Replace what is expected to gain ``min_speedup``, or (0) whatever has a zero. ``portable``: by standard ONNX."""
+    """Replace what is expected to gain ``min_speedup`` at ``rows`` of x, or (0) whatever has a zero. ``portable``: by
+    standard ONNX. ``low_bits``: dense weights of 4 bits, too."""
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     packs: dict[str, list[ir.Value]] = {}
-    machine = _Machine(target, threads, cache, min_speedup, portable)
+    machine = _Machine(target, threads, cache, min_speedup, portable, low_bits, max(rows, 1))
     layers = [_site(model, site, machine, packs) for site in list(sites(model.graph))]
     if packs:
         model.graph.opset_imports[DOMAIN] = 1
@@ -89,6 +101,8 @@ class _Machine:
     cache: Path
     min_speedup: float
     portable: bool
+    low_bits: bool
+    rows: int
 
     def decide(self, fact: WeightFact, x: str) -> Decision:
         formats = FORMATS[x]
@@ -103,26 +117,28 @@ def _site(model: ir.Model, site: OnnxSite, machine: _Machine, packs: dict[str, l
         return OnnxLayer(site.name, n, k, 0.0, "dense", site.reason, site.constant.const_value.nbytes, 1.0)
     weight, before = site.weight(), rounded(site.x)
     fact = profile(weight)
-    on_grid = before is not None and any(name.startswith("int8") for name in stored_types(fact.values))
-    if before is None and (four := low_bit(fact)):
+    on_grid = before is not None and "int8" in stored_types(fact.values)
+    row = OnnxLayer(site.name, n, k, fact.sparsity, "dense", NO_ZEROS_SKIPPED, weight.nbytes, 1.0)
+    if machine.low_bits and before is None and (four := low_bit(fact)):
         size = replace_low_bit(model, site, weight, four, fact.key)
-        return OnnxLayer(site.name, n, k, fact.sparsity, four, WHY, size, weight.nbytes / size)
-    if machine.portable:
-        return OnnxLayer(site.name, n, k, fact.sparsity, "dense", "standard ONNX skips no zeros", weight.nbytes, 1.0)
-    x = "int8" if on_grid else ""
+        return replace(row, decision=four, reason=low_bit_why, bytes=size, expected=weight.nbytes / size)
+    x = "int8" if on_grid and before is not None and before.per_token else ""
     if not x:
         fact = replace(fact, values=ValueFact())  # codes whose x stays as it is have no operator
-    decision = machine.decide(fact, x)
-    first = decision.at(1)
-    row = OnnxLayer(site.name, n, k, fact.sparsity, "dense", decision.reason, weight.nbytes, 1.0)
-    if first.format == "dense" or not supported(Format.parse(first.format), x):
-        return row
+    decision = None if machine.portable or (on_grid and not x) else machine.decide(fact, x)
+    first = decision.at(machine.rows) if decision else None
+    row = replace(row, reason=decision.reason if decision else row.reason)
+    if decision is None or first is None or first.format == "dense" or not supported(Format.parse(first.format), x):
+        if not on_grid or before is None:
+            return row
+        size = replace_int8(model, site, before, weight, fact.key)
+        return replace(row, decision="int8", reason=int8_why, bytes=size, expected=weight.nbytes / size)
     op = Op(Format.parse(first.format), x)
     try:
         values = _packed(model.graph, site, op, weight, fact, packs)
     except PackError as error:
         return replace(row, reason=str(error))
-    _replace(model, site, before if x and before is not None else site.x, op, values, decision)
+    _replace(model, site, before.x if x and before is not None else site.x, op, values, decision)
     size = sum(v.const_value.nbytes for v in values if v.const_value is not None)
     gain = first.dense_s / first.ours_s if first.ours_s else 1.0
     return replace(row, decision=first.format, bytes=size, expected=gain)

@@ -109,12 +109,22 @@ def _matrix(value: ir.Value | None) -> bool:
     return value is not None and value.const_value is not None and len(value.const_value.shape) == 2
 
 
+def _stored(value: ir.Value | None) -> tuple[ir.Value | None, bool]:
+    """A constant matrix as it is stored, and whether it is the transposed one that is multiplied."""
+    node = value.producer() if value is not None else None
+    if node is None or node.op_type != "Transpose" or node.domain not in ("", "ai.onnx"):
+        return value, False
+    perm = node.attributes.get("perm")
+    turned = perm is None or list(perm.value) == [1, 0]
+    return (node.inputs[0], True) if turned and _matrix(node.inputs[0]) else (value, False)
+
+
 def _matmul(node: ir.Node) -> OnnxSite | None:
-    x, constant = node.inputs
+    x, (constant, turned) = node.inputs[0], _stored(node.inputs[1])
     if x is None or constant is None or not _matrix(constant):
         return None
     y = node.outputs[0]
-    site = OnnxSite(name_of(node), (node,), constant, transposed=True, reason=_why_not(constant))
+    site = OnnxSite(name_of(node), (node,), constant, transposed=not turned, reason=_why_not(constant))
     users = tuple(y.uses())
     if len(users) != 1 or y.is_graph_output():
         return site
@@ -128,12 +138,13 @@ def _matmul(node: ir.Node) -> OnnxSite | None:
 
 
 def _gemm(node: ir.Node) -> OnnxSite | None:
-    x, constant, *rest = node.inputs
+    x, given, *rest = node.inputs
+    constant, turned = _stored(given)
     if x is None or constant is None or not _matrix(constant):
         return None
     said = {name: a.value for name, a in node.attributes.items()}
     bias = rest[0] if rest else None
-    transposed = not said.get("transB", 0)
+    transposed = bool(said.get("transB", 0)) == turned
     site = OnnxSite(name_of(node), (node,), constant, transposed, bias, _why_not(constant))
     plain = said.get("alpha", 1.0) == 1.0 and said.get("beta", 1.0) == 1.0 and not said.get("transA", 0)
     if not plain:

@@ -59,5 +59,6 @@ def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:
         return float("inf")
     if not wanted.numel():
         return 0.0
+    found, wanted = found.detach(), wanted.detach()
     largest = float(wanted.double().abs().max())
     return float((found.double() - wanted.double()).abs().max()) / (largest or 1.0)

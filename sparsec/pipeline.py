@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from sparsec import compat, dump, targets
+from sparsec import compat, dump, onnx, targets
 from sparsec.cache import cache_dir
 from sparsec.codegen import build
 from sparsec.errors import NoCompiler
@@ -34,6 +34,7 @@ from sparsec.passes.rewrite.group import group_calls
 from sparsec.passes.rewrite.inputs import Inputs, quantised_inputs, unrounded
 from sparsec.plan import Plan
 from sparsec.records import CompileRecord, LayerRecord, StageRecord
+from sparsec.refusals import refusal_of, refused_by
 from sparsec.runtime import gpu, library
 from sparsec.runtime.parts import needed, spec_of
 from sparsec.runtime.store import STORE
@@ -77,10 +78,10 @@ class Compilation:
 def capture(c: Compilation) -> int:
     """Find the sites; everything linear that is not one keeps its reason."""
     view = View.of(c.gm, c.example_inputs, c.target.device)
-    refusal = _refusal(c)
+    refusal = refusal_of(c.gm, c.example_inputs, c.target)
     for node in c.gm.graph.nodes:
         found, rule = _match(node, view)
-        if isinstance(found, Site) and (no := refusal or _refused_on_gpu(c, found)):
+        if isinstance(found, Site) and (no := refusal or refused_by(c.target, found)):
             found = Declined(no, node.name, found.fqn, found.kind)
         if isinstance(found, Site):
             found = _with_inputs(c, found, node, view)
@@ -127,6 +128,8 @@ def rewrite(c: Compilation) -> int:
     the kernel that Inductor would call. An activation is folded only where the weight at hand is sparse. A weight that
     the graph computes, and that runs dense, stays in the graph: Inductor fuses its arithmetic.
     """
+    if c.target.whole_graphs:
+        return 0
     graph = c.gm.graph
     view = View.of(c.gm, c.example_inputs, c.target.device)
     ops = torch.ops.sparsec if not c.target.gpu else torch.ops.sparsec_gpu
@@ -169,6 +172,9 @@ def rewrite(c: Compilation) -> int:
 
 def generate(c: Compilation) -> int:
     """Write and compile the kernels that the decisions name, those that this machine has not compiled before."""
+    if c.target.whole_graphs:
+        onnx.library_path(c.options.policy.cache_dir)
+        return 1
     if c.target.gpu:
         return 0  # Triton compiles a kernel at its first launch, which packing makes
     found = zip(c.sites, c.decisions, c.plans, strict=True)
@@ -183,6 +189,8 @@ def generate(c: Compilation) -> int:
 
 def pack(c: Compilation) -> int:
     """Pack the weights at hand, prove the packs, and put them where the op finds them."""
+    if c.target.whole_graphs:
+        return 0  # a session packs when it is made
     for (site, _), plan, fact, decision in zip(c.sites, c.plans, c.facts, c.decisions, strict=True):
         if site.w and not needed(decision, plan):
             continue  # it was left in the graph
@@ -195,6 +203,11 @@ def pack(c: Compilation) -> int:
 
 def finish(c: Compilation) -> int:
     """Inductor compiles everything, with the ops as opaque calls."""
+    if c.target.whole_graphs and c.sites:
+        from sparsec.onnx_backend import compile_graph  # it needs onnx
+
+        c.compiled = compile_graph(c.gm, c.example_inputs, c.options, c.target, c.record.declined)
+        return 1
     c.compiled = compat.compile_rest(c.gm, c.example_inputs, dict(c.options.inductor))
     return 1
 
@@ -231,13 +244,16 @@ def run(c: Compilation, stop_after: str = "finish") -> Compilation:
 def prepare(options: Options, on_gpu: bool = False) -> None:
     """Check the target's name and make its ops exist; those of GPUs need no C++ compiler.
 
-    ``on_gpu``: where the weights are. Raises UnknownTarget, BadOptionValue, NoCompiler, CompileFailed.
+    ``on_gpu``: where the weights are. Raises UnknownTarget, BadOptionValue, MissingPackage, NoCompiler, CompileFailed.
     """
-    if targets.for_weights(options.policy.target, on_gpu).gpu:
+    target = targets.for_weights(options.policy.target, on_gpu)
+    if target.gpu:
         gpu.load()
     else:
         library.load(options.policy.cache_dir)
         say_at_the_end()
+    if target.whole_graphs:
+        onnx.runtime()
 
 
 def placed(options: Options, model: object) -> Options:
@@ -311,8 +327,10 @@ def _with_inputs(c: Compilation, site: Site, node: torch.fx.Node, view: View) ->
 
 
 def _plan(s: Site, policy: Policy, target: Target) -> Plan:
-    gates = "" if target.gpu or s.conv else _gates(s)
+    gates = "" if target.gpu or target.whole_graphs or s.conv else _gates(s)
     m = _rows(s.x_shape)
+    if target.whole_graphs:
+        policy = replace(policy, formats=onnx.formats_of(policy.formats, s.x))
     return Plan(s.fqn, s.kind, policy, transposed=s.transposed, m=m, x=s.x, w=s.w, gates=gates, conv=s.conv)
 
 
@@ -353,25 +371,6 @@ def _with_activations(found: list[tuple[Site, Rule]], graph: torch.fx.Graph, vie
     with compat.real_tensors():
         sites = annotated([site for site, _ in found], graph, view)
     return [(site, rule) for site, (_, rule) in zip(sites, found, strict=True)]
-
-
-def _refusal(c: Compilation) -> str:
-    """Why no site of this graph may be taken, if so."""
-    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in c.example_inputs):
-        return "gradients are on; run under torch.no_grad() or torch.inference_mode()"
-    if compat.turns_gradients_on(c.gm.graph):
-        return "the function turns gradients on inside; only inference is taken"
-    if torch.is_autocast_enabled(c.target.device) or compat.enters_autocast(c.gm.graph):
-        return "autocast is on; convert the model instead: model.to(torch.bfloat16)"
-    return ""
-
-
-def _refused_on_gpu(c: Compilation, site: Site) -> str:
-    if c.target.gpu and site.w:
-        return "the weight is computed from integers, which is not taken on GPUs so far"
-    if c.target.gpu and site.conv and not site.conv.pointwise:
-        return "only 1x1 convolutions of stride 1 without padding are taken on GPUs so far"
-    return ""
 
 
 def _rows(shape: tuple[int | str, ...]) -> int:

@@ -23,6 +23,7 @@ TARGETS: dict[str, tuple[str, tuple[str, ...], str]] = {
         ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120"),
         "NVIDIA GPUs; with an architecture also where there is none, to compile kernels",
     ),
+    "onnxruntime": ("sparsec.targets.onnxruntime:make", (), "ONNX Runtime on this CPU, with our kernels in it"),
     "reference": ("sparsec.targets.reference:make", (), "portable kernels, fixed costs: the same plan everywhere"),
 }
 DEFAULT = "cpu"  # what "auto" means where no weight says otherwise

@@ -1,8 +1,9 @@
 """Seconds of one call as a function of M, the rows of x: linear pieces in, crossovers and sympy text out.
 
 Dense is a line through its measured points; a sparse kernel waits for memory or for arithmetic,
-``overhead + Max(bytes / bandwidth, a + b*M)``, the shorter of the two in part, with a line of its own between each two of its points. Everything is
-linear in M between a few known M, so where two costs cross is solved from pairs of lines; no M is sampled.
+``overhead + Max(bytes / bandwidth, a + b*M)`` and a share of the shorter of the two, with a line of its own between
+each two of its points. Everything is linear in M between a few known M, so where two costs cross is solved from pairs
+of lines; no M is sampled.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Cost:
         return Cost(tuple(Piece(p.lo, p.hi, tuple(line.times(factor) for line in p.lines)) for p in self.pieces))
 
     def mixed(self, share: float, start: float) -> Cost:
-        """With ``share`` of what waits for the other added: of lines a and b, which both begin at ``start`` seconds, the
+        """With ``share`` of what waits for the other added: of lines a and b, which begin at ``start`` seconds, the
         larger of a + share*b and b + share*a. Pieces of other than two lines stay as they are.
         """
         return Cost(tuple(replace(p, lines=_mixed(p.lines, share, start)) for p in self.pieces))

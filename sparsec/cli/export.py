@@ -25,6 +25,9 @@ def command(
         Path | None, typer.Option("--from-onnx", help="Rewrite this ONNX file, of any tool, instead of a model.")
     ] = None,
     portable: Annotated[bool, typer.Option("--portable", help="Standard operators only.")] = False,
+    compress: Annotated[
+        str, typer.Option("--compress", help="Dense constants with zeros too: bitmap or sparse_initializer.")
+    ] = "",
     min_speedup: Annotated[
         float, typer.Option("--min-speedup", help="Over dense, that an operator of ours must be expected to have.")
     ] = 1.05,
@@ -43,7 +46,7 @@ def command(
         raise BadOptionValue(key="onnx", value="", expected="say what to write, as in --onnx model.onnx")
     if bool(model) == (from_onnx is not None):
         raise BadOptionValue(key="model", value=model, expected="name either a model or --from-onnx FILE")
-    said = {"portable": portable, "min_speedup": min_speedup}
+    said = {"portable": portable, "compress": compress, "min_speedup": min_speedup}
     with progress("sparsec export") as step:
         step(0, 1, f"writing {onnx}")
         report = _rewritten(from_onnx, onnx, said) if from_onnx else _exported(model, onnx, batch, tokens, verify, said)

@@ -8,6 +8,7 @@ once. Nothing here keeps a weight alive.
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import warnings
 import weakref
@@ -362,6 +363,8 @@ def invalidate(model: torch.nn.Module | torch.Tensor) -> int:
     tensors = [model] if isinstance(model, torch.Tensor) else [*model.parameters(), *model.buffers()]
     for tensor in tensors:
         STORE.forget(tensor)
+        if parts := sys.modules.get("sparsec.runtime.onnx_parts"):  # only where that target was used
+            parts.forget(tensor)
     return len(tensors)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 import sparsec
 import sparsec.onnx
 from sparsec import cli
-from sparsec.errors import BadModelFile, MissingPackage, VerifyError, WriteFailed
+from sparsec.errors import BadModelFile, BadOptionValue, MissingPackage, VerifyError, WriteFailed
 from sparsec.export_onnx import ALLOWED, checked, explain_file, export_onnx, rewrite_file
 from sparsec.onnx_verify import differences, first_difference
 
@@ -317,3 +318,82 @@ def test_dense_layers_of_4_bits_are_small_and_standard(tmp_path: Path, portable:
     assert max(error for of in report.errors.values() for error in of.values()) < 1e-4
     torch.testing.assert_close(run(path, x)[0], model(x), rtol=0, atol=2e-2 * largest)  # x is rounded
     assert float((run(path, x, exact=True)[0] - model(x)).abs().max()) < 1e-4 * largest
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["per token", "static"])
+@pytest.mark.parametrize("portable", [True, False], ids=["portable", "ours"])
+def test_dense_layers_of_int8_and_rounded_inputs_are_integer_products(
+    tmp_path: Path, portable: bool, static: bool
+) -> None:
+    torch.manual_seed(0)
+    model, data = Layers().eval(), [torch.randn(8, 96) for _ in range(4)]
+    recipe = {"method": "rtn", "bits": 8, "activations": "int8-static" if static else "int8"}
+    sparsec.sparsify(model, recipe, data, progress=False)
+    path = tmp_path / "model.onnx"
+    report = export_onnx(model, (torch.randn(2, 3, 96),), path, portable=portable)
+    assert [layer.decision for layer in report.layers] == ["int8", "int8"]
+    ops = [node.op_type for node in onnx.load(path).graph.node]
+    assert ops.count("MatMulInteger") == 2
+    assert "MatMul" not in ops
+    assert path.stat().st_size < 0.55 * report.dense_bytes  # what names and shapes take in a file this small, included
+    for x in (torch.randn(5, 3, 96), 4 * torch.randn(1, 3, 96), torch.zeros(2, 3, 96)):
+        for y in (run(path, x, ours=ours)[0] for ours in (True, False)):
+            torch.testing.assert_close(y, model(x), rtol=1e-3, atol=2e-2 * float(model(x).abs().max()))
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.layers = nn.Embedding(300, 96), Layers()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.layers(self.table(ids))
+
+
+@pytest.mark.parametrize(("compress", "most"), [("bitmap", 0.32), ("sparse_initializer", 0.65)])
+def test_constants_with_zeros_are_small_until_they_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compress: str, most: float
+) -> None:
+    from sparsec import onnx_small
+
+    monkeypatch.setattr(onnx_small, "LEAST", 1000)
+    torch.manual_seed(0)
+    model = Words().eval()
+    for weight in (model.table.weight, model.layers.first.weight, model.layers.second.weight):
+        weight.data[torch.rand(weight.shape) < 0.8] = 0
+    path, ids = tmp_path / "model.onnx", torch.randint(0, 300, (2, 5))
+    report = export_onnx(model, (ids,), path, portable=True, compress=compress)
+    assert report.bytes < most * report.dense_bytes
+    assert max(error for of in report.errors.values() for error in of.values()) < 1e-6
+    onnx.checker.check_model(onnx.load(path), full_check=compress == "bitmap")
+    torch.testing.assert_close(run(path, ids[:1, :3], ours=False)[0], model(ids[:1, :3]), rtol=1e-4, atol=1e-5)
+
+
+def test_an_unknown_way_to_compress_is_one_sentence(tmp_path: Path, pruned: Layers) -> None:
+    with pytest.raises(BadOptionValue, match="bitmap, sparse_initializer"):
+        export_onnx(pruned, (torch.randn(2, 96),), tmp_path / "model.onnx", compress="zip")
+
+
+def test_large_files_keep_their_weights_beside_them(
+    tmp_path: Path, pruned: Layers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is above 2 GiB: a limit of a few bytes takes the same way."""
+    monkeypatch.setattr(importlib.import_module("sparsec.export_onnx"), "_EXTERNAL", 1000)
+    path = tmp_path / "model.onnx"
+    for _ in range(2):  # over an earlier one, too
+        report = export_onnx(pruned, (torch.randn(2, 96),), path, min_speedup=0)
+    beside = tmp_path / "model.onnx.data"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    assert report.bytes == path.stat().st_size + beside.stat().st_size
+    assert beside.stat().st_size > path.stat().st_size / 4
+    beside.write_bytes(beside.read_bytes()[:100])
+    with pytest.raises(BadModelFile):
+        sparsec.onnx.session(path)
+
+
+def test_a_portable_file_runs_in_another_runtime(tmp_path: Path, pruned: Layers) -> None:
+    openvino = pytest.importorskip("openvino")
+    path, x = tmp_path / "model.onnx", torch.randn(4, 96)
+    export_onnx(pruned, (x,), path, portable=True, compress="bitmap")
+    found = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(x.numpy())[0]
+    torch.testing.assert_close(torch.from_numpy(found), pruned(x), rtol=1e-4, atol=1e-5)
