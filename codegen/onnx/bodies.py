@@ -103,31 +103,58 @@ def gaps(masks: torch.Tensor) -> torch.Tensor:
 
 
 def _bitmap_body() -> str:
-    """bitmap.h: 4 rows, 32 columns."""
+    """bitmap.h: (4 rows, 32 columns, row, column). Positions are turned into those of ``weight`` [k, n] while they are
+    few, 32 columns at a time by a table: moving the values afterwards takes three times as long."""
     return f"""
+  first_axis = Constant<value_int = 0>()
   minus_one = Constant<value_ints = [-1]>()
   begin = Constant<value_ints = [0]>()
-  first_axis = Constant<value_int = 0>()
-  of_tile = Constant<value_ints = [16]>()
-  to_tile = Constant<value_ints = [15]>()
-  more_rows = Add(n, to_tile)
-  tiles = Div(more_rows, of_tile)
-  all_rows = Mul(tiles, of_tile)
-  of_word = Constant<value_ints = [32]>()
-  to_word = Constant<value_ints = [31]>()
-  more_columns = Add(k, to_word)
-  words = Div(more_columns, of_word)
-  all_columns = Mul(words, of_word)
-  size = Mul(all_rows, all_columns)
-  nothing = ConstantOfShape<value = float[1] {{0.0}}>(size)
+  zero = Constant<value_int = 0>()
+  one = Constant<value_int = 1>()
+{_up_to("words", "k_number", 32)}
+{_up_to("groups", "n_number", 4)}
+  of_word = Constant<value = int32 {{32}}>()
+  columns = Constant<value_int = 32>()
+  four_rows = Constant<value_int = 4>()
+  word = Range(zero, words, one)
+  columns_before = Mul(word, columns)
+  elements_before = Mul(columns_before, n_number)
+  word_shape = Constant<value_ints = [1, -1, 1]>()
+  by_word = Reshape(elements_before, word_shape)
+  all_rows = Mul(groups, four_rows)
+  row = Range(zero, all_rows, one)
+  row_shape = Constant<value_ints = [-1, 1, 4]>()
+  by_row = Reshape(row, row_shape)
+  starts = Add(by_word, by_row)
+  flat_starts = Reshape(starts, minus_one)
+  table = Cast<to = 6>(flat_starts)
   steps = Cast<to = 6>(gaps)
   positions = CumSum(steps, first_axis)
+  segment = Div(positions, of_word)
+  column = Mod(positions, of_word)
+  above = Gather<axis = 0>(table, segment)
+  stride = Cast<to = 6>(n)
+  down = Mul(column, stride)
+  places = Add(above, down)
+  size = Mul(n, k)
+  nothing = ConstantOfShape<value = float[1] {{0.0}}>(size)
   count = Shape(gaps)
   kept = Slice(values, begin, count)
-  scattered = ScatterElements<axis = 0>(nothing, positions, kept)
-{_in_rows(32, 4, 32)}
+  scattered = ScatterElements<axis = 0>(nothing, places, kept)
+  shape = Concat<axis = 0>(k, n)
+  weight = Reshape(scattered, shape)
   product = MatMul(x, weight)
   y = Add(product, bias)
+"""
+
+
+def _up_to(name: str, size: str, unit: int) -> str:
+    """Text that gives ``name``: how many units of ``unit`` hold ``size``."""
+    return f"""
+  {name}_unit = Constant<value_int = {unit}>()
+  {name}_less = Constant<value_int = {unit - 1}>()
+  {name}_more = Add({size}, {name}_less)
+  {name} = Div({name}_more, {name}_unit)
 """
 
 
