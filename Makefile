@@ -30,7 +30,8 @@ demo: $(STAMP) ## the first five minutes: a pruned real model against Inductor, 
 	$(BIN)/sparsec demo $(ARGS)
 
 # Two at a time: no test asserts a time. Kernels of GPUs run in Triton's interpreter, in processes of their own.
-PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
+# Two workers, each with two threads, on two cores: threads that wait must sleep, or they take the cores from the others.
+PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test: check ## make check, then every test
 	TRITON_INTERPRET=1 $(PYTEST) tests/codegen/triton

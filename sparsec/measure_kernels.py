@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from sparsec.codegen import build, cpp
+from sparsec.codegen.cpp.pages import in_large_pages
 from sparsec.codegen.spec import KernelSpec, Packed
 from sparsec.errors import NoCompiler, PackError
 from sparsec.facts import Conv
@@ -239,7 +240,7 @@ def _streamed(t: Text, target: Target, machine: Rates, cache: Path) -> tuple[lis
         first = direct(weight, t.spec, target, cache)
         size = first.packed.bytes or weight.nbytes  # no pack: the kernel reads the weight itself
         copies = max(2, -(-cold // max(size, 1)))
-        packs = [replace(first.packed, tensors=tuple(p.clone() for p in first.packed.tensors)) for _ in range(copies)]
+        packs = [copied(first.packed) for _ in range(copies)]
         runs = [direct(weight.clone(), t.spec, target, cache, packed) for packed in packs]
         calls[str(density)] = partial(_call_next, itertools.cycle([(run, p) for p in parts for run in runs]), x)
         share = 1 / len(parts)
@@ -249,6 +250,13 @@ def _streamed(t: Text, target: Target, machine: Rates, cache: Path) -> tuple[lis
     dense = 4 * SIDE * SIDE / max(seconds["dense"] - machine.dense_overhead, 1e-9)
     overhead = machine.overhead
     return [Cold(*sizes, max(seconds[d] - overhead, 0.1 * seconds[d]), dense) for d, sizes in found.items()], busy
+
+
+def copied(packed: Packed) -> Packed:
+    """The same pack at another place, in pages as large."""
+    tensors = tuple(tensor.clone() for tensor in packed.tensors)
+    in_large_pages(tensors)
+    return replace(packed, tensors=tensors)
 
 
 def _call_next(turns: Iterator[tuple[Direct, tuple[torch.Tensor, ...]]], x: torch.Tensor) -> torch.Tensor:

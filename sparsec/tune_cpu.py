@@ -24,7 +24,7 @@ from sparsec.formats import Format
 from sparsec.measure import rates_for
 from sparsec.measure_calls import cold_bytes, tune_log
 from sparsec.measure_conv import image
-from sparsec.measure_kernels import TORCH, Text, direct, kernel_texts
+from sparsec.measure_kernels import TORCH, Text, copied, direct, kernel_texts
 from sparsec.options import Policy
 from sparsec.passes.decide.candidates import Way
 from sparsec.passes.decide.conv import conv_rates
@@ -135,8 +135,7 @@ class CpuPoint:
         if name not in packs:
             packed = direct(weight, text.spec, self.target, cache).packed
             times = _copies_for(packed.bytes, self.target) if self._cold else 1
-            copies = (tuple(t.clone() for t in packed.tensors) for _ in range(times - 1))
-            packs[name] = [packed, *(replace(packed, tensors=tensors) for tensors in copies)]
+            packs[name] = [packed, *(copied(packed) for _ in range(times - 1))]
         return [direct(weight, text.spec, self.target, cache, packed, walk) for packed in packs[name]]
 
     def _copies(self, weight: torch.Tensor) -> list[torch.Tensor]:

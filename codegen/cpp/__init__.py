@@ -62,10 +62,12 @@ def pack_verified(
     import torch
 
     from sparsec.codegen.cpp import packer
+    from sparsec.codegen.cpp.pages import in_large_pages
 
     packer.load(cache)
     chosen = family(format.pattern.kind, x, loop)
     packed = chosen.pack(weight, format.pattern, format.values, source_key)
+    in_large_pages(packed.tensors)
     if not packed.tensors:  # the kernel reads the weight itself
         return packed
     back = chosen.unpack(packed)

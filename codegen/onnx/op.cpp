@@ -5,6 +5,9 @@
 
 #include <stdlib.h>
 #include <string.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 namespace {
 
@@ -96,6 +99,18 @@ const char *wrong_work(const Layer &layer, const OrtSizes &sizes, const void *da
   return nullptr;
 }
 
+// Pages of 2 MiB where the system has them: see codegen/cpp/pages.py.
+void in_large_pages(const void *data, const OrtSizes &sizes) {
+#ifdef __linux__
+  constexpr uintptr_t kPage = uintptr_t{1} << 21;
+  constexpr int kCollapse = 25;  // MADV_COLLAPSE, which older headers lack
+  auto at = reinterpret_cast<uintptr_t>(data), begin = (at + kPage - 1) / kPage * kPage;
+  uintptr_t end = (at + static_cast<uintptr_t>(sizes.count) * (sizes.type == kOrtFloat ? 4 : 1)) / kPage * kPage;
+  if (begin >= end || madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE)) return;
+  madvise(reinterpret_cast<void *>(begin), end - begin, kCollapse);
+#endif
+}
+
 const char *wrong_layer(const OrtKernelInfo *info, Layer &layer) {
   const Ort &ort = layer.ort;
   int64_t version = 0;
@@ -117,7 +132,9 @@ const char *wrong_layer(const OrtKernelInfo *info, Layer &layer) {
   }
   if (sizes[kBias].type != kOrtFloat || sizes[kBias].count != layer.n) return "the bias has not n floats";
   if (const char *why = wrong_work(layer, sizes[kWork], data[kWork])) return why;
-  return layer.op->wrong(layer, sizes + kPack, data + kPack);
+  if (const char *why = layer.op->wrong(layer, sizes + kPack, data + kPack)) return why;
+  for (size_t i = 0; i < layer.op->packs; ++i) in_large_pages(data[kPack + i], sizes[kPack + i]);
+  return nullptr;
 }
 
 OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKernelInfo *info, void **out) {

@@ -424,7 +424,7 @@ _PROGRAM = """
         for p in model.parameters():
             if p.dim() == 2:
                 p.mul_(torch.rand_like(p) > 0.7)
-        run = torch.compile(model, backend="sparsec", options={"min_speedup": 0})
+        run = torch.compile(model, backend="sparsec", options={"min_speedup": 0, "formats": ["bitmap"]})
         off = float((run(x) - model(x)).abs().max())
     from torch._dynamo.utils import counters
     hits = counters["aot_autograd"]["autograd_cache_hit"]
