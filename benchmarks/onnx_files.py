@@ -78,7 +78,10 @@ def write_files(case: str, folder: Path) -> None:
 
     for kind in ("dense", "sparse", "sparse_int8"):
         model, path = model_of(case, kind), folder / f"{kind}.onnx"
-        sparsec.export_onnx(model, (), path, kwargs=inputs_of(case, 2), portable=kind == "dense", verify=False)
+        rows, portable = 1 if case == "stack" else 0, kind == "dense"
+        sparsec.export_onnx(
+            model, (), path, kwargs=inputs_of(case, 2), portable=portable, external=True, rows=rows, verify=False
+        )
         with torch.no_grad():
             np.save(folder / f"{kind}.npy", first_of(model(**inputs_of(case, 1))).numpy())
     quantize_dynamic(folder / "dense.onnx", folder / "dense_int8.onnx", weight_type=QuantType.QInt8)

@@ -63,6 +63,7 @@ def export_onnx(
     names: tuple[Sequence[str], Sequence[str]] = ((), ()),
     portable: bool = False,
     compress: str = "",
+    external: bool = False,
     min_speedup: float = 1.05,
     rows: int = 0,
     opset: int = OPSET,
@@ -75,8 +76,9 @@ def export_onnx(
     ``dynamic_shapes``: as for ``torch.onnx.export``; by default the first axis of every tensor, and the second of ids
     and masks. ``names``: of the inputs and outputs. ``portable``: standard operators only. ``compress``: pack constants
     with many zeros that stay dense, too, embeddings among them, as ``bitmap`` or ``sparse_initializer``; the file is
-    small then, and slow to load. ``min_speedup``: of our operators over dense, expected for ``rows`` (0: the tokens of
-    ``args``); 0 takes them wherever a weight has zeros. ``verify``: run the file, which needs ONNX Runtime.
+    small then, and slow to load. ``external``: weights in a file beside it (``path``.data), which runtimes map instead
+    of reading it; always so above 2 GB. ``min_speedup``: of our operators over dense, expected for ``rows`` (0: the
+    tokens of ``args``); 0 takes them wherever a weight has zeros. ``verify``: run the file, with ONNX Runtime.
     Raises MissingPackage without onnx and onnxscript; BadModelFile where the model cannot be written as ONNX, with the
     operator that cannot; WriteFailed; VerifyError where an output differs, with the first layer that does.
     """
@@ -89,6 +91,7 @@ def export_onnx(
         Path(path),
         portable=portable,
         compress=compress,
+        external=external,
         min_speedup=min_speedup,
         rows=rows or rows_of(inputs),
         cache_dir=cache_dir,
@@ -109,6 +112,7 @@ def write(
     *,
     portable: bool = False,
     compress: str = "",
+    external: bool = False,
     min_speedup: float = 1.05,
     rows: int = 1,
     cache_dir: str = "",
@@ -120,7 +124,7 @@ def write(
     layers = _rewritten(model, min_speedup, cache_dir, portable, rows)
     if compress == "bitmap":
         expand_when_loaded(model)
-    size = _save(model, path, sparse=compress == "sparse_initializer")
+    size = _save(model, path, compress == "sparse_initializer", external)
     return OnnxReport(str(path), tuple(layers), size, dense, {})
 
 
@@ -253,14 +257,14 @@ def _bytes_of(model: ir.Model) -> int:
     return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
 
 
-def _save(model: ir.Model, path: Path, sparse: bool) -> int:
+def _save(model: ir.Model, path: Path, sparse: bool, external: bool) -> int:
     """Write elsewhere first, so that a full disk leaves what was there; the bytes. ``sparse``: sparse initializers."""
     ir = _onnx_ir()
     beside = f"{path.name}.data"
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             partial = Path(folder, path.name)
-            if _bytes_of(model) > _EXTERNAL:
+            if external or _bytes_of(model) > _EXTERNAL:
                 ir.save(model, str(partial), external_data=beside)
             elif sparse:
                 proto = ir.to_proto(model)

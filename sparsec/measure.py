@@ -46,7 +46,7 @@ from sparsec.targets import reference
 from sparsec.targets.base import DenseRate, KernelRate, Rates, Target
 from sparsec.targets.cuda import GpuTarget
 
-VERSION = "12"  # of what is measured and how; another one measures again
+VERSION = "13"  # of what is measured and how; another one measures again
 MS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 # Measured even where a weight does not have the pattern: `explain` says what it would give.
 USUAL = ("panel", "bitmap", "index", "nm:2:4")

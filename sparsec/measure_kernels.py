@@ -240,8 +240,9 @@ def _streamed(t: Text, target: Target, machine: Rates, cache: Path) -> tuple[lis
         first = direct(weight, t.spec, target, cache)
         size = first.packed.bytes or weight.nbytes  # no pack: the kernel reads the weight itself
         copies = max(2, -(-cold // max(size, 1)))
-        packs = [copied(first.packed) for _ in range(copies)]
-        runs = [direct(weight.clone(), t.spec, target, cache, packed) for packed in packs]
+        weights, packs = [weight.clone() for _ in range(copies)], [copied(first.packed) for _ in range(copies)]
+        in_large_pages(weights)
+        runs = [direct(w, t.spec, target, cache, packed) for w, packed in zip(weights, packs, strict=True)]
         calls[str(density)] = partial(_call_next, itertools.cycle([(run, p) for p in parts for run in runs]), x)
         share = 1 / len(parts)
         found[str(density)] = (large[1], large[0] * large[1] * share, stored * share, size * share)

@@ -11,7 +11,8 @@ from sparsec.errors import BadModelFile, MissingPackage
 if TYPE_CHECKING:
     import onnxruntime
 
-FORMATS = {"": ("bitmap",), "int8": ("bitmap+int8",)}  # by what inputs are rounded to
+# By what inputs are rounded to. Panels of codes stand for ONNX Runtime's own product of integers.
+FORMATS = {"": ("bitmap",), "int8": ("bitmap+int8", "panel+int8")}
 LEAST = (1, 22)  # of ONNX Runtime, by the version of its C interface that the library asks for
 
 

@@ -41,7 +41,12 @@ def replace_int8(model: ir.Model, site: OnnxSite, x: Rounded, weight: torch.Tens
     sums = then("Cast", then("MatMulInteger", unsigned, q, zero), to=ir.DataType.FLOAT)
     y = then("Mul", then("Mul", sums, x.scale), scale)
     if site.bias_from is not None:
-        then("Add", y, site.bias_from)
+        y = then("Add", y, site.bias_from)
+    nothing = _shared(model.graph, "sparsec.nothing", np.array(0.0, np.float32))
+    last = _shared(model.graph, "sparsec.last_axis", np.array([-1]))
+    # No whole number says NaN. Infinities give NaN, too, where the scale comes from them; a fixed scale clips them.
+    bad = then("Mul", x.x, nothing) if x.per_token else then("Where", then("IsNaN", x.x), x.x, nothing)
+    then("Add", y, then("ReduceSum", bad, last))
     site.put(model.graph, made)
     return sum(v.const_value.nbytes for v in (q, scale) if v.const_value is not None)
 

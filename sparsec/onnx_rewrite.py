@@ -105,7 +105,7 @@ class _Machine:
     rows: int
 
     def decide(self, fact: WeightFact, x: str) -> Decision:
-        formats = FORMATS[x]
+        formats = FORMATS[x] if self.min_speedup else FORMATS[x][:1]  # 0: ours, even where it loses
         rates = rates_for(fact, "fp32", self.target, self.threads, self.cache, formats, x)
         return decide(fact, "fp32", self.target, rates, Policy(formats=formats, min_speedup=self.min_speedup), x=x)
 

@@ -67,7 +67,7 @@ def pack_verified(
     packer.load(cache)
     chosen = family(format.pattern.kind, x, loop)
     packed = chosen.pack(weight, format.pattern, format.values, source_key)
-    in_large_pages(packed.tensors)
+    in_large_pages(packed.tensors or [weight])
     if not packed.tensors:  # the kernel reads the weight itself
         return packed
     back = chosen.unpack(packed)

@@ -162,7 +162,7 @@ def _integer_body() -> str:
     """int_steps.h: 16 rows, 4 columns, padded to 16 columns; x is rounded row by row as int_x.h does it.
 
     Codes are made signed where they are few, before they are scattered, and x unsigned: ONNX Runtime has fast products
-    of just these.
+    of just these. A row with a NaN or an infinity gives NaN, which no whole number can say.
     """
     return f"""
   one = Constant<value_float = 1.0>()
@@ -191,5 +191,8 @@ def _integer_body() -> str:
   scales = Slice(scale, begin, n)
   in_rows = Mul(sums, step)
   scaled = Mul(in_rows, scales)
-  y = Add(scaled, bias)
+  shifted = Add(scaled, bias)
+  zeros_of_x = Mul(x, none)
+  bad = ReduceSum<keepdims = 1>(zeros_of_x, last_axis)
+  y = Add(shifted, bad)
 """

@@ -28,6 +28,9 @@ def command(
     compress: Annotated[
         str, typer.Option("--compress", help="Dense constants with zeros too: bitmap or sparse_initializer.")
     ] = "",
+    external: Annotated[
+        bool, typer.Option("--external-data", help="Weights in a file beside it, which runtimes map: loads fastest.")
+    ] = False,
     min_speedup: Annotated[
         float, typer.Option("--min-speedup", help="Over dense, that an operator of ours must be expected to have.")
     ] = 1.05,
@@ -46,7 +49,7 @@ def command(
         raise BadOptionValue(key="onnx", value="", expected="say what to write, as in --onnx model.onnx")
     if bool(model) == (from_onnx is not None):
         raise BadOptionValue(key="model", value=model, expected="name either a model or --from-onnx FILE")
-    said = {"portable": portable, "compress": compress, "min_speedup": min_speedup}
+    said = {"portable": portable, "compress": compress, "external": external, "min_speedup": min_speedup}
     with progress("sparsec export") as step:
         step(0, 1, f"writing {onnx}")
         report = _rewritten(from_onnx, onnx, said) if from_onnx else _exported(model, onnx, batch, tokens, verify, said)

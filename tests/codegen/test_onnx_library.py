@@ -93,6 +93,29 @@ def test_an_operator_computes_the_reference_with_the_library_and_without(
     torch.testing.assert_close(torch.from_numpy(y), want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
 
 
+@pytest.mark.parametrize("ours", [True, False], ids=["library", "plain"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_row_that_cannot_be_rounded_gives_nan(library: Path, ours: bool, value: float) -> None:
+    op = next(op for op in STANDARD if op.x)
+    weight, bias, x = a_weight(op, 32, 64, 0.5), torch.randn(32), torch.randn(3, 64)
+    x[1, 5] = value
+    (y,) = a_session(a_model(op, (32, 64), tensors_of(op, weight, bias)), library if ours else None).run(
+        None, {"x": x.numpy()}
+    )
+    assert np.isfinite(y).all(1).tolist() == [True, False, True]
+    assert np.isnan(y[1]).all()
+
+
+def test_an_operator_without_kernel_and_body_is_refused_by_name(library: Path) -> None:
+    model = a_model(BITMAP, (32, 64), tensors_of(BITMAP, a_weight(BITMAP, 32, 64, 0.5), torch.randn(32)))
+    del model.functions[:]
+    with pytest.raises(Exception, match=BITMAP.name):
+        a_session(model, None)
+    model.graph.node[0].op_type = "Linear_of_tomorrow"
+    with pytest.raises(Exception, match="Linear_of_tomorrow"):
+        a_session(model, library)
+
+
 @pytest.mark.parametrize("op", STANDARD, ids=lambda op: op.name)
 @pytest.mark.parametrize("shape", [(2, 3, 64), (64,), (0, 64), (1, 1, 1, 64)], ids=str)
 def test_x_may_have_any_number_of_axes(library: Path, op: Op, shape: tuple[int, ...]) -> None:

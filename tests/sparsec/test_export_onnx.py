@@ -339,6 +339,10 @@ def test_dense_layers_of_int8_and_rounded_inputs_are_integer_products(
     for x in (torch.randn(5, 3, 96), 4 * torch.randn(1, 3, 96), torch.zeros(2, 3, 96)):
         for y in (run(path, x, ours=ours)[0] for ours in (True, False)):
             torch.testing.assert_close(y, model(x), rtol=1e-3, atol=2e-2 * float(model(x).abs().max()))
+    x = torch.randn(1, 3, 96)
+    x[0, 0, 3], x[0, 1, 4] = float("nan"), float("inf")
+    for y in (run(path, x, ours=ours)[0] for ours in (True, False)):
+        assert torch.equal(y.isnan(), model(x).isnan())
 
 
 class Words(nn.Module):
@@ -374,14 +378,16 @@ def test_an_unknown_way_to_compress_is_one_sentence(tmp_path: Path, pruned: Laye
         export_onnx(pruned, (torch.randn(2, 96),), tmp_path / "model.onnx", compress="zip")
 
 
+@pytest.mark.parametrize("asked", [True, False])
 def test_large_files_keep_their_weights_beside_them(
-    tmp_path: Path, pruned: Layers, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pruned: Layers, monkeypatch: pytest.MonkeyPatch, asked: bool
 ) -> None:
-    """What is above 2 GiB: a limit of a few bytes takes the same way."""
-    monkeypatch.setattr(importlib.import_module("sparsec.export_onnx"), "_EXTERNAL", 1000)
+    """What is above 2 GiB, and who asks: a limit of a few bytes takes the same way."""
+    if not asked:
+        monkeypatch.setattr(importlib.import_module("sparsec.export_onnx"), "_EXTERNAL", 1000)
     path = tmp_path / "model.onnx"
     for _ in range(2):  # over an earlier one, too
-        report = export_onnx(pruned, (torch.randn(2, 96),), path, min_speedup=0)
+        report = export_onnx(pruned, (torch.randn(2, 96),), path, min_speedup=0, external=asked)
     beside = tmp_path / "model.onnx.data"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
     assert report.bytes == path.stat().st_size + beside.stat().st_size
