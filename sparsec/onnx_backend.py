@@ -19,7 +19,7 @@ from sparsec import compat
 from sparsec.export_onnx import OPSET, quiet_export
 from sparsec.facts import Declined
 from sparsec.options import Options
-from sparsec.passes.rewrite.onnx_parts import as_linears, returned, split
+from sparsec.passes.rewrite.onnx_parts import as_linears, returned, split, written
 from sparsec.runtime import onnx_parts
 from sparsec.runtime.onnx_parts import Part
 from sparsec.targets.base import Target
@@ -47,7 +47,7 @@ def compile_graph(
         if not calls:
             raise _NoParts
         inputs = joined.graph.find_nodes(op="placeholder")
-        weights = {*(inputs[i] for i in static), *joined.graph.find_nodes(op="get_attr")}
+        weights = {*(inputs[i] for i in static), *joined.graph.find_nodes(op="get_attr")} - written(joined)
         parts.extend(_replaced(joined, call, weights, options, target) for call in calls)
         joined.graph.lint()
         joined.recompile()

@@ -51,7 +51,11 @@ class Support(OperatorSupportBase):
             return f"ONNX has no translation of {node.target}, which Inductor runs"
         if schema.is_mutable or _draws(node):
             return f"{node.target} writes in place or draws numbers, which Inductor does"
-        for value in _tensors(node):
+        for value in _values(node):
+            if isinstance(value, (int, torch.SymInt)):
+                continue
+            if not isinstance(value, torch.Tensor):
+                return f"a {type(value).__name__} is not handed to ONNX Runtime; Inductor runs what reads it"
             if value.dtype not in DTYPES or value.device.type != "cpu" or value.layout is not torch.strided:
                 return f"{value.dtype} on {value.device.type} is not handed to ONNX Runtime; Inductor runs it"
         return ""
@@ -70,6 +74,11 @@ def split(gm: GraphModule, known: Callable[[Any], bool]) -> tuple[GraphModule, l
     joined = partitioner.fuse_partitions(worth, prefix=_PREFIX)
     calls = [node for node in joined.graph.nodes if node.op == "call_module" and str(node.target).startswith(_PREFIX)]
     return joined, calls, list(support.declined.values())
+
+
+def written(gm: GraphModule) -> set[Node]:
+    """Inputs that the graph writes in place, such as caches: they are no weights, although their memory is fixed."""
+    return {node.args[0] for node in gm.graph.find_nodes(op="call_function", target=_aten.copy_.default)}  # type: ignore[misc]
 
 
 def returned(module: GraphModule) -> tuple[list[Node], bool]:
@@ -124,11 +133,10 @@ def _has_product(part: Partition) -> bool:
     return any(getattr(packet, "__name__", "") in PRODUCTS for packet in names)
 
 
-def _tensors(node: Node) -> list[torch.Tensor]:
+def _values(node: Node) -> list[Any]:
     """What a node reads and gives."""
-    found: list[torch.Tensor] = []
+    found: list[Any] = []
     for other in (node, *node.all_input_nodes):
         value = other.meta.get("val")
-        items = value if isinstance(value, (tuple, list)) else (value,)
-        found += [item for item in items if isinstance(item, torch.Tensor)]
+        found += [item for item in (value if isinstance(value, (tuple, list)) else (value,)) if item is not None]
     return found

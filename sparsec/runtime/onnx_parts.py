@@ -65,22 +65,29 @@ class Part:
     target: Target
     sessions: dict[tuple[tuple[int, int, int], ...], Session] = field(default_factory=dict)
     short_lived: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    watched: set[int] = field(default_factory=set)
+    # The collector may find a dead weight while a session is made, in the same thread.
+    lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     def run(self, tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
         """What ``module`` gives, from ONNX Runtime; from PyTorch where there is no session."""
         inputs = self.inputs(tensors, sizes)
         session = self._session([inputs[i] for i in self.weights], inputs)
-        if session is None:
+        results = self._results(session, inputs) if session else None
+        if results is None:
             return [y.contiguous().clone() for y in self.module(*inputs)]
-        weights, ort = set(self.weights), runtime()
-        feed = {
-            name: _value(ort, x) for i, (name, x) in enumerate(zip(self.names, inputs, strict=True)) if i not in weights
-        }
-        results = [_tensor(value) for value in session.run(list(self.outputs), feed)]
         if self.policy.verify:
             self._verify(results, self.module(*inputs))
         return results
+
+    def _results(self, session: Session, inputs: Sequence[Any]) -> list[torch.Tensor] | None:
+        ort, weights = runtime(), set(self.weights)
+        feed = {self.names[i]: _value(ort, x) for i, x in enumerate(inputs) if i not in weights}
+        try:
+            return [_tensor(value) for value in session.run(list(self.outputs), feed)]
+        except Exception as error:  # the answer must come out whatever ONNX Runtime says
+            self._give_up(f"{type(error).__name__}: {error}")
+            return None
 
     def inputs(self, tensors: Sequence[torch.Tensor], sizes: Sequence[Any]) -> list[Any]:
         """Tensors and sizes in the order of ``names``."""
@@ -104,7 +111,8 @@ class Part:
             return None
         mine = {impl for impl, _, _ in key}
         for old in [old for old in self.sessions if mine & {impl for impl, _, _ in old}]:
-            self.short_lived = self.short_lived + 1 if self.sessions.pop(old).uses < MIN_USES else 0
+            gone = self.sessions.pop(old, None)
+            self.short_lived = self.short_lived + 1 if gone and gone.uses < MIN_USES else 0
         if self.short_lived >= MAX_SHORT_LIVED:
             self._give_up("its weights change too often for sessions of ONNX Runtime")
             return None
@@ -115,7 +123,9 @@ class Part:
             return None
         self.sessions[key] = session
         for weight in weights:
-            weakref.finalize(weight, self._died, weight._cdata).atexit = False
+            if weight._cdata not in self.watched:
+                self.watched.add(weight._cdata)
+                weakref.finalize(weight, _died, weakref.ref(self), weight._cdata).atexit = False
         return session
 
     def _opened(self, weights: Sequence[torch.Tensor], inputs: Sequence[Any]) -> Session:
@@ -133,6 +143,8 @@ class Part:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
+        # Every session has threads of its own, as has torch; those that wait must not take cores from those that work.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry(*accuracy(exact=True))
         options.register_custom_ops_library(str(library_path(self.policy.cache_dir)))
         held = _outside(model, options, ort)
@@ -147,10 +159,11 @@ class Part:
             if not error <= ALLOWED and bool(want.isfinite().all()):
                 raise VerifyError(where=name, format="ONNX Runtime", error=error, allowed=ALLOWED)
 
-    def _died(self, impl: int) -> None:
+    def forget(self, impl: int) -> None:
+        """Drop the sessions that have a weight in them."""
         with self.lock:
             for key in [key for key in self.sessions if any(impl == other for other, _, _ in key)]:
-                del self.sessions[key]
+                self.sessions.pop(key, None)
 
     def _give_up(self, why: str) -> None:
         self.short_lived = MAX_SHORT_LIVED
@@ -161,7 +174,13 @@ class Part:
 def forget(weight: torch.Tensor) -> None:
     """Drop every session that has a weight in it."""
     for part in list(PARTS.values()):
-        part._died(weight._cdata)
+        part.forget(weight._cdata)
+
+
+def _died(part: weakref.ref[Part], impl: int) -> None:
+    if (found := part()) is not None:
+        found.watched.discard(impl)
+        found.forget(impl)
 
 
 def load() -> None:
@@ -187,13 +206,12 @@ def _fake(tensors: list[torch.Tensor], sizes: list[Any], part: str) -> list[torc
 def _value(ort: Any, x: Any) -> Any:
     """A tensor or a number as ONNX Runtime takes it, without a copy of what is contiguous."""
     tensor = x.detach().contiguous() if isinstance(x, torch.Tensor) else torch.tensor(x, dtype=torch.int64)
-    if tensor.dtype == torch.bool or not tensor.numel():  # DLPack of these is understood differently
-        return ort.OrtValue.ortvalue_from_numpy(tensor.numpy())
-    return ort.OrtValue.from_dlpack(tensor)
+    return ort.OrtValue.ortvalue_from_numpy(tensor.numpy())
 
 
 def _tensor(value: Any) -> torch.Tensor:
-    if value.element_type() == _BOOL or 0 in value.shape():
+    """A result without a copy, but for booleans and nothing, which DLPack says in other words, and old versions."""
+    if value.element_type() == _BOOL or 0 in value.shape() or not hasattr(value, "__dlpack__"):
         return torch.from_numpy(value.numpy())
     return torch.utils.dlpack.from_dlpack(value)
 

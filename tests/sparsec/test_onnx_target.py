@@ -152,6 +152,55 @@ def test_a_session_that_cannot_be_made_falls_back_with_the_reason(monkeypatch: p
     torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-5)
 
 
+def test_a_call_that_onnx_runtime_refuses_falls_back_with_the_reason() -> None:
+    model, x = prune_(Net()), torch.randn(4, 96)
+    run = compiled(model)
+    run(x)
+    (session,) = (s for part in onnx_parts.PARTS.values() for s in part.sessions.values())
+
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    session.run = refuse
+    with pytest.warns(SparsecWarning, match="out of memory"):
+        found = run(x)
+    torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_parts_go_when_what_was_compiled_goes() -> None:
+    model, x = prune_(Net()), torch.randn(4, 96)
+    compiled(model)(x)
+    assert len(onnx_parts.PARTS) == 1
+    torch._dynamo.reset()
+    gc.collect()
+    assert not onnx_parts.PARTS
+
+
+class Remembers(nn.Module):
+    """A cache that every call writes."""
+
+    cache: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("cache", torch.zeros(4, 96))
+        self.layer = nn.Linear(96, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.cache.mul_(0.5).add_(x)
+        return torch.relu(self.layer(self.cache))
+
+
+def test_a_cache_that_calls_write_is_no_weight() -> None:
+    model = prune_(Remembers())
+    run, expected = compiled(model), torch.zeros(4, 96)
+    for _ in range(8):
+        x = torch.randn(4, 96)
+        expected = 0.5 * expected + x
+        torch.testing.assert_close(run(x), torch.relu(model.layer(expected)), rtol=1e-4, atol=1e-5)
+    assert sum(s.uses for part in onnx_parts.PARTS.values() for s in part.sessions.values()) == 8
+
+
 def test_dense_weights_are_not_copied() -> None:
     model, x = Net().eval(), torch.randn(4, 96)
     torch.testing.assert_close(compiled(model)(x), model(x), rtol=1e-4, atol=1e-5)
