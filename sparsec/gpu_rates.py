@@ -16,7 +16,7 @@ from sparsec.codegen.triton import LOOPS, kind_of, loops_of
 from sparsec.codegen.triton.census import Count, stored
 from sparsec.facts import WeightFact
 from sparsec.formats import VALUE_BYTES, Format, Pattern
-from sparsec.passes.decide.candidates import allowed, formats_of
+from sparsec.passes.decide.candidates import PARTS_OF_WEIGHT, allowed, formats_of
 from sparsec.passes.decide.candidates import patterns as patterns_of
 from sparsec.targets.base import DenseRate, KernelRate, Rates
 from sparsec.targets.cuda import GpuTarget
@@ -69,9 +69,11 @@ def _kernels(target: GpuTarget, format: Format, dtype: str) -> Iterator[KernelRa
             points = tuple(_points(target, dtype, counts))
             first = counts[0]
             busy = min(first.per_unit / first.budget, 1.0)  # a kernel that issues all the time hides less of memory
+            part = loop in PARTS_OF_WEIGHT
             yield KernelRate(
                 str(pattern), loop, dtype, points, bandwidth=target.bandwidth * target.copy * (1 - HIDING * busy),
                 stored=(first.bytes_position, first.bytes_value), most=most, values=values,
+                call=CALL_S * (first.launches - 1) if part else 0.0,
             )  # fmt: skip
 
 

@@ -40,6 +40,7 @@ from sparsec.measure_calls import (
 from sparsec.measure_conv import dense_conv, gather_rate
 from sparsec.measure_kernels import SIDE, TORCH, Text, compile_all, direct, kernel_texts, measure_kernel
 from sparsec.passes.decide.candidates import allowed, formats_of, patterns
+from sparsec.passes.decide.cost import kernel_cost
 from sparsec.passes.decide.gates import KINDS
 from sparsec.quiet import wait_for_cores
 from sparsec.targets import reference
@@ -87,19 +88,25 @@ def rates(
     for pair, found in texts.items():
         rated = (_kernel_rate(t, target, machine, cache) for t in found)
         _kernels[(*place, *pair)] = tuple(r for r in rated if r is not None)
-    return replace(machine, kernels=_no_slower([r for pair in pairs for r in _kernels[(*place, *pair)]]))
+    return replace(machine, kernels=_no_slower([r for pair in pairs for r in _kernels[(*place, *pair)]], machine))
 
 
-def _no_slower(kernels: list[KernelRate]) -> tuple[KernelRate, ...]:
-    """Loops on rounded x, which compute less with the same bytes, wait for memory no longer than those on x as it is:
-    what was measured between them is noise, and would choose the one that computes more."""
+def _no_slower(kernels: list[KernelRate], machine: Rates) -> tuple[KernelRate, ...]:
+    """Loops on rounded x, which compute less with the same bytes, take no longer than those on x as it is: where they
+    were measured to, that is noise between two moments, and would choose the one that computes more."""
     plain = {(r.pattern, r.dtype, r.values, r.loop): r for r in kernels}
     found = []
     for r in kernels:
         other = plain.get((r.pattern, r.dtype, r.values, r.loop.partition("/")[0]), r)
-        slower = other.bandwidth > r.bandwidth
+        slower = _from_memory(r, machine) > _from_memory(other, machine)
         found.append(replace(r, bandwidth=other.bandwidth, exposed=other.exposed) if slower else r)
     return tuple(found)
+
+
+def _from_memory(rate: KernelRate, machine: Rates) -> float:
+    """Seconds on a weight that keeps a quarter, in bytes, and is in no cache."""
+    n = k = 2048
+    return kernel_cost(rate, machine, n, k, n * k // 4, n * k // 4).at(1)
 
 
 def _named(name: str, dtype: str) -> Format:

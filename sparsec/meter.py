@@ -1,7 +1,7 @@
 """What activation sparsity brought in this process: ``meters()``, at its end too with ``SPARSEC_LOG=activation``.
 
-The op counts at every call that it looks at, so rates are those of the real inputs, which may drift from what was
-calibrated. Weights that are gone count no more.
+The ops count, on CPUs at every call that may skip, on GPUs at some of those that do, so rates are those of the real
+inputs, which may drift from what was calibrated. Weights that are gone count no more.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
@@ -20,8 +21,8 @@ from sparsec.plan import Plan
 
 @dataclass(frozen=True)
 class Meter:
-    """One weight. ``calls``: that were looked at; ``skipped``: of them, those that read a part of the weight. ``left``:
-    mean share of columns of x (or of outputs) that was left in all of them, 0 to 1."""
+    """One weight. ``calls``: that might have read a part of it; ``skipped``: those that did. ``left``: mean share of
+    columns of x (or of outputs) that was left where it was counted, 0 to 1."""
 
     name: str
     loops: str
@@ -35,18 +36,33 @@ class Meter:
 
 def meters() -> list[Meter]:
     """Of every weight whose activations were looked at, by name. Empty before anything was compiled."""
-    if not hasattr(torch.ops.sparsec, "meters"):
-        return []
-    plans, numbers = torch.ops.sparsec.meters()
     found = []
-    for text, (calls, skipped, left, whole) in zip(plans, _fours(numbers), strict=True):
+    for text, (calls, skipped, left, whole) in (*_on_cpu(), *_on_gpu()):
         plan = Plan.decode(text)
         loops = " and ".join(loop for loop, _ in plan.loops)
         found.append(Meter(plan.name or plan.kind, loops, calls, skipped, left / max(whole, 1)))
     return sorted(found, key=lambda m: m.name)
 
 
-def _fours(numbers: list[int]) -> Iterator[tuple[int, int, int, int]]:
+Counts: TypeAlias = "tuple[int, int, int, int]"  # calls, skipped, left, and whole: columns that were looked at
+
+
+def _on_cpu() -> Iterator[tuple[str, Counts]]:
+    if hasattr(torch.ops.sparsec, "meters"):
+        plans, numbers = torch.ops.sparsec.meters()
+        yield from zip(plans, _fours(numbers), strict=True)
+
+
+def _on_gpu() -> Iterator[tuple[str, Counts]]:
+    module = sys.modules.get("sparsec.runtime.gpu")  # only where it was used
+    for (_, text), entry in list(module.TABLE.entries.items()) if module else ():
+        watches = [route.watch for route in entry.routes if route.watch and route.watch.calls]
+        if watches:
+            sums = [sum(values) for values in zip(*((w.calls, w.skipped, w.left) for w in watches), strict=True)]
+            yield text, (sums[0], sums[1], sums[2], sum(w.looked * w.whole for w in watches))
+
+
+def _fours(numbers: list[int]) -> Iterator[Counts]:
     it = iter(numbers)
     return zip(it, it, it, it, strict=True)
 

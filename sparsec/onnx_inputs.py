@@ -21,6 +21,11 @@ class Rounded:
     scale: ir.Value
     per_token: bool
 
+    @property
+    def fixed(self) -> float:
+        """The one scale; 0 where each token has its own."""
+        return 0.0 if self.per_token else _number(self.scale) or 0.0
+
 
 def rounded(value: ir.Value) -> Rounded | None:
     """How ``value = clamp(round(x / s), -127, 127) * s`` was made; None where it is not that."""

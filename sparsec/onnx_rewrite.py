@@ -122,10 +122,10 @@ def _site(model: ir.Model, site: OnnxSite, machine: _Machine, packs: dict[str, l
     if machine.low_bits and before is None and (four := low_bit(fact)):
         size = replace_low_bit(model, site, weight, four, fact.key)
         return replace(row, decision=four, reason=low_bit_why, bytes=size, expected=weight.nbytes / size)
-    x = "int8" if on_grid and before is not None and before.per_token else ""
+    x = "int8" if on_grid else ""
     if not x:
         fact = replace(fact, values=ValueFact())  # codes whose x stays as it is have no operator
-    decision = None if machine.portable or (on_grid and not x) else machine.decide(fact, x)
+    decision = None if machine.portable else machine.decide(fact, x)
     first = decision.at(machine.rows) if decision else None
     row = replace(row, reason=decision.reason if decision else row.reason)
     if decision is None or first is None or first.format == "dense" or not supported(Format.parse(first.format), x):
@@ -133,12 +133,13 @@ def _site(model: ir.Model, site: OnnxSite, machine: _Machine, packs: dict[str, l
             return row
         size = replace_int8(model, site, before, weight, fact.key)
         return replace(row, decision="int8", reason=int8_why, bytes=size, expected=weight.nbytes / size)
-    op = Op(Format.parse(first.format), x)
+    fixed = before.fixed if x and before is not None else 0.0
+    op = Op(Format.parse(first.format), x, bool(fixed))
     try:
         values = _packed(model.graph, site, op, weight, fact, packs)
     except PackError as error:
         return replace(row, reason=str(error))
-    _replace(model, site, before.x if x and before is not None else site.x, op, values, decision)
+    _replace(model, site, before.x if x and before is not None else site.x, op, values, decision, fixed)
     size = sum(v.const_value.nbytes for v in values if v.const_value is not None)
     gain = first.dense_s / first.ours_s if first.ours_s else 1.0
     return replace(row, decision=first.format, bytes=size, expected=gain)
@@ -148,21 +149,24 @@ def _packed(
     graph: ir.Graph, site: OnnxSite, op: Op, weight: torch.Tensor, fact: WeightFact, packs: dict[str, list[ir.Value]]
 ) -> list[ir.Value]:
     """The pack of a weight as initializers, which tied weights share. Raises PackError."""
-    key = f"{op.name} {fact.key}"
+    key = f"{op.kernel} {fact.key}"
     if key not in packs:
         packed = cpp.pack_verified(weight, op.format, fact.key, x=op.x)
         packs[key] = _initializers(graph, site.name, op, packed)
     return packs[key]
 
 
-def _replace(model: ir.Model, site: OnnxSite, x: ir.Value, op: Op, values: list[ir.Value], decision: Decision) -> None:
-    """Put an operator that reads ``x`` in the place of a site."""
+def _replace(
+    model: ir.Model, site: OnnxSite, x: ir.Value, op: Op, values: list[ir.Value], decision: Decision, fixed: float
+) -> None:
+    """Put an operator that reads ``x`` in the place of a site. ``fixed``: the one scale of x, where there is one."""
     import onnx_ir as ir
 
     from sparsec.codegen.onnx import bodies
 
     n, k = site.shape
-    said = {"n": n, "k": k, "outer_from": _outer_from(decision), "version": LAYOUT}
+    said: dict[str, int | float] = {"n": n, "k": k, "outer_from": _outer_from(decision), "version": LAYOUT}
+    said |= {"x_scale": fixed} if op.fixed else {}
     inputs = [x, _bias(model.graph, site), *values]
     node = ir.node(op.name, inputs, said, domain=DOMAIN, name=f"{site.name}_{op.name}")
     node.metadata_props.update(site.nodes[0].metadata_props)

@@ -159,10 +159,8 @@ def rewrite(c: Compilation) -> int:
             erase_unused(graph, weight)
         if site.x:
             unrounded(graph, new, view)
-    if not c.target.gpu:
-        only_needed(
-            graph, [(now[s.node], now.get(s.needed) or c.nodes[s.needed]) for s in _selecting(c) if s.node in now]
-        )
+    partly = [(now[s.node], now.get(s.needed) or c.nodes[s.needed]) for s in _selecting(c) if s.node in now]
+    only_needed(graph, partly, ops)
     if not c.target.gpu:
         group_calls(graph)
     graph.lint()
@@ -251,7 +249,7 @@ def prepare(options: Options, on_gpu: bool = False) -> None:
         gpu.load()
     else:
         library.load(options.policy.cache_dir)
-        say_at_the_end()
+    say_at_the_end()
     if target.whole_graphs:
         onnx.runtime()
 
@@ -327,7 +325,7 @@ def _with_inputs(c: Compilation, site: Site, node: torch.fx.Node, view: View) ->
 
 
 def _plan(s: Site, policy: Policy, target: Target) -> Plan:
-    gates = "" if target.gpu or target.whole_graphs or s.conv else _gates(s)
+    gates = "" if target.whole_graphs or s.conv else _gates(s)
     m = _rows(s.x_shape)
     if target.whole_graphs:
         policy = replace(policy, formats=onnx.formats_of(policy.formats, s.x))

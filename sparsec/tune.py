@@ -21,7 +21,7 @@ from sparsec.facts import Conv, WeightFact
 from sparsec.measure import BUSY_S
 from sparsec.measure_calls import tune_log
 from sparsec.options import Policy
-from sparsec.passes.decide import bucket
+from sparsec.passes.decide import Gates, bucket
 from sparsec.targets.base import Target
 from sparsec.targets.cuda import GpuTarget
 from sparsec.timing import Ratio, certain
@@ -79,11 +79,13 @@ def measured_for(
     ms: Sequence[int] = (),
     x: str = "",
     conv: Conv | None = None,
+    gates: Gates = (),
 ) -> dict[tuple[str, str, int], Ratio]:
     """What is measured about running ``weight`` [N, K]: (format, loop, M bucket) -> times faster than dense.
 
     ``ms``: the rows of x that matter (none: those of the effort). ``x``: "int8" where the graph rounds x to it.
-    ``conv``: of a convolution, which is then what is measured, on the images that it says. Known
+    ``conv``: of a convolution, which is then what is measured, on the images that it says. ``gates``: loops that read
+    what the zeros of activations leave of the weight, with the share that they are measured with. Known
     records are reused; the others are measured while the budget lasts, and each is on disk before the next begins. An
     empty answer means: decide by the model.
     """
@@ -91,7 +93,7 @@ def measured_for(
     session = _session(policy)
     if not effort.candidates or fact.nonfinite or target.name == "reference":
         return {}
-    point = _point(weight, fact, dtype, target, policy, x, conv)
+    point = _point(weight, fact, dtype, target, policy, x, conv, gates)
     database = Database.of(policy.cache_dir, session.strict)
     found: dict[tuple[str, str, int], Ratio] = {}
     for m in dict.fromkeys(bucket(m) for m in ms or effort.ms):
@@ -171,12 +173,13 @@ def _expected_now(record: Record, trial: Trial) -> Record:
 
 
 def _point(
-    weight: torch.Tensor, fact: WeightFact, dtype: str, target: Target, policy: Policy, x: str, conv: Conv | None
-) -> Point:
+    weight: torch.Tensor, fact: WeightFact, dtype: str, target: Target, policy: Policy, x: str, conv: Conv | None,
+    gates: Gates,
+) -> Point:  # fmt: skip
     if isinstance(target, GpuTarget):
         from sparsec.tune_gpu import GpuPoint
 
-        return GpuPoint(weight, fact, dtype, target, policy)
+        return GpuPoint(weight, fact, dtype, target, policy, gates)
     from sparsec.tune_cpu import CpuPoint
 
-    return CpuPoint(weight, fact, dtype, target, policy, torch.get_num_threads(), x, conv)
+    return CpuPoint(weight, fact, dtype, target, policy, torch.get_num_threads(), x, conv, gates)

@@ -26,13 +26,14 @@ from sparsec.measure_calls import cold_bytes, tune_log
 from sparsec.measure_conv import image
 from sparsec.measure_kernels import TORCH, Text, copied, direct, kernel_texts
 from sparsec.options import Policy
-from sparsec.passes.decide.candidates import Way
+from sparsec.passes.decide import Gates
+from sparsec.passes.decide.candidates import PARTS_OF_WEIGHT
 from sparsec.passes.decide.conv import conv_rates
 from sparsec.quiet import others_s, short_of_cores, wait_for_cores
 from sparsec.runtime.direct import convolve
 from sparsec.targets.base import Target
 from sparsec.timing import interleave
-from sparsec.tune_point import Timed, Trial, promising
+from sparsec.tune_point import Timed, Trial, part_name, promising, promising_parts
 from sparsec.tune_record import Key
 
 _COLD_FROM = 2**17  # bytes of dense weight; a smaller one is measured where it is, its time is the call's
@@ -51,27 +52,34 @@ class CpuPoint:
     threads: int
     x: str = ""  # "int8": the graph rounds x to it
     conv: Conv | None = None  # of a convolution, whose images are what is timed
+    gates: Gates = ()  # loops that read a part of the weight, and the share that is left
 
     def trials(self, m: int, effort: Effort) -> dict[Key, Trial]:
         """The sparse ways worth measuring at M = ``m``, cheapest by the model first."""
         cache = cache_dir(self.policy.cache_dir)
-        rates = rates_for(self.fact, self.dtype, self.target, self.threads, cache, self.policy.formats, self.x)
-        rates = conv_rates(rates, self.conv)
-        found = {}
+        said = cache, self.policy.formats, self.x, tuple(loop for loop, _ in self.gates)
+        rates = conv_rates(rates_for(self.fact, self.dtype, self.target, self.threads, *said), self.conv)
+        found: dict[Key, Trial] = {}
         for way, trial in promising(self.fact, self.dtype, rates, self.policy, m, effort, self.x):
-            if (text := self._text(way)) is not None:
-                found[self._key(text, way, m)] = replace(trial, run=text)
+            walk = self._walk(m)
+            said_loop = f"{way.kernel}@{walk}" if walk else way.kernel
+            if (text := self._text(Format.parse(way.format), way.kernel)) is not None:
+                found[self._key(text, said_loop, m)] = replace(trial, run=text)
+        parts = promising_parts(self.fact, self.dtype, rates, self.policy, m, effort, self.gates)
+        for format, loop, trial in parts:
+            if (text := self._text(format, loop)) is not None:
+                found[self._key(text, part_name(loop, trial.left), m)] = replace(trial, run=text)
         return found
 
-    def _text(self, way: Way) -> Text | None:
-        texts = kernel_texts(Format.parse(way.format), self.dtype, self.target, way.kernel.partition("/")[2])
-        return next((t for t in texts if t.spec.way == way.kernel), None)
+    def _text(self, format: Format, loop: str) -> Text | None:
+        said = loop if loop in PARTS_OF_WEIGHT else loop.partition("/")[2]
+        texts = kernel_texts(format, self.dtype, self.target, said)
+        return next((t for t in texts if t.spec.way == loop), None)
 
-    def _key(self, text: Text, way: Way, m: int) -> Key:
-        fact, walk = self.fact, self._walk(m)
-        loop = f"{way.kernel}@{walk}" if walk else way.kernel
+    def _key(self, text: Text, loop: str, m: int) -> Key:
+        fact = self.fact
         return Key(
-            self.target.fingerprint, torch.__version__, self.threads, digest(text.text), way.format, loop,
+            self.target.fingerprint, torch.__version__, self.threads, digest(text.text), str(text.spec.format), loop,
             self.dtype, fact.n, fact.k, round(40 * fact.density), m, self._cold,
         )  # fmt: skip
 
@@ -94,7 +102,7 @@ class CpuPoint:
                 late.append(key)
                 continue
             try:
-                runs = self._runs(trial.run, packs, walk)
+                runs = self._runs(trial, packs, walk)
             except (BuildError, PackError) as error:  # the decision meets it again, and records it
                 _log.info("%s is not measured: %s", key.name, error)
                 continue
@@ -126,17 +134,28 @@ class CpuPoint:
         return torch.randn(m, self.fact.k, generator=torch.Generator().manual_seed(0)).to(TORCH[self.dtype])
 
     def _runs(
-        self, text: Text, packs: dict[str, list[Packed]], walk: Conv | None
+        self, trial: Trial, packs: dict[str, list[Packed]], walk: Conv | None
     ) -> list[Callable[[torch.Tensor], torch.Tensor]]:
         """The kernel on as many copies of the pack as it takes to outgrow the caches; loops share the copies."""
-        cache = cache_dir(self.policy.cache_dir)
-        weight = self.weight.detach()
-        name = f"{text.spec.format} {text.spec.x}"
+        cache, spec, weight = cache_dir(self.policy.cache_dir), trial.run.spec, self.weight.detach()
+        part = spec.loop if spec.loop in PARTS_OF_WEIGHT else ""
+        name = f"{spec.format} {spec.x}{part}"
         if name not in packs:
-            packed = direct(weight, text.spec, self.target, cache).packed
-            times = _copies_for(packed.bytes, self.target) if self._cold else 1
+            packed = direct(weight, spec, self.target, cache).packed
+            times = _copies_for(packed.bytes or weight.nbytes, self.target) if self._cold else 1
             packs[name] = [packed, *(copied(packed) for _ in range(times - 1))]
-        return [direct(weight, text.spec, self.target, cache, packed, walk) for packed in packs[name]]
+        # A kernel without a pack reads the weight itself.
+        weights = [weight] * len(packs[name]) if packs[name][0].tensors else self._copies(weight)
+        runs = [
+            direct(w, spec, self.target, cache, packed, walk) for w, packed in zip(weights, packs[name], strict=True)
+        ]
+        return [partial(run, active=self._active(part, trial.left)) for run in runs] if part else [*runs]
+
+    def _active(self, loop: str, left: float) -> torch.Tensor:
+        """Which columns or rows are left, at random: ascending, int32."""
+        size = self.fact.k if loop == "skip" else self.fact.n
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
+        return order[: max(round(left * size), 1)].sort().values.to(torch.int32)
 
     def _copies(self, weight: torch.Tensor) -> list[torch.Tensor]:
         size = weight.numel() * weight.element_size()

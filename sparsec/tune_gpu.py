@@ -30,12 +30,14 @@ from sparsec.formats import Format
 from sparsec.gpu_rates import rates_for
 from sparsec.measure_calls import tune_log
 from sparsec.options import Policy
+from sparsec.passes.decide import Gates
+from sparsec.passes.decide.gates import expected_share
 from sparsec.runtime.gpu import Config, Route, product
 from sparsec.targets.cuda import GpuTarget
 from sparsec.timing import Samples
 from sparsec.timing_gpu import GraphTimer, HostTimer, Once, Timer, alternate, calls_of, copies_of
 from sparsec.tune_db import Database
-from sparsec.tune_point import Timed, Trial, promising
+from sparsec.tune_point import Timed, Trial, part_name, promising, promising_parts
 from sparsec.tune_record import Key
 
 _log = tune_log()
@@ -43,11 +45,12 @@ _log = tune_log()
 
 @dataclass(frozen=True)
 class Run:
-    """One kernel with one configuration on one pack."""
+    """One kernel with one configuration on one pack. ``left``: the share of columns or outputs that is left."""
 
     packed: Packed
     loop: str
     config: Config
+    left: float = 1.0
 
     def route(self, packed: Packed | None = None) -> Route:
         return Route(1, 2**62, packed or self.packed, self.loop, self.config)
@@ -62,27 +65,33 @@ class GpuPoint:
     dtype: str
     target: GpuTarget
     policy: Policy
+    gates: Gates = ()
 
     def trials(self, m: int, effort: Effort) -> dict[Key, Trial]:
         """Kernels worth measuring at M = ``m``, cheapest by the model first, each with its first configurations."""
         expected = rates_for(self.target, self.fact, self.policy.formats)
         found: dict[Key, Trial] = {}
-        for way, trial in promising(self.fact, self.dtype, expected, self.policy, m, effort):
+        known = self.fact, self.dtype, expected, self.policy, m, effort
+        ways = [(way.format, way.kernel, trial) for way, trial in promising(*known)]
+        ways += [(str(format), loop, trial) for format, loop, trial in promising_parts(*known, self.gates)]
+        for format, loop, trial in ways:
             try:
-                packed = self._packed(way.format, way.kernel)
+                packed = self._packed(format, loop)
             except (BuildError, PackError, torch.OutOfMemoryError) as error:  # the decision meets it again
-                _log.info("%s is not measured: %s", way.format, error)
+                _log.info("%s is not measured: %s", format, error)
                 continue
-            for config in configs_of(packed, way.kernel, m, self.target)[: effort.configs]:
-                run = Run(packed, way.kernel, config)
-                found[self.key(way.format, way.kernel, config, m)] = replace(trial, run=run)
+            for config in configs_of(packed, loop, m, self.target)[: effort.configs]:
+                run = Run(packed, loop, config, trial.left)
+                found[self.key(format, loop, config, m)] = replace(trial, run=run)
         return found
 
     def key(self, format: str, loop: str, config: Config, m: int) -> Key:
         said = ",".join(f"{name}={value}" for name, value in config)
+        left = next((expected_share(left) for name, left in self.gates if name == loop), None)
+        named = f"{loop}@{said}" if left is None else f"{part_name(loop, left)},{said}"
         fact = self.fact
         return Key(
-            self.target.fingerprint, torch.__version__, 0, kernels_hash(), format, f"{loop}@{said}", self.dtype,
+            self.target.fingerprint, torch.__version__, 0, kernels_hash(), format, named, self.dtype,
             fact.n, fact.k, round(40 * fact.density), m, True,
         )  # fmt: skip
 
@@ -94,8 +103,9 @@ class GpuPoint:
         most = len(dense)
         for key, trial in trials.items():
             run: Run = trial.run
-            packs = [run.packed, *(_copy(run.packed) for _ in range(self._times(run.packed.bytes) - 1))]
-            calls[key.id] = _our_call(run, packs, x, self.target.capability)
+            times = self._times(run.packed.bytes or self.weight.nbytes)
+            packs = [run.packed, *(_copy(run.packed) for _ in range(times - 1))]
+            calls[key.id] = _our_call(run, packs, x, self.target.capability, dense)
             most = max(most, len(packs))
         samples, late = timed(calls, most, effort.rounds, effort.point_s, budget_s, self.weight.device)
         if "dense" not in samples:
@@ -129,10 +139,11 @@ def kernels_hash() -> str:
 
 
 def tuned_configs(
-    weight: torch.Tensor, fact: WeightFact, dtype: str, part: Range, packed: Packed, target: GpuTarget, policy: Policy
-) -> tuple[tuple[int, Config], ...]:
+    weight: torch.Tensor, fact: WeightFact, dtype: str, part: Range, packed: Packed, target: GpuTarget, policy: Policy,
+    gates: Gates = (),
+) -> tuple[tuple[int, Config], ...]:  # fmt: skip
     """(M bucket, fastest measured configuration) of one kernel on such weights, from the database; M ascending."""
-    point = GpuPoint(weight, fact, dtype, target, policy)
+    point = GpuPoint(weight, fact, dtype, target, policy, gates)
     found = []
     for m in EFFORTS["full"].ms:
         if m < part.m_lo or (part.m_hi is not None and m > part.m_hi):
@@ -154,9 +165,28 @@ def _dense_call(copies: Sequence[torch.Tensor], x: torch.Tensor) -> Callable[[in
     return lambda i: F.linear(x, copies[i % len(copies)])
 
 
-def _our_call(run: Run, packs: Sequence[Packed], x: torch.Tensor, capability: int) -> Callable[[int], object]:
+def _our_call(
+    run: Run, packs: Sequence[Packed], x: torch.Tensor, capability: int, weights: Sequence[torch.Tensor]
+) -> Callable[[int], object]:
+    """``weights``: copies of the dense one, for kernels that read it itself."""
     routes = [run.route(packed) for packed in packs]
-    return lambda i: product(routes[i % len(routes)], x, capability=capability)
+    if run.loop == "skip":
+        x = x * kept(run.left, x.shape[1]).to(x)
+    if run.loop != "select":
+        return lambda i: product(routes[i % len(routes)], x, capability=capability)
+    needed = kept(run.left, run.packed.shape[0]).to(x)[None]
+
+    def call(i: int) -> object:
+        weight = weights[i % len(weights)]
+        return product(routes[i % len(routes)], x, capability=capability, weight=weight, needed=needed)
+
+    return call
+
+
+def kept(left: float, size: int) -> torch.Tensor:
+    """Ones at a share ``left`` of ``size`` places, at random, among zeros."""
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
+    return (order < left * size).float()
 
 
 def timed(

@@ -12,8 +12,11 @@ from typing import Any, Protocol
 
 from sparsec.efforts import Effort
 from sparsec.facts import WeightFact
+from sparsec.formats import Format
 from sparsec.options import Policy
+from sparsec.passes.decide import Gates
 from sparsec.passes.decide.candidates import Way, dense_way, ways_for
+from sparsec.passes.decide.gates import MARGIN, MOST_ROWS, expected_share, skippers
 from sparsec.targets.base import Rates
 from sparsec.timing import Samples
 from sparsec.tune_record import Key
@@ -23,13 +26,15 @@ from sparsec.tune_record import Key
 class Trial:
     """One way to try: what runs, and the seconds that the cost model expects of it and of dense.
 
-    ``margin``: how many times faster than asked the model must expect it to be, where it decides alone.
+    ``margin``: how many times faster than asked the model must expect it to be, where it decides alone. ``left``: the
+    share of columns (or outputs) that is left by the zeros of activations.
     """
 
     run: Any
     model_s: float
     model_dense_s: float
     margin: float = 1.0
+    left: float = 1.0
 
     @property
     def promised(self) -> float:
@@ -77,3 +82,27 @@ def promising(
     ways = sorted((w for w in ways if w.cost.at(m) <= limit), key=lambda w: w.cost.at(m))
     dense_s = dense.cost.at(m)
     return [(way, Trial(None, way.cost.at(m), dense_s, way.margin)) for way in ways[: effort.candidates]]
+
+
+def promising_parts(
+    fact: WeightFact, dtype: str, rates: Rates, policy: Policy, m: int, effort: Effort, gates: Gates
+) -> Iterable[tuple[Format, str, Trial]]:
+    """(format, loop, trial) of kernels that read what the zeros of activations leave, likewise.
+
+    ``gates``: loops with the share that is left of the weight; None: not known.
+    """
+    dense = dense_way(fact, dtype, rates)
+    if dense is None or m > MOST_ROWS:
+        return
+    limit = float("inf") if policy.min_speedup == 0 else effort.hopeless * dense.cost.at(m)
+    for loop, left in gates:
+        share = expected_share(left)
+        found = [(s.seconds(share, m, rates, fact.n, fact.k), s) for s in skippers(fact, dtype, rates, policy, loop)]
+        kept = sorted((pair for pair in found if pair[0] <= limit), key=lambda pair: pair[0])
+        for seconds, skipper in kept[: effort.candidates]:
+            yield skipper.format, loop, Trial(None, seconds, dense.cost.at(m), MARGIN, share)
+
+
+def part_name(loop: str, left: float) -> str:
+    """The loop of a ``Key`` of a kernel that reads a share of the weight."""
+    return f"{loop}@left={left:.2f}"

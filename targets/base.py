@@ -63,6 +63,7 @@ class KernelRate:
     stored: tuple[float, float] = (0.0, 0.0)  # bytes of a position and of a kept value; 0, 0: as ``storage_bytes`` says
     most: int = 0  # rows that the kernel takes at most; 0: any number
     values: str = ""  # how kept values are stored, ``int8``; empty: in ``dtype``, that of x
+    call: float = 0.0  # seconds that a call takes longer than others, whatever the weight: further launches on a GPU
     exposed: float = 0.0  # of waiting for memory and arithmetic, the share of the shorter that the longer does not hide
 
 

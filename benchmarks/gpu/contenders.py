@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +22,6 @@ from sparsec.codegen.spec import Packed
 from sparsec.codegen.triton.contract import Call, Family
 from sparsec.codegen.triton.launch import run
 from sparsec.codegen.triton.quantize import quantized
-from sparsec.codegen.triton.samples import format_of
 from sparsec.compat import scaled_mm_fp8
 from sparsec.errors import RoundTripMismatch
 from sparsec.formats import Format, value_kind
@@ -31,7 +30,7 @@ from sparsec.timing_gpu import copies_of
 LIBRARY = "cslt"  # a family that is none of ours: measured as a peer, without copies around it
 FP8 = "nm:2:4+fp8"
 MANY_ROWS = 33
-GATE = 0.5  # of x, for kernels that drop small channels: half of uniform values
+GATE = 0.5  # for kernels that drop small channels of x or compute some outputs: half of uniform values
 
 
 @dataclass(frozen=True)
@@ -120,25 +119,24 @@ def torch_bsr(weights: list[torch.Tensor], x: torch.Tensor, block: tuple[int, in
 
 @dataclass(frozen=True)
 class Pack:
-    """One weight in one format by one family. ``kind``: of the family."""
+    """One weight in one format by one family. ``kind``: of the family. ``weight``: of kernels that read it itself."""
 
     kind: str
     family: Family
     packed: Packed
     seconds: float
+    weight: torch.Tensor | None = None
 
 
 def kinds_of(format: Format, rows: int = 1) -> tuple[str, ...]:
-    """The families of ours that take a format, gates too; those for many rows of x from ``MANY_ROWS`` on.
+    """The families of ours that take a format; those for many rows of x from ``MANY_ROWS`` on.
 
     Families may pack a weight's real values whatever the format says of them, so those must be among its own.
     """
-    if format.pattern.kind in triton.GATES:
-        return (format.pattern.kind,)
     kinds = [k for k in triton.kinds_of(format) if k != LIBRARY and (k not in triton.OTHERS or rows >= MANY_ROWS)]
     values = value_kind(format.values)[0]
     return tuple(
-        k for k in kinds if any(value_kind(format_of(f).values)[0] == values for f in triton.family(k).formats)
+        k for k in kinds if any(value_kind(Format.parse(f).values)[0] == values for f in triton.family(k).formats)
     )
 
 
@@ -150,35 +148,46 @@ def pack(kind: str, format: Format, weight: torch.Tensor) -> Pack:
     packed = family.pack(weight, format, "bench")
     _wait(weight)
     seconds = time.perf_counter() - started
+    if not packed.tensors:
+        return Pack(kind, family, packed, seconds, weight)
     if not torch.equal(family.unpack(packed), weight):
         raise RoundTripMismatch(format=str(format), detail="unpacking gives another weight")
     return Pack(kind, family, packed, seconds)
 
 
-def kernels(made: Pack, x: torch.Tensor, l2: int, capability: int, configs: int) -> Iterator[Contender]:
-    """Every loop of the pack that takes x, with its first ``configs`` configurations."""
-    size = made.packed.bytes
-    count = copies_of(size, l2)
+def kernels(
+    made: Pack, x: torch.Tensor, l2: int, capability: int, configs: int, needed: torch.Tensor | None = None
+) -> Iterator[Contender]:
+    """Every loop of the pack that takes x, with its first ``configs`` configurations.
+
+    ``needed``: of loops that compute some outputs only, [M, N].
+    """
+    size = made.packed.bytes if made.weight is None else _bytes(made.weight)
+    weights = [] if made.weight is None else clones(made.weight, l2)
+    count = len(weights) or copies_of(size, l2)
     packs = [made.packed, *(_copy(made.packed) for _ in range(count - 1))]
     for loop, most in made.family.loops.items():
         if most and len(x) > most:
             continue
         for config in list(made.family.configs(made.packed, loop, len(x), capability))[:configs]:
-            call = kernel_call(made, packs, loop, config, x, capability)
+            call = kernel_call(made, packs, loop, config, x, capability, weights, needed)
             said = ",".join(f"{k}={v}" for k, v in config.items())
             name = f"{made.packed.format} {made.kind}.{loop} {said}"
             yield Contender(name, call, size, count, made.seconds, dict(config))
 
 
 def kernel_call(
-    made: Pack, packs: list[Packed], loop: str, config: Mapping[str, int], x: torch.Tensor, capability: int
-) -> Callable[[int], torch.Tensor]:
-    extra = (GATE,) if made.kind in triton.GATES else ()
+    made: Pack, packs: list[Packed], loop: str, config: Mapping[str, int], x: torch.Tensor, capability: int,
+    weights: Sequence[torch.Tensor] = (), needed: torch.Tensor | None = None,
+) -> Callable[[int], torch.Tensor]:  # fmt: skip
+    gate = GATE if loop == "skip" else None
     family: Any = made.family
 
     def call(i: int) -> torch.Tensor:
         y = x.new_empty((len(x), packs[0].shape[0]))
-        run(family.launches(packs[i % len(packs)], loop, Call(x, y, capability=capability), config, *extra))
+        weight = weights[i % len(weights)] if weights else None
+        said = Call(x, y, capability=capability, gate=gate, weight=weight, needed=needed)
+        run(family.launches(packs[i % len(packs)], loop, said, config))
         return y
 
     return call

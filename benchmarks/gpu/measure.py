@@ -17,8 +17,9 @@ from benchmarks.gpu import contenders
 from benchmarks.gpu.contenders import FP8, GATE, Contender, Pack
 from benchmarks.gpu.rows import REGIMES, Row, Target, verdict
 from sparsec.codegen.triton.quantize import by_torch
-from sparsec.codegen.triton.samples import format_of, named_weight
+from sparsec.codegen.triton.samples import named_weight
 from sparsec.errors import SparsecError
+from sparsec.formats import Format
 from sparsec.grid import E4M3_MAX
 from sparsec.timing import Samples, speedup
 from sparsec.timing_gpu import GraphTimer, Timer, alternate, calls_of
@@ -62,7 +63,7 @@ class Session:
     def pack(self, row: Row, name: str, kind: str) -> Pack:
         key = (row.regime, *row.shape, f"{name} {kind}")
         if key not in self.packs:
-            self.packs[key] = contenders.pack(kind, format_of(name), self.weight(row))
+            self.packs[key] = contenders.pack(kind, Format.parse(name), self.weight(row))
         return self.packs[key]
 
     def _make_room(self) -> None:
@@ -76,15 +77,16 @@ def measure(row: Row, session: Session, skip: tuple[str, ...] = ()) -> dict[str,
     """Measure a row; ``skip``: names of contenders that took the device down. Raises DeviceLost."""
     started, notes = time.perf_counter(), [f"{name}: not tried again" for name in skip]
     weight, x = session.weight(row), inputs(row, session)
-    plain = torch.where(x.abs() > GATE, x, 0) if row.regime.startswith("x ") else x
-    expected = plain.float() @ weight.float().T
+    plain = torch.where(x.abs() > GATE, x, 0) if REGIMES[row.regime].kind == "gated" else x
+    read = wanted(row, x).any(0) if REGIMES[row.regime].kind == "chosen" else torch.ones_like(weight[:, 0]) > 0
+    expected = (plain.float() @ weight.float().T)[:, read]
     ready: dict[str, Any] = {}
     about: dict[str, dict[str, Any]] = {}
     ours, peers = [], {}
     for kind, made in _made(row, session, weight, x, plain, notes, skip):
         session.step(made.name)
         try:
-            about[made.name] = checked(made, expected, session.device)
+            about[made.name] = checked(made, expected, read)
             ready[made.name] = session.timer.prepare(made.call, calls_of(made.copies))
         except Exception as error:  # whatever Triton, CUDA or a library raises: the others are measured
             about.pop(made.name, None)
@@ -118,9 +120,17 @@ def sentence(name: str, error: BaseException) -> str:
     return f"{name}: {said if isinstance(error, SparsecError) else f'{type(error).__name__}: {said}'}"[:400]
 
 
-def checked(made: Contender, expected: torch.Tensor, device: torch.device) -> dict[str, Any]:
-    """Errors against fp32, and whether a second run gives the same bits. Raises ValueError for a wrong result."""
-    first, second = made.call(0).clone(), made.call(0)
+def wanted(row: Row, x: torch.Tensor) -> torch.Tensor:
+    """Half of the outputs of each row of x, as ones of [M, N] among zeros."""
+    generator = torch.Generator(x.device).manual_seed(row.m + 1)
+    return (torch.rand(row.m, row.n, generator=generator, device=x.device) > GATE).to(x.dtype)
+
+
+def checked(made: Contender, expected: torch.Tensor, read: torch.Tensor) -> dict[str, Any]:
+    """Errors against fp32 in the outputs that are ``read`` [N], and whether a second run gives the same bits.
+
+    Raises ValueError for a wrong result."""
+    first, second = made.call(0)[:, read], made.call(0)[:, read]
     off = first.float() - expected
     relative = float(off.norm() / expected.norm().clamp(min=1e-30))
     if not relative <= WRONG:  # NaN too
@@ -159,7 +169,7 @@ def _made(
         elif peer == "cuSPARSELt":
             sources.append((peer, peer, lambda: _one(contenders.cusparselt(cold, x))))
         elif peer == "torch BSR":
-            sides = format_of(regime.weight).pattern.params
+            sides = Format.parse(regime.weight).pattern.params
             block = (int(sides[0]), int(sides[1]))
             sources.append((peer, peer, lambda block=block: _one(contenders.torch_bsr(cold, x, block))))  # type: ignore[misc]
         else:
@@ -183,14 +193,16 @@ def _one(contender: Contender) -> Iterator[Contender]:
 
 def _kernels(row: Row, session: Session, name: str, x: torch.Tensor) -> Iterator[Contender]:
     """Kernels of every family that packs the format. Raises LookupError where none takes as many rows of x."""
-    kinds, found, refused = contenders.kinds_of(format_of(name), row.m), 0, []
+    only = REGIMES[row.regime].kind
+    kinds, found, refused = (only,) if only else contenders.kinds_of(Format.parse(name), row.m), 0, []
+    needed = wanted(row, x) if only == "chosen" else None
     for kind in kinds:
         try:
             made = session.pack(row, name, kind)
         except SparsecError as error:
             refused.append(str(error))
             continue
-        for contender in contenders.kernels(made, x, session.l2, session.capability, session.configs):
+        for contender in contenders.kernels(made, x, session.l2, session.capability, session.configs, needed):
             found += 1
             yield contender
     if not found:

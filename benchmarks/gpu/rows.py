@@ -22,6 +22,7 @@ class Regime:
 
     ``formats``: those whose kernels are tried on it. ``peers``: others to compare with, by name: a format of ours, or
     ``cuSPARSELt`` and ``torch BSR``. ``most``: rows of x beyond which it is not measured (0: any); ``least``: below.
+    ``kind``: the one family that is tried, where it is for zeros of x (``gated``) or for outputs that nobody reads.
     fp8: x is on the grid of e4m3 too, and dense products of fp8 and of bf16 are both tried.
     """
 
@@ -32,6 +33,7 @@ class Regime:
     peers: tuple[str, ...] = ()
     most: int = 0
     least: int = 0
+    kind: str = ""
 
 
 def _unstructured(percent: int) -> Regime:
@@ -50,7 +52,8 @@ REGIMES = {
         Regime("ternary", "dense+ternary", 1.0, ("dense+ternary",), (), DECODE),
         Regime("block 64", "block:64x64+bf16", 0.2, ("block:64x64+bf16",), ("torch BSR",)),
         _unstructured(80),
-        Regime("x 50 %", "gated+bf16", 1.0, ("gated+bf16",), (), 8),
+        Regime("x 50 %", "panel+bf16", 1.0, ("panel+bf16",), (), 8, kind="gated"),
+        Regime("y 50 %", "panel+bf16", 1.0, ("panel+bf16",), (), 8, kind="chosen"),
         Regime("fp8 2:4", "nm:2:4+fp8", 0.5, ("nm:2:4+fp8",), ("cuSPARSELt fp8",), least=PREFILL),
     )
 }
@@ -91,6 +94,7 @@ TARGETS = (
     Target("int4 2:4", ONE, "dense", 0.0, 3.5),
     Target("ternary", ONE, "dense", 3.0, 5.0),
     Target("x 50 %", ONE, "dense", 1.4),
+    Target("y 50 %", ONE, "dense", 1.4),
     Target("2:4", SOME, "dense", 1.4, 1.6),
     Target("2:4", SOME, "cuSPARSELt", 1.5, least=LARGE),
     Target("50 %", SOME, "dense", 1.0, 1.3),

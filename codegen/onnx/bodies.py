@@ -55,8 +55,8 @@ def function(op: Op) -> onnx.FunctionProto:
     import onnx
 
     inputs = ", ".join(("x", "bias", "work", *op.packs))
-    attributes = "n, k, outer_from, version"
-    body = _integer_body() if op.x else _bitmap_body()
+    attributes = "n, k, outer_from, version" + (", x_scale" if op.fixed else "")
+    body = _integer_body(op.fixed) if op.x else _bitmap_body()
     text = f"""
 <opset_import: ["" : {OPSET}], domain: "{DOMAIN}">
 {op.name} <{attributes}> ({inputs}) => (y) {{
@@ -158,17 +158,10 @@ def _up_to(name: str, size: str, unit: int) -> str:
 """
 
 
-def _integer_body() -> str:
-    """int_steps.h: 16 rows, 4 columns, padded to 16 columns; x is rounded row by row as int_x.h does it.
-
-    Codes are made signed where they are few, before they are scattered, and x unsigned: ONNX Runtime has fast products
-    of just these. A row with a NaN or an infinity gives NaN, which no whole number can say.
-    """
-    return f"""
-  one = Constant<value_float = 1.0>()
-  none = Constant<value_float = 0.0>()
-  most = Constant<value_float = 127.0>()
+_ROW_BY_ROW = """
   last_axis = Constant<value_ints = [-1]>()
+  one = Constant<value_float = 1.0>()
+  most = Constant<value_float = 127.0>()
   size_of_x = Abs(x)
   largest = ReduceMax<keepdims = 1>(size_of_x, last_axis)
   exact = Div(largest, most)
@@ -176,6 +169,31 @@ def _integer_body() -> str:
   step = Where(is_zero, one, exact)
   in_steps = Div(x, step)
   nearest = Round(in_steps)
+  zeros_of_x = Mul(x, none)
+"""
+_FIXED = """
+  last_axis = Constant<value_ints = [-1]>()
+  least = Constant<value_float = -127.0>()
+  most = Constant<value_float = 127.0>()
+  step = Constant<value_float : float = @x_scale>()
+  in_steps = Div(x, step)
+  not_clipped = Round(in_steps)
+  nearest = Clip(not_clipped, least, most)
+  is_bad = IsNaN(x)
+  zeros_of_x = Where(is_bad, x, none)
+"""
+
+
+def _integer_body(fixed: bool) -> str:
+    """int_steps.h: 16 rows, 4 columns, padded to 16 columns; x is rounded as int_x.h does it, row by row or with one
+    scale, which clips infinities.
+
+    Codes are made signed where they are few, before they are scattered, and x unsigned: ONNX Runtime has fast products
+    of just these. A row with a NaN, or an infinity that its scale comes from, gives NaN, which no whole number can say.
+    """
+    return f"""
+  none = Constant<value_float = 0.0>()
+{_FIXED if fixed else _ROW_BY_ROW}
   shift = Constant<value_float = 128.0>()
   from_zero = Add(nearest, shift)
   q = Cast<to = 2>(from_zero)
@@ -192,7 +210,6 @@ def _integer_body() -> str:
   in_rows = Mul(sums, step)
   scaled = Mul(in_rows, scales)
   shifted = Add(scaled, bias)
-  zeros_of_x = Mul(x, none)
   bad = ReduceSum<keepdims = 1>(zeros_of_x, last_axis)
   y = Add(shifted, bad)
 """

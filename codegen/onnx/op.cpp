@@ -13,6 +13,7 @@ namespace {
 
 constexpr size_t kX = 0, kBias = 1, kWork = 2, kPack = 3, kMostPacks = 8;
 constexpr int64_t kMostSide = int64_t{1} << 31;
+constexpr float kMostScale = 1e36f;  // times 127 it is a number
 constexpr int64_t kParts = 16;          // pieces that threads take one by one
 constexpr int64_t kWorthThreads = 4096;  // of work
 
@@ -116,9 +117,11 @@ const char *wrong_layer(const OrtKernelInfo *info, Layer &layer) {
   int64_t version = 0;
   bool said = ort.attribute(info, "n", &layer.n) && ort.attribute(info, "k", &layer.k);
   said = said && ort.attribute(info, "outer_from", &layer.outer_from) && ort.attribute(info, "version", &version);
+  if (layer.op->fixed) said = said && ort.attribute(info, "x_scale", &layer.x_scale);
   if (!said) return "an attribute is missing";
   if (version != SPARSEC_LAYOUT) return "it was written by another version of sparsec";
   if (layer.n < 1 || layer.k < 1 || layer.n >= kMostSide || layer.k >= kMostSide) return "n or k is out of range";
+  if (layer.op->fixed && !(layer.x_scale > 0 && layer.x_scale < kMostScale)) return "x_scale is out of range";
   OrtSizes sizes[kPack + kMostPacks] = {};
   const void *data[kPack + kMostPacks] = {};
   for (size_t i = kBias; i < kPack + layer.op->packs; ++i) {
@@ -181,7 +184,7 @@ OrtStatus *compute(void *kernel, OrtKernelContext *context) {
   void *room = scratch.room(static_cast<size_t>(loop.scratch(m, layer.k)) + 64);
   if (!room) return ort.error(kOrtFail, "sparsec: no memory");
   SparsecCall call = {data[kX], layer.k, y, layer.n, data[kBias], data + kPack, room, m, layer.n, layer.k,
-                      0, 0.f, nullptr, 0};
+                      0, layer.x_scale, nullptr, 0};
   auto *work = static_cast<const int64_t *>(data[kWork]);
   Parallel all = {&call, &loop, work, loop.units(m, layer.k), layer.tiles(), 1};
   all.parts = all.units < kParts ? all.units : kParts;

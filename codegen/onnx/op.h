@@ -18,6 +18,7 @@ struct OpInfo {
   int bits;                   // of a code, 0 where values are floats
   int64_t group;              // columns that share a scale, 0 for a row
   int masked;                 // whether a code is stored only where a mask says so
+  int fixed;                  // whether all of x is rounded with one scale, an attribute
   Loop dot[kIsas], outer[kIsas];  // without functions where an ISA has none; `outer` serves many rows of x
 };
 
@@ -29,6 +30,7 @@ struct Layer {
   Ort ort;
   const OpInfo *op;
   int64_t n, k, outer_from;
+  float x_scale;  // 0: each row of x has its own
 
   int64_t tiles() const { return (n + 15) / 16; }
 };

@@ -30,15 +30,21 @@ _SYSTEM = "#include <stdint.h>\n#include <sys/syscall.h>\n#include <unistd.h>\n"
 class Op:
     """An operator: a format, and what its kernels round x to (``""`` or ``int8``).
 
-    Its inputs are x, bias, work and the tensors of the pack; ``packs`` are the names of the latter. ``gaps`` is for the
-    body alone (``bodies.py``).
+    ``fixed``: with one scale for all of x, an attribute; else each row of x has its own. Its inputs are x, bias, work
+    and the tensors of the pack; ``packs`` are the names of the latter. ``gaps`` is for the body alone (``bodies.py``).
     """
 
     format: Format
     x: str = ""
+    fixed: bool = False
 
     @property
     def name(self) -> str:
+        return f"{self.kernel}_fixed" if self.fixed else self.kernel
+
+    @property
+    def kernel(self) -> str:
+        """The name of what it runs."""
         text = f"Linear_{self.format}".replace(":", "_").replace("+", "_")
         return f"{text}_x8" if self.x else text
 
@@ -61,12 +67,16 @@ def supported(format: Format, x: str = "") -> bool:
     return Op(format, x) in STANDARD
 
 
-STANDARD = (Op(Format.parse("bitmap+fp32")), Op(Format.parse("bitmap+int8"), "int8"))
+STANDARD = (
+    Op(Format.parse("bitmap+fp32")),
+    Op(Format.parse("bitmap+int8"), "int8"),
+    Op(Format.parse("bitmap+int8"), "int8", fixed=True),
+)
 
 
 def compile_library(ops: Sequence[Op], cache: Path) -> Path:
     """Compile operators, once. Raises NoCompiler, CompileFailed."""
-    kernels = [(op, spec) for op in ops for spec in _specs(op)]
+    kernels = [(op, spec) for op in {op.kernel: op for op in ops}.values() for spec in _specs(op)]
     with ThreadPoolExecutor(4) as pool:
         objects = list(pool.map(lambda kernel: _object(kernel[0], kernel[1], cache), kernels))
     text = "\n".join([_own("ort.h"), cpp_part("abi.h"), _own("op.h"), _declared(kernels), _own("checks.cpp")])
@@ -84,7 +94,7 @@ def _specs(op: Op) -> Iterator[KernelSpec]:
 
 
 def _symbol(op: Op, spec: KernelSpec) -> str:
-    return f"{op.name}_{spec.loop}_{spec.isa}"
+    return f"{op.kernel}_{spec.loop}_{spec.isa}"
 
 
 def _object(op: Op, spec: KernelSpec, cache: Path) -> Path:
@@ -111,7 +121,7 @@ def _table(ops: Sequence[Op]) -> str:
         kind, group = value_kind(op.format.values)
         loops = {loop: ", ".join(_loop(op, loop, isa) for isa in ISAS) for loop in ("dot", "outer")}
         check = "wrong_steps" if op.x else "wrong_bitmap"
-        numbers = f"{BITS[kind] if op.x else 0}, {group}, {int(op.masked)}"
+        numbers = f"{BITS[kind] if op.x else 0}, {group}, {int(op.masked)}, {int(op.fixed)}"
         rows.append(
             f'  {{"{op.name}", {len(op.packs)}, {check}, {numbers}, {{{loops["dot"]}}}, {{{loops["outer"]}}}}},'
         )
@@ -122,5 +132,5 @@ def _table(ops: Sequence[Op]) -> str:
 def _loop(op: Op, loop: str, isa: str) -> str:
     if loop not in op.loops:
         return "{}"
-    name = f"{op.name}_{loop}_{isa}"
+    name = f"{op.kernel}_{loop}_{isa}"
     return f"{{{name}_scratch, {name}_prepare_units, {name}_prepare, {name}_run}}"

@@ -75,6 +75,7 @@ struct Ort {
   bool add_op(OrtCustomOpDomain *domain, const OrtCustomOp *op) const { return ok(27, domain, op); }
   OrtStatus *add_domain(OrtSessionOptions *to, OrtCustomOpDomain *domain) const { return call(28, to, domain); }
   bool attribute(const OrtKernelInfo *info, const char *name, int64_t *out) const { return ok(86, info, name, out); }
+  bool attribute(const OrtKernelInfo *info, const char *name, float *out) const { return ok(85, info, name, out); }
   bool data(const OrtValue *value, void **out) const { return ok(51, const_cast<OrtValue *>(value), out); }
   bool input(const OrtKernelContext *from, size_t i, const OrtValue **out) const { return ok(90, from, i, out); }
   OrtStatus *output(OrtKernelContext *to, const int64_t *dims, size_t rank, OrtValue **out) const {

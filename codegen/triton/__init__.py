@@ -22,7 +22,8 @@ FAMILIES = {
     kind: f"sparsec.codegen.triton.{kind}:FAMILY"
     for kind in ("bitmap", "block", "dense", "fragment", "groups", "index", "nm", "nm24", "vnm", "vnm24")
 }
-GATES = {"gated": "sparsec.codegen.triton.gated:FAMILY"}  # of x, for any weight: its launches take a ``gate``
+# For any weight: what the zeros of activations leave of it is read, columns or rows.
+GATES = {kind: f"sparsec.codegen.triton.{kind}:FAMILY" for kind in ("gated", "chosen")}
 # family -> its loops and the most rows of x each takes (0: any), so that a plan can be made without triton
 LOOPS: dict[str, dict[str, int]] = {
     "bitmap": {"tile": 0},
@@ -35,6 +36,8 @@ LOOPS: dict[str, dict[str, int]] = {
     "nm24": {"skinny": 64},
     "vnm": {"gather": 8, "tile": 0},
     "vnm24": {"skinny": 8},
+    "gated": {"skip": 8},
+    "chosen": {"select": 8},
     "prefill24": {"prefill": 0},
     "cslt": {"cusparselt": 0},
 }
@@ -48,6 +51,7 @@ _TENSOR_CORES = {  # families of a pattern, or of all of a kind, besides that of
     "nm:8:16": ("fragment",),
     "dense": ("fragment",),
     "vnm": ("vnm24",),
+    "panel": tuple(GATES),
 }
 KNOWN = ("3.6", "3.9")  # versions of Triton that the kernels were compiled with, first and last
 
@@ -122,6 +126,8 @@ def pack_verified(weight: torch.Tensor, format: Format, source_key: str, loop: s
 
     chosen = family_of(format, loop) if loop else family(_own_kind(format.pattern))
     packed = chosen.pack(weight.detach(), format, source_key)
+    if not packed.tensors:  # the kernel is given the weight itself
+        return packed
     back = chosen.unpack(packed)
     same = (back == weight) | (back.isnan() & weight.isnan())
     if back.dtype == weight.dtype and bool(same.all()):

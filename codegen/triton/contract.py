@@ -18,6 +18,7 @@ from sparsec.codegen.triton.launch import Runs
 from sparsec.formats import Format
 
 Config: TypeAlias = "Mapping[str, int]"  # tile sizes, splits, warps: what tuning may choose
+Gate: TypeAlias = "float | torch.Tensor | None"
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,11 @@ class Call:
     """act(x @ W.T + bias) -> y. x: [M, K], y: [M, N], both with unit inner stride and of one dtype; bias: [N] or None.
 
     M is at least 1. ``capability``: of the GPU, 90 for sm_90.
+
+    The rest is for loops that read a part of the weight. ``gate``: what drops values of x: None drops exact zeros, a
+    number is one threshold, a tensor [K] one for each channel. ``needed``: [any, N], in whose columns of zeros are
+    the outputs that nobody reads. ``weight``: W itself [N, K], unit inner stride, for a kernel without a pack.
+    ``count``: int32 [1] on x's device, which is told how many columns or outputs were left; None: nobody asks.
     """
 
     x: torch.Tensor
@@ -32,6 +38,10 @@ class Call:
     bias: torch.Tensor | None = None
     act: str = ""
     capability: int = 90
+    gate: Gate = None
+    needed: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
+    count: torch.Tensor | None = None
 
     @property
     def m(self) -> int:

@@ -2,8 +2,8 @@
 
   weight[K, LD]  W.T, LD = N rounded up to 256, the widest tile                    as dense: 2 bytes a bf16 weight
 
-The gate is an argument of the launches, not of the pack: ``None`` drops exact zeros (ReLU), a number is one threshold
-for all channels (TEAL, 2024; CATS, 2024), a tensor [K] one for each. Dropped means ``where(|x| > t, x, 0)``, so a NaN
+The gate is part of the call, not of the pack: ``None`` drops exact zeros (ReLU), a number is one threshold for all
+channels (TEAL, 2024; CATS, 2024), a tensor [K] one for each. Dropped means ``where(|x| > t, x, 0)``, so a NaN
 is dropped by a threshold and kept by the exact gate, as eager PyTorch does.
 
 Two kernels, both deterministic. ``compact`` lists the channels that some row of x keeps, ascending, with the gated x
@@ -23,20 +23,17 @@ Lane instructions for each weight read on sm_90, bf16: 4.7 at M = 1, 6.2 at 2, 9
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
 
 import torch
 import triton
 import triton.language as tl
 
 from sparsec.codegen.spec import ACTS, Packed
-from sparsec.codegen.triton.contract import Call, Config
+from sparsec.codegen.triton.contract import Call, Config, Gate
 from sparsec.codegen.triton.epilogue import finish, reduction
 from sparsec.codegen.triton.launch import Launch, Loop
 from sparsec.errors import PatternMismatch
 from sparsec.formats import Format
-
-Gate: TypeAlias = "float | torch.Tensor | None"
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BLOCK = 1024  # channels that one program lists
@@ -129,11 +126,11 @@ def threshold(
 
 
 class Gated:
-    """``pack`` keeps every value, so it takes any weight of its dtype; ``launches`` has the gate as an argument."""
+    """``pack`` keeps every value, so it takes any weight of its dtype."""
 
     kind = "gated"
-    formats = ("gated+bf16", "gated+fp16", "gated+fp32")
-    loops: Mapping[str, int] = {"threshold": 8}
+    formats = ("panel+bf16", "panel+fp16", "panel+fp32")
+    loops: Mapping[str, int] = {"skip": 8}
 
     def pack(self, weight: torch.Tensor, format: Format, source_key: str) -> Packed:
         if weight.dtype != DTYPES.get(format.values):
@@ -164,20 +161,19 @@ class Gated:
         ]
         return sorted(made, key=lambda c: abs(-(-n // c["columns"]) * c["splits"] * 4 - 1500))
 
-    def launches(self, packed: Packed, loop: str, call: Call, config: Config, gate: Gate = None) -> list[Launch]:
-        """``gate``: None for exact zeros, a threshold, or a threshold for each channel [K] on x's device.
+    def launches(self, packed: Packed, loop: str, call: Call, config: Config) -> list[Launch]:
+        """A gate that is a number is rounded to x's dtype first, as ``x.abs() > gate`` does.
 
-        A number is rounded to x's dtype first, as ``x.abs() > gate`` does. Raises ValueError for more than 8 rows of x
-        and for a gate of another length.
+        Raises ValueError for more than 8 rows of x and for a gate of another length.
         """
-        (weight,), m, (n, k) = packed.tensors, call.m, packed.shape
+        (weight,), m, (n, k), gate = packed.tensors, call.m, packed.shape, call.gate
         if m > self.loops[loop]:
             raise ValueError(f"{loop} takes at most {self.loops[loop]} rows, not {m}")
         if isinstance(gate, torch.Tensor) and gate.shape != (k,):
             raise ValueError(f"a gate by channel has {k} thresholds, not {tuple(gate.shape)}")
         new, splits = call.x.new_empty, config["splits"]
         index, value = new((max(k, 1),), dtype=torch.int32), new((m, max(k, 1)), dtype=torch.float32)
-        count = new((1,), dtype=torch.int32)
+        count = new((1,), dtype=torch.int32) if call.count is None else call.count
         lists = self._compact(call, index, value, count, k, gate)
         out = call.y if splits == 1 else new((splits, m, n), dtype=torch.float32)
         args = {

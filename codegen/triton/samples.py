@@ -13,15 +13,15 @@ from typing import cast
 import torch
 
 from sparsec.codegen.spec import Packed
-from sparsec.codegen.triton import FAMILIES, family, family_of, pack_verified
-from sparsec.codegen.triton.contract import Call
+from sparsec.codegen.triton import FAMILIES, GATES, family, pack_verified
+from sparsec.codegen.triton.contract import Call, Family
 from sparsec.codegen.triton.launch import Launch
-from sparsec.errors import UnknownFormat
-from sparsec.formats import Format, Pattern, value_kind
+from sparsec.formats import Format, value_kind
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROWS = (1, 4, 16, 64, 2048)  # of x: decode, small batches, prefill
 N, K = 256, 1024
+LARGE = 2048, 4096  # of kernels whose configuration follows the size of the weight; N, K of all others
 DENSITIES = (0.3, 0.6)
 FREE = ("bitmap", "index", "block")  # patterns that hold weights of any density
 
@@ -43,34 +43,39 @@ class Sample:
 
 def samples(capability: int = 90, kinds: tuple[str, ...] = (), rows: tuple[int, ...] = ROWS) -> Iterator[Sample]:
     """Every family x format x loop that runs on sm_``capability``, at each of ``rows`` that the loop takes."""
-    for kind in kinds or tuple(FAMILIES):
+    for kind in kinds or (*FAMILIES, *GATES):
         chosen = family(kind)
         for name in chosen.formats:
             format = Format.parse(name)
             packed, stored = _packed(format, next(iter(chosen.loops)))
             for loop, most in chosen.loops.items():
                 for m in (m for m in rows if not most or m <= most):
-                    yield Sample(name, loop, m, _launches(packed, loop, m, capability), stored)
+                    yield Sample(name, loop, m, _launches(chosen, packed, loop, m, capability), stored)
 
 
 @functools.lru_cache(maxsize=64)
 def _packed(format: Format, loop: str) -> tuple[Packed, tuple[float, float]]:
     """The pack of a sample, and what positions and values take: solved from two densities where those are free."""
     densities = DENSITIES if format.pattern.kind in FREE else DENSITIES[:1]
-    weights = [sample_weight(format, density=density) for density in densities]
+    n, k = LARGE if format.pattern.kind == "panel" else (N, K)
+    weights = [sample_weight(format, n, k, density) for density in densities]
     packs = [pack_verified(weight, format, "sample", loop) for weight in weights]
     kept = [int(weight.count_nonzero()) for weight in weights]
     if len(packs) == 1:
-        return packs[0], (0.0, packs[0].bytes / kept[0])
+        size = packs[0].bytes or weights[0].nbytes  # no pack: the kernel reads the weight itself
+        return packs[0], (0.0, size / kept[0])
     value = (packs[1].bytes - packs[0].bytes) / (kept[1] - kept[0])
-    position = (packs[0].bytes - value * kept[0]) / (N * K)
+    position = (packs[0].bytes - value * kept[0]) / (n * k)
     return packs[0], (max(position, 0.0), value)
 
 
-def _launches(packed: Packed, loop: str, m: int, capability: int) -> tuple[Launch, ...]:
-    chosen, dtype = family_of(packed.format, loop), x_dtype(packed.format)
+def _launches(chosen: Family, packed: Packed, loop: str, m: int, capability: int) -> tuple[Launch, ...]:
+    dtype = x_dtype(packed.format)
     n, k = packed.shape
-    call = Call(torch.zeros(m, k, dtype=dtype), torch.empty(m, n, dtype=dtype), capability=capability)
+    call = Call(
+        torch.zeros(m, k, dtype=dtype), torch.empty(m, n, dtype=dtype), capability=capability,
+        weight=torch.zeros(n, k, dtype=dtype), needed=torch.zeros(m, n, dtype=dtype),
+    )  # fmt: skip
     config = chosen.configs(packed, loop, m, capability)[0]
     return tuple(cast("Sequence[Launch]", chosen.launches(packed, loop, call, config)))
 
@@ -87,18 +92,9 @@ def sample_weight(format: Format, n: int = N, k: int = K, density: float = 0.3, 
     return (_values(format, n, k, generator) * keep).to(x_dtype(format))
 
 
-def format_of(name: str) -> Format:
-    """Gates have names like formats, and are none: they drop columns of x."""
-    try:
-        return Format.parse(name)
-    except UnknownFormat:
-        pattern, _, values = name.partition("+")
-        return Format(Pattern(pattern), values)
-
-
 def named_weight(name: str, n: int, k: int, density: float = 0.3, seed: int = 0, drawn: int = 0) -> torch.Tensor:
-    """The sample weight of a format or gate. ``drawn``: rows that are random, which all others repeat (0: all)."""
-    part = sample_weight(format_of(name), min(n, drawn or n), k, density, seed)
+    """The sample weight of a format. ``drawn``: rows that are random, which all others repeat (0: all)."""
+    part = sample_weight(Format.parse(name), min(n, drawn or n), k, density, seed)
     return part.repeat(-(-n // len(part)), 1)[:n].contiguous() if len(part) < n else part
 
 

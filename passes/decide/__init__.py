@@ -16,6 +16,7 @@ from sparsec.options import Policy
 from sparsec.passes.decide import words
 from sparsec.passes.decide.candidates import (
     MODEL_MARGIN,
+    PARTS_OF_WEIGHT,
     SWITCH_FORMAT,
     SWITCH_LOOP,
     Way,
@@ -47,37 +48,46 @@ def decide(
 ) -> Decision:
     """Decide one weight for x of ``dtype`` (``fp32`` or ``bf16``) on ``target``.
 
-    ``x``: "int8" where the graph rounds x to it. ``measured``: (format name, loop, M bucket) -> times faster than
-    dense; see ``bucket``. ``gates``: loops that may skip a part of the weight, and the share that the zeros of
-    activations leave (None: not known). Never raises for a weight: what cannot run sparse is a dense decision with its
-    reason.
+    ``x``: "int8" where the graph rounds x to it. ``gates``: loops that may skip a part of the weight, and the share
+    that zeros of activations leave (None: not known). ``measured``: (format name, loop, M bucket) -> times faster than
+    dense; see ``bucket``; of loops that skip with the share that ``gates`` says. Never raises for a weight: what cannot
+    run sparse is a dense decision with its reason.
     """
     asked = _Question(fact, dtype, rates, policy, x)
     if not asked.dense:
         return dense_decision(f"no kernel for {dtype} on {target.name} yet", "model")
     plain = _by_model(replace(fact, key="", thumbnail=(), row_hist=()), dtype, rates, policy, x)
-    if not measured or len(plain.candidates) == 1 or asked.refusal():
-        return _with_gates(asked, plain, gates)
-    ranges = by_measurement(plain.ranges, asked.dense, asked.ways(), measured, policy.min_speedup)
+    measured = measured or {}
+    whole = {key: ratio for key, ratio in measured.items() if key[1] not in PARTS_OF_WEIGHT}
+    if not whole or len(plain.candidates) == 1 or asked.refusal():
+        return _with_gates(asked, plain, gates, measured)
+    ranges = by_measurement(plain.ranges, asked.dense, asked.ways(), whole, policy.min_speedup)
     decision = replace(plain, ranges=ranges, source="measured")
-    return _with_gates(asked, replace(decision, reason=_measured_reason(asked, plain, decision, measured)), gates)
+    decision = replace(decision, reason=_measured_reason(asked, plain, decision, whole))
+    return _with_gates(asked, decision, gates, measured)
 
 
-def _with_gates(asked: _Question, decision: Decision, gates: Gates) -> Decision:
+def _with_gates(asked: _Question, decision: Decision, gates: Gates, measured: Measured) -> Decision:
     """The decision with what serves calls that activation sparsity makes cheap."""
     if not gates or asked.fact.nonfinite:
         return decision
-    assert asked.dense is not None
-    ways = {(w.format, w.kernel): w for w in (asked.dense, *asked.ways())}
+    dense = asked.dense
+    assert dense is not None
+    ways = {(w.format, w.kernel): w for w in (dense, *asked.ways())}
 
     def other(m: int) -> float:
         now = decision.at(m)
-        way = ways.get((now.format, now.kernel))
-        return way.cost.at(m) if way else now.ours_s
+        way, ratio = ways.get((now.format, now.kernel)), measured.get((now.format, now.kernel, bucket(m)))
+        return dense.cost.at(m) / ratio.value if ratio else way.cost.at(m) if way else now.ours_s
+
+    def took(loop: str, format: str, m: int) -> float | None:
+        ratio = measured.get((format, loop, m))
+        return dense.cost.at(m) / ratio.low if ratio else None
 
     found: list[Range] = []
     for loop, left in gates:
-        found += gated(asked.fact, asked.dtype, asked.rates, asked.policy, loop, left, other)
+        known = asked.fact, asked.dtype, asked.rates, asked.policy
+        found += gated(*known, loop, left, other, partial(took, loop))
     return replace(decision, gated=tuple(found))
 
 

@@ -123,13 +123,14 @@ def kernel_cost(rate: KernelRate, rates: Rates, n: int, k: int, stored: int, rea
     It either waits for memory or follows straight lines between the measured M, up to the rows it takes; of the shorter
     of the two a share is added.
     """
-    memory = Line(rates.overhead + read / (rate.bandwidth or rates.bandwidth), 0.0)
-    points = [(m, rates.overhead + c * k + p * n * k + nonzero * stored) for m, c, p, nonzero in rate.points]
-    pieces = [Piece(lo, hi, (memory, line)) for lo, hi, line in through(points, rates.overhead)]
+    start = rates.overhead + rate.call
+    memory = Line(start + read / (rate.bandwidth or rates.bandwidth), 0.0)
+    points = [(m, start + c * k + p * n * k + nonzero * stored) for m, c, p, nonzero in rate.points]
+    pieces = [Piece(lo, hi, (memory, line)) for lo, hi, line in through(points, start)]
     if rate.most:
         pieces = [Piece(p.lo, min(p.hi, rate.most), p.lines) for p in pieces if p.lo <= rate.most]
         pieces.append(Piece(float(rate.most), math.inf, (Line(NEVER_S, 0.0),)))
-    return Cost(tuple(pieces)).mixed(rate.exposed, rates.overhead)
+    return Cost(tuple(pieces)).mixed(rate.exposed, start)
 
 
 def through(points: list[tuple[int, float]], start: float) -> Iterator[tuple[float, float, Line]]:

@@ -9,13 +9,13 @@ The zeros of x need no other op: sparsec::linear looks at x where the plan says 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch.fx import Graph, Node
 
 
-def only_needed(graph: Graph, calls: Sequence[tuple[Node, Node]]) -> int:
-    """``calls``: calls of ``sparsec::linear``, each with the node whose zeros say which outputs nobody reads.
+def only_needed(graph: Graph, calls: Sequence[tuple[Node, Node]], ops: Any) -> int:
+    """``calls``: calls of ``ops.linear``, each with the node whose zeros say which outputs nobody reads.
 
     A call waits for that node, so one that is read before it stays as it is. Returns how many were changed.
     """
@@ -23,13 +23,11 @@ def only_needed(graph: Graph, calls: Sequence[tuple[Node, Node]]) -> int:
     for call, needed in calls:
         place = {node: i for i, node in enumerate(graph.nodes)}
         first_use = min((place[user] for user in call.users), default=0)
-        if call.target is not torch.ops.sparsec.linear.default or place[needed] >= first_use:
+        if call.target is not ops.linear.default or place[needed] >= first_use:
             continue
         x, weight, bias, plan, *x_scale = call.args
         with graph.inserting_after(needed if place[needed] > place[call] else call):
-            new = graph.call_function(
-                torch.ops.sparsec.linear_needed.default, (x, [weight], bias, needed, plan, *x_scale)
-            )
+            new = graph.call_function(ops.linear_needed.default, (x, [weight], bias, needed, plan, *x_scale))
         new.meta = dict(call.meta)
         call.replace_all_uses_with(new)
         graph.erase_node(call)

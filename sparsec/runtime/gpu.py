@@ -1,4 +1,4 @@
-"""The ops of a graph on a GPU: sparsec_gpu::linear and ::conv2d, and the table that serves them.
+"""The ops of a graph on a GPU: sparsec_gpu::linear, ::linear_needed and ::conv2d, and the table that serves them.
 
 As on the CPU (``op.cpp``) a call receives the original weight and finds what was decided for it by identity: the
 TensorImpl (held weakly), data pointer and version. It is Python, since a kernel launch is; a CUDA graph records the
@@ -15,6 +15,7 @@ import functools
 import threading
 import warnings
 import weakref
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -30,12 +31,14 @@ from sparsec.codegen.triton.contract import Call, Family
 from sparsec.codegen.triton.launch import run
 from sparsec.errors import SparsecWarning
 from sparsec.runtime import library as on_cpu
+from sparsec.runtime.gpu_watch import Watch
 
 _libraries: list[torch_library.Library] = []  # a Library unregisters its ops when it is collected
 
 
 Config: TypeAlias = "tuple[tuple[str, int], ...]"  # tile sizes, splits and warps; see ``codegen/triton/contract``
 MANY = 1024  # numbers of rows that one route remembers what to do with
+MOST_PART = 8  # rows of x, and of what is needed, that kernels take which read a part of a weight
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class Route:
     """One range of M and what serves it.
 
     ``config``: for every M. ``tuned``: (M, config) as measured, M ascending; a config serves the M up to its own that
-    no smaller one does. Beyond them, and where nothing is said, the family's best guess for each M.
+    no smaller one does. Beyond them, and where nothing is said, the family's best guess for each M. ``watch``: of a
+    route that reads a part of the weight, in calls that leave little of it.
     """
 
     m_lo: int
@@ -52,6 +56,7 @@ class Route:
     loop: str
     config: Config | None = None
     tuned: tuple[tuple[int, Config], ...] = ()
+    watch: Watch | None = field(default=None, compare=False)
     known: dict[tuple[int, int], dict[str, int]] = field(default_factory=dict, repr=False, compare=False)
 
     def config_at(self, m: int) -> Config | None:
@@ -96,7 +101,12 @@ class Entry:
         return self.data == weight.data_ptr() and self.version == version_of(weight)
 
     def at(self, m: int) -> Route | None:
-        return next((r for r in self.routes if r.m_lo <= m <= r.m_hi), None)
+        """What reads all of the weight, for calls with ``m`` rows."""
+        return next((r for r in self.routes if r.watch is None and r.m_lo <= m <= r.m_hi), None)
+
+    def part(self, m: int, loop: str) -> Route | None:
+        """What reads a part of it: by ``skip`` or ``select``."""
+        return next((r for r in self.routes if r.watch and r.loop == loop and r.m_lo <= m <= r.m_hi), None)
 
 
 def version_of(weight: torch.Tensor) -> int:
@@ -147,14 +157,45 @@ def entry_of(weight: torch.Tensor, plan_text: str) -> Entry:
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, plan: str) -> torch.Tensor:
     """act(x @ W.T + bias): x [..., K] -> [..., N], of x's dtype, on the weight's device."""
     entry = entry_of(weight, plan)
+    rows, matrix = _operands(entry, x, weight)
+    return _rows(entry, rows, matrix, bias, plan, weight).view(*x.shape[:-1], matrix.shape[0])
+
+
+def linear_needed(
+    x: torch.Tensor, parts: Sequence[torch.Tensor], bias: torch.Tensor | None, needed: torch.Tensor, plan: str
+) -> torch.Tensor:
+    """As ``linear`` of the one weight in ``parts``, where nobody reads the outputs that meet only zeros of ``needed``
+    [..., N], whose leading sizes may be those of x or fewer; there y holds 0, or what ``linear`` gives."""
+    (weight,) = parts
+    entry = entry_of(weight, plan)
+    rows, matrix = _operands(entry, x, weight)
+    n = matrix.shape[0]
+    if needed.shape[-1] != n:
+        raise RuntimeError(
+            f"sparsec_gpu::linear_needed: there are {n} outputs, and what says which are needed is {needed.shape}"
+        )
+    wanted = needed.reshape(-1, n).contiguous()
+    part = entry.part(len(rows), "select") if 0 < len(wanted) <= MOST_PART and matrix.stride(1) == 1 else None
+    y = _part(entry, part, rows, bias, weight=matrix, needed=wanted) if part else None
+    if y is None:
+        y = _rows(entry, rows, matrix, bias, plan, weight)
+    elif entry.verify:
+        from sparsec.runtime.store import STORE
+
+        read = (wanted != 0).any(0)
+        STORE.verify(rows, matrix[read], None if bias is None else bias[read], y[:, read], plan)
+    return y.view(*x.shape[:-1], n)
+
+
+def _operands(entry: Entry, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x as [M, K], the weight as [N, K]."""
     matrix = weight.t() if entry.transposed else weight
     if x.shape[-1] != matrix.shape[1] or x.dtype != weight.dtype or x.device != weight.device:
         raise RuntimeError(
             f"sparsec_gpu::linear: x is {tuple(x.shape)} {x.dtype} on {x.device}, the weight {tuple(matrix.shape)} "
             f"{weight.dtype} on {weight.device}"
         )
-    y = _rows(entry, x.reshape(-1, matrix.shape[1]), matrix, bias, plan, weight)
-    return y.view(*x.shape[:-1], matrix.shape[0])
+    return x.reshape(-1, matrix.shape[1]), matrix
 
 
 def conv2d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, plan: str) -> torch.Tensor:
@@ -175,17 +216,13 @@ def _rows(
 ) -> torch.Tensor:
     """x [M, K] @ matrix [N, K].T, which is ``weight`` as the plan reads it."""
     m = x.shape[0]
-    route = entry.at(m) if m else None
-    if route is None:
+    part = entry.part(m, "skip") if m else None
+    y = _part(entry, part, x, bias) if part else None
+    route = entry.at(m) if m and y is None else None
+    if route is not None:
+        y = _tried(entry, route, x, bias)
+    if y is None:
         y = reference.ACT[entry.act](F.linear(x, matrix, bias))
-    else:
-        x = x if x.stride(1) == 1 else x.contiguous()
-        try:
-            y = product(route, x, bias, entry.act, entry.capability)
-        except Exception as error:  # a kernel that does not compile or launch: the answer must come out all the same
-            entry.routes = tuple(r for r in entry.routes if r is not route)
-            _say(route, error)
-            y = reference.ACT[entry.act](F.linear(x, matrix, bias))
     if entry.verify:
         from sparsec.runtime.store import STORE
 
@@ -193,23 +230,56 @@ def _rows(
     return y
 
 
+def _part(
+    entry: Entry, route: Route, x: torch.Tensor, bias: torch.Tensor | None, **more: torch.Tensor
+) -> torch.Tensor | None:
+    """The product by a kernel that reads a part of the weight; None where recent calls left too much of it."""
+    assert route.watch is not None
+    if not route.watch.tries(x):
+        return None
+    count = route.watch.counter(x)
+    y = _tried(entry, route, x, bias, **more, **({} if count is None else {"count": count}))
+    if y is not None and count is not None:
+        route.watch.note(count)
+    return y
+
+
+def _tried(
+    entry: Entry, route: Route, x: torch.Tensor, bias: torch.Tensor | None, **more: torch.Tensor
+) -> torch.Tensor | None:
+    """None where the kernel does not compile or launch: the answer must come out all the same."""
+    try:
+        return product(route, x if x.stride(1) == 1 else x.contiguous(), bias, entry.act, entry.capability, **more)
+    except Exception as error:
+        entry.routes = tuple(r for r in entry.routes if r is not route)
+        _say(route, error)
+        return None
+
+
 def _say(route: Route, error: Exception) -> None:
     what = f"{route.packed.format} {route.loop} on a {route.packed.shape[0]}x{route.packed.shape[1]} weight"
-    reason = f"{what} failed ({type(error).__name__}: {error}), so these rows run dense from now on"
+    then = "it is not tried again" if route.watch else "these rows run dense from now on"
+    reason = f"{what} failed ({type(error).__name__}: {error}), so {then}"
     warnings.warn(f"sparsec: {reason}", SparsecWarning, stacklevel=2)
 
 
 def product(
-    route: Route, x: torch.Tensor, bias: torch.Tensor | None = None, act: str = "", capability: int = 90
+    route: Route,
+    x: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    act: str = "",
+    capability: int = 90,
+    **more: torch.Tensor,
 ) -> torch.Tensor:
     """One kernel on one packed weight: x [M, K], unit inner stride -> [M, N]. Raises what Triton raises.
 
-    Outside of Triton a call takes 14 to 22 us of Python, most of it the making of launches.
+    ``more``: of the ``Call`` of kernels that read a part of the weight. Outside of Triton a call takes 14 to 22 us of
+    Python, most of it the making of launches.
     """
     y = x.new_empty((x.shape[0], route.packed.shape[0]))
     config = route.config_for(x.shape[0], capability)
     with device_of(x):
-        run(route.family.launches(route.packed, route.loop, Call(x, y, bias, act, capability), config))
+        run(route.family.launches(route.packed, route.loop, Call(x, y, bias, act, capability, **more), config))
     return y
 
 
@@ -223,8 +293,15 @@ def load() -> None:
     """Make ``torch.ops.sparsec_gpu.*`` exist in this process."""
     library: Any = torch_library.Library("sparsec_gpu", "FRAGMENT")  # type: ignore[no-untyped-call]
     tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-    for name, function, shape in (("linear", linear, on_cpu._linear_shape), ("conv2d", conv2d, on_cpu._conv_shape)):
-        library.define(f"{name}(Tensor x, Tensor weight, Tensor? bias, str plan) -> Tensor", tags=tags)
+    one = "Tensor x, Tensor weight, Tensor? bias, str plan"
+    ops = (
+        ("linear", one, linear, on_cpu._linear_shape),
+        ("linear_needed", "Tensor x, Tensor[] parts, Tensor? bias, Tensor needed, str plan", linear_needed,
+         on_cpu._needed_shape),
+        ("conv2d", one, conv2d, on_cpu._conv_shape),
+    )  # fmt: skip
+    for name, takes, function, shape in ops:
+        library.define(f"{name}({takes}) -> Tensor", tags=tags)
         library.impl(name, function, "CompositeExplicitAutograd")
         torch_library.register_fake(f"sparsec_gpu::{name}", shape, lib=library)
     _libraries.append(library)

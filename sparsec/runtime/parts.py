@@ -12,7 +12,7 @@ import torch
 from sparsec import targets
 from sparsec.codegen import cpp, triton
 from sparsec.codegen.spec import Kernel, KernelSpec, Packed
-from sparsec.facts import Decision, Range
+from sparsec.facts import Decision, Range, WeightFact
 from sparsec.formats import Format
 from sparsec.options import Policy
 from sparsec.passes.decide.candidates import PARTS_OF_WEIGHT
@@ -34,6 +34,16 @@ def needed(decision: Decision, plan: Plan) -> list[Range]:
 def gated(decision: Decision, plan: Plan) -> list[Range]:
     """The ranges that serve calls whose activations are sparse; of a graph made for one M only that one."""
     return [r for r in decision.gated if not plan.m or r.holds(plan.m)]
+
+
+def of_whole(part: Range, fact: WeightFact) -> int:
+    """How many columns or outputs a range that reads a part of the weight could leave out."""
+    return fact.k if part.kernel == "skip" else fact.n
+
+
+def most_left(part: Range, fact: WeightFact) -> int:
+    """Up to how many of them such a range pays."""
+    return int(part.below * of_whole(part, fact))
 
 
 def runs_dense(decision: Decision, plan: Plan) -> bool:

@@ -27,17 +27,21 @@ from sparsec.facts import Decision, Range, Site, WeightFact
 from sparsec.formats import Format
 from sparsec.options import Policy
 from sparsec.passes.decide import decide, dense_decision
+from sparsec.passes.decide.candidates import PARTS_OF_WEIGHT
 from sparsec.passes.decide.conv import conv_rates
 from sparsec.passes.graph import DTYPES
 from sparsec.passes.profile.weights import profile
 from sparsec.plan import Plan
 from sparsec.records import CompileRecord, LayerRecord
 from sparsec.runtime import gpu
+from sparsec.runtime.gpu_watch import Watch
 from sparsec.runtime.parts import (
     FOREVER,
     computed,
     matrix,
+    most_left,
     needed,
+    of_whole,
     pack_key,
     rounds,
     route,
@@ -160,8 +164,9 @@ class Store:
 
         target, dtype = target_of(weight, policy), DTYPES[weight.dtype]
         ms = (plan.m,) if plan.m else CONV_MS if plan.conv else ()
-        measured = measured_for(matrix(weight, plan), fact, dtype, target, policy, ms, plan.x_type, plan.conv)
         rates, gates = _rates(fact, dtype, target, plan), gates_of(fact, plan)
+        said = ms, plan.x_type, plan.conv, gates
+        measured = measured_for(matrix(weight, plan), fact, dtype, target, policy, *said)
         return decide(fact, dtype, target, rates, policy, measured, plan.x_type, gates)
 
     def install(
@@ -198,8 +203,7 @@ class Store:
             packed = packs[pack_key(part, target)]
             kernel = self.kernel(part, weight.dtype, plan.policy)
             hi = FOREVER if part.m_hi is None else part.m_hi
-            most = int(part.below * (fact.k if part.kernel == "skip" else fact.n))
-            table += route(part.m_lo, hi, kernel, packed, len(tensors), most)
+            table += route(part.m_lo, hi, kernel, packed, len(tensors), most_left(part, fact))
             tensors += [*packed.tensors, packed.work]
         dense = weight if plan.w and (plan.policy.verify or runs_dense(decision, plan)) else None
         self._put(owners, plan_text, weight, tensors, table, dense=dense)
@@ -326,8 +330,10 @@ def _route_on_gpu(
         from sparsec.tune_gpu import tuned_configs
 
         dtype = DTYPES[weight.dtype]
-        tuned = tuned_configs(matrix(weight, plan), fact, dtype, part, packed, target, plan.policy)
-    return gpu.Route(part.m_lo, part.m_hi or FOREVER, packed, part.kernel, tuned=tuned)
+        known = matrix(weight, plan), fact, dtype, part, packed, target, plan.policy
+        tuned = tuned_configs(*known, gates_of(fact, plan))
+    watch = Watch(most_left(part, fact), of_whole(part, fact)) if part.kernel in PARTS_OF_WEIGHT else None
+    return gpu.Route(part.m_lo, part.m_hi or FOREVER, packed, part.kernel, tuned=tuned, watch=watch)
 
 
 def uses(impl: int, plan_text: str) -> int:

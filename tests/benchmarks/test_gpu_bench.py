@@ -19,6 +19,7 @@ from benchmarks.gpu.results import Results, markdown, slug, tally
 from benchmarks.gpu.rows import MS, REGIMES, SHAPES, TARGETS, Row, everything, pending, quick, verdict
 from benchmarks.gpu.run import ATTEMPTS, ProcessWorker, WorkerGone, run
 from sparsec.errors import BadOptionValue
+from sparsec.formats import Format
 from sparsec.timing import speedup
 from sparsec.timing_gpu import CALLS, COPIES, alternate, calls_of, copies_of
 
@@ -90,12 +91,10 @@ def test_verdicts() -> None:
     assert verdict(only, 1.0) == "below stretch"
 
 
-def test_regimes_name_formats_that_exist_or_gates() -> None:
-    from sparsec.codegen.triton.samples import format_of
-
+def test_regimes_name_formats_that_exist() -> None:
     for regime in REGIMES.values():
         for name in (regime.weight, *regime.formats):
-            assert str(format_of(name)) == name
+            assert str(Format.parse(name)) == name
 
 
 @pytest.mark.parametrize("size", [1 << 20, 6 << 20, 33 << 20, 90 << 20, 470 << 20])

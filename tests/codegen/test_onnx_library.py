@@ -21,7 +21,8 @@ from sparsec.codegen import cpp, reference
 from sparsec.codegen.onnx import bodies
 from sparsec.codegen.onnx.ops import DOMAIN, LAYOUT, STANDARD, Op, compile_library
 
-BITMAP, INTEGER = STANDARD
+BITMAP, INTEGER, FIXED = STANDARD
+X_SCALE = 1 / 64  # of operators that round all of x with one; clips what is beyond 2
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,14 @@ def tensors_of(op: Op, weight: torch.Tensor, bias: torch.Tensor) -> dict[str, np
 
 def a_model(op: Op, shape: tuple[int, int], tensors: dict[str, np.ndarray[Any, Any]], **said: Any) -> onnx.ModelProto:
     n, k = shape
-    attributes = {"n": n, "k": k, "outer_from": 8, "version": LAYOUT, **said}
+    attributes = {
+        "n": n,
+        "k": k,
+        "outer_from": 8,
+        "version": LAYOUT,
+        **({"x_scale": X_SCALE} if op.fixed else {}),
+        **said,
+    }
     node = helper.make_node(op.name, ["x", *tensors], ["y"], domain=DOMAIN, **attributes)
     graph = helper.make_graph(
         [node],
@@ -72,7 +80,7 @@ def a_session(model: onnx.ModelProto, library: Path | None) -> onnxruntime.Infer
 
 
 def wanted(op: Op, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    return (reference.quantised(x) if op.x else x) @ weight.t() + bias
+    return (reference.quantised(x, X_SCALE if op.fixed else 0.0) if op.x else x) @ weight.t() + bias
 
 
 @pytest.mark.parametrize("op", STANDARD, ids=lambda op: op.name)
@@ -94,16 +102,32 @@ def test_an_operator_computes_the_reference_with_the_library_and_without(
 
 
 @pytest.mark.parametrize("ours", [True, False], ids=["library", "plain"])
+@pytest.mark.parametrize("op", [INTEGER, FIXED], ids=lambda op: op.name)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_row_that_cannot_be_rounded_gives_nan(library: Path, ours: bool, value: float) -> None:
-    op = next(op for op in STANDARD if op.x)
+def test_a_row_that_cannot_be_rounded_gives_nan(library: Path, op: Op, ours: bool, value: float) -> None:
     weight, bias, x = a_weight(op, 32, 64, 0.5), torch.randn(32), torch.randn(3, 64)
     x[1, 5] = value
     (y,) = a_session(a_model(op, (32, 64), tensors_of(op, weight, bias)), library if ours else None).run(
         None, {"x": x.numpy()}
     )
+    if op.fixed and np.isinf(value):  # one scale for all clips it
+        want = wanted(op, x, weight, bias)
+        torch.testing.assert_close(torch.from_numpy(y), want, rtol=1e-4, atol=1e-4)
+        return
     assert np.isfinite(y).all(1).tolist() == [True, False, True]
     assert np.isnan(y[1]).all()
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf"), 3e38])
+def test_a_scale_that_rounds_nothing_is_refused(library: Path, scale: float) -> None:
+    tensors = tensors_of(FIXED, a_weight(FIXED, 32, 64, 0.5), torch.randn(32))
+    with pytest.raises(Exception, match="x_scale is out of range"):
+        a_session(a_model(FIXED, (32, 64), tensors, x_scale=scale), library)
+    model = a_model(FIXED, (32, 64), tensors)
+    del model.functions[:]
+    model.graph.node[0].attribute.remove(next(a for a in model.graph.node[0].attribute if a.name == "x_scale"))
+    with pytest.raises(Exception, match="an attribute is missing"):
+        a_session(model, library)
 
 
 def test_an_operator_without_kernel_and_body_is_refused_by_name(library: Path) -> None:

@@ -10,13 +10,13 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles kernels, and this process interprets them", allow_module_level=True)
 
-from sparsec.codegen.triton import FAMILIES, census, family  # noqa: E402
+from sparsec.codegen.triton import FAMILIES, GATES, census, family  # noqa: E402
 
 # Main loops that do not read the weight in 16-byte loads: eight values of a byte are a block; three are a group.
 NARROW = {"index": {"index+int8"}, "nm": {"nm:3:32+bf16"}}
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", [*FAMILIES, *GATES])
 def test_a_family_compiles_to_the_stored_counts_without_spills(kind: str, pytestconfig: pytest.Config) -> None:
     """One test a family, whatever it shows: to compile one takes long, and processes share no fixtures."""
     counted = tuple(census.count(kinds=(kind,)))
@@ -36,4 +36,4 @@ def test_a_family_compiles_to_the_stored_counts_without_spills(kind: str, pytest
 
 
 def test_the_file_counts_the_registered_families_alone() -> None:
-    assert {c.kind for c in census.stored()} == set(FAMILIES)
+    assert {c.kind for c in census.stored()} == {*FAMILIES, *GATES}

@@ -13,6 +13,7 @@ from sparsec.passes.decide import decide
 from sparsec.passes.decide.gates import MARGIN, gated
 from sparsec.passes.decide.words import gates
 from sparsec.targets.base import DenseRate, KernelRate, Rates
+from sparsec.timing import Ratio
 
 CPU = targets.resolve("cpu:portable")
 
@@ -91,3 +92,32 @@ def test_the_sentence_says_from_which_share_of_zeros_on() -> None:
     some = Range(1, 1, "panel+fp32", "skip", 1.0, 0.5, below=0.6)
     assert gates((some,)) == ["where x is zero, columns are skipped, in calls that leave out at least 40 %"]
     assert gates(()) == []
+
+
+def measured(ratio: float, at: int = 1, loop: str = "skip") -> dict[tuple[str, str, int], Ratio]:
+    return {("panel+fp32", loop, at): Ratio(ratio, ratio, ratio)}
+
+
+def test_a_kernel_that_is_slower_than_its_model_is_asked_for_less() -> None:
+    known, weight, said = rates(), fact(), Policy()
+    plain = decide(weight, "fp32", CPU, known, said, gates=(("skip", 0.2),)).gated[0]
+    expected = plain.dense_s / plain.ours_s
+    slower = decide(weight, "fp32", CPU, known, said, measured(expected / 2), gates=(("skip", 0.2),)).gated[0]
+    faster = decide(weight, "fp32", CPU, known, said, measured(expected * 2), gates=(("skip", 0.2),)).gated[0]
+    assert slower.below == pytest.approx(plain.below * MARGIN / said.min_speedup / 2, rel=0.01)
+    assert faster.below > plain.below
+    assert slower.ours_s == pytest.approx(2 * plain.ours_s)
+
+
+def test_what_was_measured_at_one_number_of_rows_says_something_of_others_and_of_no_other_loop() -> None:
+    said = (("skip", 0.2), ("select", 0.2))
+    plain = decide(fact(), "fp32", CPU, rates(), Policy(), gates=said).gated
+    found = decide(fact(), "fp32", CPU, rates(), Policy(), measured(0.5, at=2), gates=said).gated
+    assert not [r for r in found if r.kernel == "skip"]  # slower than dense at 2, so nowhere
+    assert [r for r in found if r.kernel == "select"] == [r for r in plain if r.kernel == "select"]
+
+
+def test_measurements_of_parts_do_not_decide_how_calls_without_zeros_run() -> None:
+    plain = decide(fact(), "fp32", CPU, rates(), Policy())
+    found = decide(fact(), "fp32", CPU, rates(), Policy(), measured(3.0), gates=(("skip", 0.2),))
+    assert (found.ranges, found.source, found.reason) == (plain.ranges, plain.source, plain.reason)

@@ -250,20 +250,22 @@ def test_layers_that_follow_each_other_are_all_replaced(tmp_path: Path) -> None:
     torch.testing.assert_close(run(path, x)[0], model(x), rtol=1e-4, atol=1e-5)
 
 
-def test_layers_that_round_their_inputs_run_integer_kernels(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["int8", "int8-static"])
+def test_layers_that_round_their_inputs_run_integer_kernels(tmp_path: Path, how: str) -> None:
     torch.manual_seed(0)
-    model = Layers().eval()
-    recipe = [{"method": "magnitude", "sparsity": 0.8}, {"method": "rtn", "bits": 8, "activations": "int8"}]
-    sparsec.sparsify(model, recipe, progress=False)
+    model, data = Layers().eval(), [torch.randn(8, 96) for _ in range(4)]
+    recipe = [{"method": "magnitude", "sparsity": 0.8}, {"method": "rtn", "bits": 8, "activations": how}]
+    sparsec.sparsify(model, recipe, data, progress=False)
     path = tmp_path / "model.onnx"
     report = export_onnx(model, (torch.randn(2, 3, 96),), path, min_speedup=0)
     assert [layer.decision for layer in report.layers] == ["bitmap+int8", "bitmap+int8"]
     ops = {node.op_type for node in onnx.load(path).graph.node}
     assert not ops & {"Round", "Clip", "ReduceMax", "MatMul"}
-    x = torch.randn(5, 3, 96)
-    for ours in (True, False):
-        (y,) = run(path, x, ours=ours)
-        torch.testing.assert_close(y, model(x), rtol=1e-3, atol=2e-2 * float(model(x).abs().max()))
+    assert ("Linear_bitmap_int8_x8_fixed" in ops) == (how == "int8-static")
+    for x in (torch.randn(5, 3, 96), 5 * torch.randn(2, 3, 96)):
+        for ours in (True, False):
+            (y,) = run(path, x, ours=ours)
+            torch.testing.assert_close(y, model(x), rtol=1e-3, atol=2e-2 * float(model(x).abs().max()))
 
 
 def test_explain_reads_a_file_of_any_tool_and_one_of_ours(

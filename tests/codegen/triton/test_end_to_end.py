@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import sparsec
+from sparsec.meter import meters
 from sparsec.passes.quantize.contract import Grid
 from sparsec.runtime import gpu
 
@@ -168,3 +169,74 @@ def test_weights_on_a_grid_run_from_their_codes(bits: int, group: int, format: s
         torch.testing.assert_close(fast(x), model(x), atol=2e-2, rtol=2e-2)
     (entry,) = (e for e in gpu.TABLE.entries.values() if e.weight() is layer.weight)
     assert {str(route.packed.format) for route in entry.routes} == {format}
+
+
+class Gated(nn.Module):
+    """relu(gate) * up -> down; about one gate in six is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.up, self.down = nn.Linear(96, 320), nn.Linear(96, 320), nn.Linear(320, 96)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.relu(self.gate(x) - 0.6) * self.up(x))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_halves_of_a_gated_mlp_read_a_part_of_their_weights(dtype: torch.dtype) -> None:
+    model = Gated().to(dtype).eval()
+    fast = torch.compile(model, backend="sparsec", options={**TARGET, "verify": True}, dynamic=True)
+    with torch.inference_mode():
+        for rows in (1, 1, 3, 8, 40):
+            x = torch.randn(rows, 96).to(dtype)
+            torch.testing.assert_close(fast(x), model(x), atol=2e-2 if dtype == torch.bfloat16 else 1e-4, rtol=2e-2)
+        for name in ("up", "down"):
+            found = [m for m in meters() if m.name == name and m.calls]  # one for each graph
+            assert sum(m.skipped for m in found) == sum(m.calls for m in found) == 4  # 40 rows are not asked
+            assert all(0.1 < m.left < 0.9 for m in found)
+        x = torch.randn(2, 3, 96).to(dtype)
+        torch.testing.assert_close(fast(x), model(x), atol=2e-2 if dtype == torch.bfloat16 else 1e-4, rtol=2e-2)
+
+
+def test_a_layer_whose_zeros_are_gone_runs_as_without_them_and_comes_back() -> None:
+    model = Gated().eval()
+    fast = torch.compile(model, backend="sparsec", options=TARGET)
+    x = torch.randn(1, 96)
+    with torch.inference_mode():
+        fast(x)
+        watches = [r.watch for e in gpu.TABLE.entries.values() for r in e.routes if r.watch and r.watch.calls]
+        for watch in watches:
+            watch.most = 0
+        for _ in range(6):
+            torch.testing.assert_close(fast(x), model(x), atol=1e-4, rtol=1e-4)
+        assert all(w.resting and w.skipped < w.calls for w in watches)
+        for watch in watches:
+            watch.most, watch.resting = watch.whole, 1
+        for _ in range(3):
+            fast(x)
+    assert not any(w.resting for w in watches)
+
+
+def test_a_kernel_that_fails_on_a_part_leaves_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsec.codegen.triton import family
+    from sparsec.errors import SparsecWarning
+
+    def out_of_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    model = Gated().eval()
+    fast, x = torch.compile(model, backend="sparsec", options=TARGET), torch.randn(1, 96)
+    for kind in ("gated", "chosen"):
+        monkeypatch.setattr(type(family(kind)), "launches", out_of_memory)
+    with torch.inference_mode():
+        with pytest.warns(SparsecWarning, match="no room.* it is not tried again"):
+            torch.testing.assert_close(fast(x), model(x), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(fast(x), model(x), atol=1e-4, rtol=1e-4)
+
+
+def test_explain_names_the_zeros_on_a_gpu() -> None:
+    report = sparsec.explain(Gated().eval(), torch.randn(1, 96), options=TARGET)
+    said = {layer.name: layer.reason for layer in report.layers}
+    assert "columns are skipped" in said["down"]
+    assert "only rows that are read are computed" in said["up"]

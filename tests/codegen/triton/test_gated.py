@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from sparsec.codegen import reference
 from sparsec.codegen.spec import ACTS
 from sparsec.codegen.triton import family, pack_verified
-from sparsec.codegen.triton.contract import Call
-from sparsec.codegen.triton.gated import FAMILY, Gate
+from sparsec.codegen.triton.contract import Call, Gate
+from sparsec.codegen.triton.gated import FAMILY
 from sparsec.codegen.triton.launch import run
 from sparsec.errors import PatternMismatch
 from sparsec.formats import Format, Pattern
@@ -24,11 +24,11 @@ def product(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, act: str, gate: Gate, config: int = 0
 ) -> torch.Tensor:
     values = next(name for name, dtype in DTYPES.items() if dtype == x.dtype)
-    packed = pack_verified(weight, Format(Pattern("gated"), values), "test")
+    packed = pack_verified(weight, Format(Pattern("panel"), values), "test", "skip")
     y = torch.full((len(x), len(weight)), float("nan"), dtype=x.dtype)
-    configs = FAMILY.configs(packed, "threshold", len(x), 90)
+    configs = FAMILY.configs(packed, "skip", len(x), 90)
     chosen = configs[min(config, len(configs) - 1)]
-    run(FAMILY.launches(packed, "threshold", Call(x, y, bias, act), chosen, gate))
+    run(FAMILY.launches(packed, "skip", Call(x, y, bias, act, gate=gate), chosen))
     return y
 
 
@@ -65,9 +65,9 @@ def test_the_list_is_ascending_and_holds_what_some_row_keeps() -> None:
     x = torch.zeros(2, 3000)
     x[0, [3, 1024, 2999]] = torch.tensor([1.0, -2.0, 3.0])
     x[1, [3, 7]] = torch.tensor([4.0, 0.25])
-    packed = FAMILY.pack(torch.zeros(16, 3000), Format(Pattern("gated"), "fp32"), "test")
-    call, config = Call(x, torch.empty(2, 16)), FAMILY.configs(packed, "threshold", 2, 90)[0]
-    lists = FAMILY.launches(packed, "threshold", call, config, 0.5)[0]
+    packed = FAMILY.pack(torch.zeros(16, 3000), Format(Pattern("panel"), "fp32"), "test")
+    call, config = Call(x, torch.empty(2, 16), gate=0.5), FAMILY.configs(packed, "skip", 2, 90)[0]
+    lists = FAMILY.launches(packed, "skip", call, config)[0]
     run([lists])
     assert lists.args["COUNT"].tolist() == [3]
     assert lists.args["INDEX"][:3].tolist() == [3, 1024, 2999]
@@ -108,12 +108,12 @@ def test_splits_do_not_change_the_result_from_run_to_run() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    packed = FAMILY.pack(torch.zeros(8, 16), Format(Pattern("gated"), "fp32"), "test")
-    config = FAMILY.configs(packed, "threshold", 1, 90)[0]
+    packed = FAMILY.pack(torch.zeros(8, 16), Format(Pattern("panel"), "fp32"), "test")
+    config = FAMILY.configs(packed, "skip", 1, 90)[0]
     with pytest.raises(PatternMismatch, match="float32"):
-        FAMILY.pack(torch.zeros(8, 16), Format(Pattern("gated"), "bf16"), "test")
+        FAMILY.pack(torch.zeros(8, 16), Format(Pattern("panel"), "bf16"), "test")
     with pytest.raises(ValueError, match="8 rows"):
-        FAMILY.launches(packed, "threshold", Call(torch.zeros(9, 16), torch.zeros(9, 8)), config)
+        FAMILY.launches(packed, "skip", Call(torch.zeros(9, 16), torch.zeros(9, 8)), config)
     with pytest.raises(ValueError, match="16 thresholds"):
-        FAMILY.launches(packed, "threshold", Call(torch.zeros(1, 16), torch.zeros(1, 8)), config, torch.zeros(8))
+        FAMILY.launches(packed, "skip", Call(torch.zeros(1, 16), torch.zeros(1, 8), gate=torch.zeros(8)), config)
     assert family("gated") is FAMILY

@@ -14,7 +14,7 @@ from benchmarks.gpu.contenders import kinds_of
 from benchmarks.gpu.measure import Session, measure
 from benchmarks.gpu.results import HEADERS, cells
 from benchmarks.gpu.rows import REGIMES, Row
-from sparsec.codegen.triton.samples import format_of
+from sparsec.formats import Format
 from sparsec.timing_gpu import HostTimer
 from tests.gpu import device_checks
 from tests.gpu.device_checks import cases, check, registered
@@ -102,7 +102,7 @@ def test_a_row_of_every_kind_is_measured_or_says_why_not(
     session.configs = 1
     row = Row(regime, 128, 256, 1)
     found = measure(row, session)
-    kinds = {name: kinds_of(format_of(name)) for name in REGIMES[regime].formats}
+    kinds = {name: kinds_of(Format.parse(name)) for name in REGIMES[regime].formats}
     assert bool(found["best"]) == any(kinds.values())
     silent = [name for name, packers in kinds.items() if not packers]
     assert all(any(note.startswith(f"{name}: ") for note in found["notes"]) for name in silent)

@@ -102,3 +102,24 @@ def test_a_guess_is_made_once_for_each_number_of_rows(monkeypatch: pytest.Monkey
         x = torch.randn(m, 64)
         torch.testing.assert_close(gpu.product(route, x), x @ weight.T)
     assert asked == [1, 4]
+
+
+def test_kernels_that_read_a_part_are_records_with_the_share_that_is_left(tmp_path: Path) -> None:
+    class Mlp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.up, self.down = nn.Linear(96, 64), nn.Linear(96, 64), nn.Linear(64, 96)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(torch.relu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
+
+    torch._dynamo.reset()
+    model, x = Mlp().eval(), torch.randn(1, 96)
+    said = {**options(tmp_path), "formats": ["panel"]}
+    with torch.inference_mode():
+        torch.testing.assert_close(torch.compile(model, backend="sparsec", options=said)(x), model(x))
+    loops = {r.key.loop.partition(",")[0] for r in Database(tmp_path).all()}
+    assert loops == {"skip@left=0.30", "select@left=0.30"}
+    routes = {r.loop: r for e in gpu.TABLE.entries.values() for r in e.routes if r.watch and r.watch.calls}
+    assert set(routes) == {"skip", "select"}
+    assert all(route.config_at(1) for route in routes.values())
