@@ -61,14 +61,19 @@ class Watch:
 
     def tries(self, x: torch.Tensor) -> bool:
         """Whether this call takes the kernel that skips. To be asked once a call, before ``counter``."""
-        if self.coming and not _recording(x) and self.coming.here:
-            self._take(int(self.coming.host))
+        if not _recording(x):
+            self.collect()
         self.calls += 1
         if self.resting:
             self.resting -= 1
             return False
         self.skipped += 1
         return True
+
+    def collect(self) -> None:
+        """Take in the count that is on its way, if it is here."""
+        if self.coming and self.coming.here:
+            self._take(int(self.coming.host))
 
     def counter(self, x: torch.Tensor) -> torch.Tensor | None:
         """Where this call's count is to be written; None where nobody will look at it."""
