@@ -38,7 +38,7 @@ from sparsec.measure_calls import (
     tune_log,
 )
 from sparsec.measure_conv import dense_conv, gather_rate
-from sparsec.measure_kernels import SIDE, TORCH, Text, compile_all, direct, kernel_texts, measure_kernel
+from sparsec.measure_kernels import MOST_EXPOSED, SIDE, TORCH, Text, compile_all, direct, kernel_texts, measure_kernel
 from sparsec.passes.decide.candidates import allowed, formats_of, patterns
 from sparsec.passes.decide.cost import kernel_cost
 from sparsec.passes.decide.gates import KINDS
@@ -47,7 +47,7 @@ from sparsec.targets import reference
 from sparsec.targets.base import DenseRate, KernelRate, Rates, Target
 from sparsec.targets.cuda import GpuTarget
 
-VERSION = "13"  # of what is measured and how; another one measures again
+VERSION = "14"  # of what is measured and how; another one measures again
 MS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 # Measured even where a weight does not have the pattern: `explain` says what it would give.
 USUAL = ("panel", "bitmap", "index", "nm:2:4")
@@ -251,7 +251,10 @@ def _machine_from_json(value: dict[str, Any]) -> Rates:
 def _kernel_from_json(value: dict[str, Any]) -> KernelRate:
     points = tuple((int(m), float(c), float(p), float(nonzero)) for m, c, p, nonzero in value["points"])
     position, kept = value.get("stored", (0.0, 0.0))
-    rate = KernelRate(**{**value, "points": points, "stored": (float(position), float(kept))})  # JSON has no tuples
-    if not points or rate.bandwidth < 0 or not 0 <= rate.exposed <= 1 or any(min(p) < 0 or p[0] < 1 for p in points):
+    exposed = tuple((float(share), float(found)) for share, found in value["exposed"])
+    tuples = {"points": points, "stored": (float(position), float(kept)), "exposed": exposed}  # JSON has none
+    rate = KernelRate(**{**value, **tuples})
+    wrong = rate.bandwidth < 0 or any(min(p) < 0 or p[0] < 1 for p in points) or list(exposed) != sorted(exposed)
+    if not points or wrong or any(not 0 <= share <= 1 or not 0 <= found <= MOST_EXPOSED for share, found in exposed):
         raise ValueError("not a rate")
     return rate

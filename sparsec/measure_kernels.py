@@ -44,15 +44,15 @@ TORCH = {name: dtype for dtype, name in DTYPES.items()}
 SIDE = 1024
 _SMALL = (256, 2048)  # fits the second-level cache in most formats, while x of many rows does not fit the first
 _FEW = 128  # columns of one tile that take no time beside the call itself
-_LARGE = (2048, 2048)
-# Of kernels that read a part: columns and rows as long as layers have them, for each is read at a place of its own.
-_LARGE_PART = (4096, 4096)
+# Of calls from memory: as layers of language models are. Smaller ones are read at half the speed, for what a call costs
+# that finds nothing in any cache; and of kernels that read a part each column or row is at a place of its own.
+_LARGE = (4096, 4096)
 _LEAST_S = 1e-3  # of one timing; shorter calls are repeated
 _LOOP_MS = {"dot": (1, 2, 4, 8, 16, 64), "outer": (8, 16, 64, 256), **dict.fromkeys(PARTS_OF_WEIGHT, (1, 2, 4, 8))}
 _OTHER_MS = (1, 8, 64)
 _DENSITIES = (0.5, 0.2, 0.05)
-EXPOSED = [i / 10 for i in range(1, 11)]  # shares of ``KernelRate.exposed`` that are tried
-USUALLY_EXPOSED = 0.4  # of kernels that are measured at one density
+USUALLY_EXPOSED = 0.4  # of the shorter of memory and arithmetic, where a weight keeps most: the longer hides the rest
+MOST_EXPOSED = 2.0  # of what the model has no better name for
 FASTEST = 1.25  # times what a sum over a buffer reads: what is hidden behind arithmetic is not said to be faster
 _LEFT = 0.25  # share of columns or rows that kernels of activation sparsity are measured with
 
@@ -165,29 +165,28 @@ class Cold:
     dense: float  # bytes per second
 
 
-def memory_of(rate: KernelRate, machine: Rates, cold: list[Cold]) -> tuple[float, float]:
+def memory_of(rate: KernelRate, machine: Rates, cold: list[Cold]) -> tuple[float, tuple[tuple[float, float], ...]]:
     """(bandwidth over dense's, ``exposed``) by which calls from memory take as long as they did.
 
-    ``rate``: its arithmetic, of one thread. From two calls of unequal density both numbers; from one the bandwidth
-    alone, with USUALLY_EXPOSED. For kernels that read a part of a weight all is in the bandwidth.
+    ``rate``: its arithmetic, of one thread. The first call, which reads most, tells the bandwidth, USUALLY_EXPOSED of
+    the shorter time taken for granted; with it each call tells what its own density exposes. For kernels that read a
+    part of a weight all is in the bandwidth.
     """
     _, column, position, value = rate.points[0]
     works = [(column * c.k + position * c.positions + value * c.stored) / machine.scaling for c in cold]
-    shares = [0.0] if rate.loop in PARTS_OF_WEIGHT else [USUALLY_EXPOSED] if len(cold) == 1 else EXPOSED
-
-    def waiting(share: float) -> float:
-        """Seconds for memory of the first call."""
-        total, work = cold[0].seconds, works[0]
-        waits = total - share * work if total >= (1 + share) * work else (total - work) / max(share, 0.1)
-        return max(waits, cold[0].read / (FASTEST * machine.bandwidth))
-
-    def wrong(share: float) -> float:
-        per_byte = waiting(share) / cold[0].read
-        told = [sorted((per_byte * c.read, work)) for c, work in zip(cold, works, strict=True)]
-        return max(abs(math.log((b + share * a) / c.seconds)) for (a, b), c in zip(told, cold, strict=True))
-
-    share = min(shares, key=wrong)
-    return cold[0].read / waiting(share) / cold[0].dense, share
+    usual = 0.0 if rate.loop in PARTS_OF_WEIGHT else USUALLY_EXPOSED
+    total, work = cold[0].seconds, works[0]
+    waits = total - usual * work if total >= (1 + usual) * work else (total - work) / max(usual, 0.1)
+    per_byte = max(waits / cold[0].read, 1 / (FASTEST * machine.bandwidth))
+    bandwidth = 1 / per_byte / cold[0].dense
+    if not usual:
+        return bandwidth, ()
+    found = []
+    for c, work in zip(cold, works, strict=True):
+        short, long = sorted((per_byte * c.read, work))
+        share = (c.seconds - long) / short if short > 0 else 0.0
+        found.append((c.stored / c.positions, min(max(share, 0.0), MOST_EXPOSED)))
+    return bandwidth, tuple(sorted(found))
 
 
 def _try(
@@ -228,24 +227,23 @@ def _densities(pattern: Pattern) -> tuple[float, ...]:
 
 def _streamed(t: Text, target: Target, machine: Rates, cache: Path) -> tuple[list[Cold], bool]:
     """Calls whose weights are in no cache, beside those of a dense fp32 linear at the same time."""
-    large = _LARGE_PART if t.spec.loop in PARTS_OF_WEIGHT else _LARGE
     cold, m = cold_bytes(target), _LOOP_MS.get(t.spec.loop, _OTHER_MS)[0]
-    x = torch.randn(m, large[1]).to(TORCH[t.spec.dtype])
-    parts = _parts(t, *large)
+    x = torch.randn(m, _LARGE[1]).to(TORCH[t.spec.dtype])
+    parts = _parts(t, *_LARGE)
     calls: dict[str, Callable[[], object]] = {}
     found = {}
     for density in _densities(t.pattern)[: 1 if t.spec.loop in PARTS_OF_WEIGHT else 2]:
-        sampled, stored = sample(t.pattern, *large, density, t.values)
+        sampled, stored = sample(t.pattern, *_LARGE, density, t.values)
         weight = sampled.to(TORCH[t.spec.dtype])
         first = direct(weight, t.spec, target, cache)
         size = first.packed.bytes or weight.nbytes  # no pack: the kernel reads the weight itself
         copies = max(2, -(-cold // max(size, 1)))
-        weights, packs = [weight.clone() for _ in range(copies)], [copied(first.packed) for _ in range(copies)]
-        in_large_pages(weights)
+        weights = beside(weight, copies) if not first.packed.bytes else [weight] * copies
+        packs = packs_beside(first.packed, copies)
         runs = [direct(w, t.spec, target, cache, packed) for w, packed in zip(weights, packs, strict=True)]
         calls[str(density)] = partial(_call_next, itertools.cycle([(run, p) for p in parts for run in runs]), x)
         share = 1 / len(parts)
-        found[str(density)] = (large[1], large[0] * large[1] * share, stored * share, size * share)
+        found[str(density)] = (_LARGE[1], _LARGE[0] * _LARGE[1] * share, stored * share, size * share)
     calls["dense"] = partial(cold_linear(torch.float32, SIDE, cold), torch.randn(1, SIDE))
     seconds, _, busy = best_seconds_alone_too(calls, budget_s=0.6)
     dense = 4 * SIDE * SIDE / max(seconds["dense"] - machine.dense_overhead, 1e-9)
@@ -258,6 +256,24 @@ def copied(packed: Packed) -> Packed:
     tensors = tuple(tensor.clone() for tensor in packed.tensors)
     in_large_pages(tensors)
     return replace(packed, tensors=tensors)
+
+
+def packs_beside(packed: Packed, count: int) -> list[Packed]:
+    """Copies of a pack whose tensors lie in pages of 2 MiB however small they are, as those of large layers do."""
+    rows = [beside(tensor, count) for tensor in packed.tensors]
+    return [replace(packed, tensors=tuple(row[i] for row in rows)) for i in range(count)]
+
+
+def beside(tensor: torch.Tensor, count: int) -> list[torch.Tensor]:
+    """Copies of a contiguous tensor one behind the other, each at a multiple of 64 bytes."""
+    size = -(-max(tensor.nbytes, 1) // 64) * 64
+    memory = torch.empty(count * size, dtype=torch.uint8)
+    in_large_pages([memory])
+    places = memory.view(count, size)[:, : tensor.nbytes]
+    copies = [place.view(tensor.dtype).view(tensor.shape) for place in places]
+    for copy in copies:
+        copy.copy_(tensor)
+    return copies
 
 
 def _call_next(turns: Iterator[tuple[Direct, tuple[torch.Tensor, ...]]], x: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from sparsec.facts import Candidate, Decision, Range, Rates, Site, WeightFact
-from sparsec.formats import VALUE_BYTES
+from sparsec.formats import VALUE_BYTES, Format, storage_bytes
 from sparsec.passes.decide.words import gates
 from sparsec.records import CompileRecord, LayerRecord
 
@@ -255,7 +255,8 @@ def reason_of(record: LayerRecord, at: Sequence[AtBatch]) -> str:
     elif flips:
         said = f"{said}; break-even: {ranges_in_words(decision.ranges)}"
     near = near_of(record.fact, decision)
-    parts = [said, *gates(decision.gated), near if near not in said else "", *quantised_in_words(record)]
+    held = held_again(record, at[0].rows)
+    parts = [said, *gates(decision.gated), held, near if near not in said else "", *quantised_in_words(record)]
     if record.fact.nonfinite:
         return "; ".join([*filter(None, parts), "no break-even while they are there"])
     if at[0].decision == "dense":
@@ -264,6 +265,13 @@ def reason_of(record: LayerRecord, at: Sequence[AtBatch]) -> str:
         little = ", too little to be sure of a gain" if at[0].rival_speedup > 1 else ""
         parts.append(f"{short_format(at[0].rival)} would run at {at[0].rival_speedup:.2f}x{little}")
     return "; ".join(part for part in parts if part)
+
+
+def held_again(record: LayerRecord, rows: int) -> str:
+    """What the memory of a second order of the weight is, where calls with as many rows may skip columns."""
+    packs = {Format.parse(r.format) for r in record.decision.gated if r.kernel == "skip" and r.holds(rows)}
+    size = sum(storage_bytes(format, record.fact) for format in packs)
+    return f"for that its columns are held apart, in {megabytes(size)} more" if size else ""
 
 
 def quantised_in_words(record: LayerRecord) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 
@@ -64,7 +65,18 @@ class KernelRate:
     most: int = 0  # rows that the kernel takes at most; 0: any number
     values: str = ""  # how kept values are stored, ``int8``; empty: in ``dtype``, that of x
     call: float = 0.0  # seconds that a call takes longer than others, whatever the weight: further launches on a GPU
-    exposed: float = 0.0  # of waiting for memory and arithmetic, the share of the shorter that the longer does not hide
+    # Of waiting for memory and arithmetic, the share of the shorter that the longer does not hide: (share of the values
+    # that is kept, that share), the former ascending.
+    exposed: tuple[tuple[float, float], ...] = ()
+
+    def exposed_at(self, kept: float) -> float:
+        """On straight lines between what was measured; 0 where nothing was."""
+        if not self.exposed:
+            return 0.0
+        for (a, low), (b, high) in itertools.pairwise(self.exposed):
+            if kept <= b:
+                return low + (high - low) * max(kept - a, 0.0) / (b - a)
+        return self.exposed[-1][1]
 
 
 @dataclass(frozen=True)

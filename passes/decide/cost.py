@@ -130,7 +130,7 @@ def kernel_cost(rate: KernelRate, rates: Rates, n: int, k: int, stored: int, rea
     if rate.most:
         pieces = [Piece(p.lo, min(p.hi, rate.most), p.lines) for p in pieces if p.lo <= rate.most]
         pieces.append(Piece(float(rate.most), math.inf, (Line(NEVER_S, 0.0),)))
-    return Cost(tuple(pieces)).mixed(rate.exposed, start)
+    return Cost(tuple(pieces)).mixed(rate.exposed_at(stored / max(n * k, 1)), start)
 
 
 def through(points: list[tuple[int, float]], start: float) -> Iterator[tuple[float, float, Line]]:

@@ -69,7 +69,7 @@ def random_rates(seed: int) -> Rates:
             d,
             random_points(r, (1, 4, 64) if loop == "dot" else (8, 16, 256)),
             r.choice((0, 1e10)),
-            exposed=r.choice((0.0, 0.1, 0.6)),
+            exposed=((1.0, r.choice((0.0, 0.1, 0.6))),),
         )
         for p in ("panel", "bitmap", "index", "nm:2:4", "block:16x1")
         for loop in ("dot", "outer")
@@ -207,7 +207,7 @@ def test_equal_cost_goes_to_dense() -> None:
 
 def test_of_ways_that_wait_equally_long_for_memory_the_one_that_computes_less_is_taken() -> None:
     slow, quick = (
-        KernelRate("bitmap", loop, "fp32", ((1, 0.0, seconds, 0.0),), 1e9, exposed=0.1)
+        KernelRate("bitmap", loop, "fp32", ((1, 0.0, seconds, 0.0),), 1e9, exposed=((1.0, 0.1),))
         for loop, seconds in (("a", 2e-11), ("b", 1e-12))
     )
     rates = dataclasses.replace(RATES, dense=(DenseRate("fp32", ((1, 1e-8),)),), kernels=(slow, quick), overhead=0.0)

@@ -88,6 +88,9 @@ def test_zeros_of_the_weight_and_of_x_are_both_left_out(kept: str) -> None:
     explained = sparsec.explain(model, torch.randn(1, 96), options={**FORCED, "formats": [kept]})
     down = next(layer for layer in explained.layers if layer.name == "down")
     assert "columns are skipped" in down.reason
+    assert "its columns are held apart, in " in down.reason
+    many = sparsec.explain(model, torch.randn(64, 96), options={**FORCED, "formats": [kept]})
+    assert not [layer for layer in many.layers if "held apart" in layer.reason]  # nothing is packed for so many rows
     assert down.record.decision.gated[0].format.startswith(kept)
 
 

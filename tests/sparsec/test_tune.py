@@ -747,25 +747,28 @@ def test_what_a_kernel_streams_does_not_follow_the_moment_it_was_measured_in(
     busy, _ = measure_kernel(one_kernel(), PORTABLE, machine, tmp_path)
     assert busy.bandwidth == pytest.approx(quiet.bandwidth, rel=1e-2)
     read = Direct(
-        sample(Pattern("bitmap"), 2048, 2048, 0.5)[0], Format.parse("bitmap+fp32"), "dot", target="cpu:portable"
+        sample(Pattern("bitmap"), 4096, 4096, 0.5)[0], Format.parse("bitmap+fp32"), "dot", target="cpu:portable"
     ).packed.bytes
     assert quiet.bandwidth == pytest.approx(read / 2.0 / (4 * 1024 * 1024 / 1e-3), rel=1e-2)
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("bandwidth", [5e9, 2e10])
-def test_memory_and_what_it_does_not_hide_are_told_apart_by_two_densities(share: float, bandwidth: float) -> None:
+def test_what_memory_does_not_hide_is_told_density_by_density(share: float, bandwidth: float) -> None:
     rate, dense = KernelRate("bitmap", "dot", "bf16", ((1, 0.0, 2e-11, 1e-11),)), 1e10
     cold = []
-    for kept in (0.5, 0.2):
+    for kept, exposed in ((0.5, USUALLY_EXPOSED), (0.2, share), (0.05, 0.9)):
         positions, stored = 2048 * 2048, kept * 2048 * 2048
         read = positions / 8 + 2 * stored
         short, long = sorted((read / bandwidth, 2e-11 * positions + 1e-11 * stored))
-        cold.append(Cold(2048, positions, stored, read, long + share * short, dense))
-    assert memory_of(rate, MACHINE, cold) == pytest.approx((bandwidth / dense, share))
-    alone, usual = memory_of(rate, MACHINE, cold[:1])
-    assert usual == USUALLY_EXPOSED
-    assert alone <= FASTEST * MACHINE.bandwidth / dense
+        cold.append(Cold(2048, positions, stored, read, long + exposed * short, dense))
+    found, exposed = memory_of(rate, MACHINE, cold)
+    assert found == pytest.approx(bandwidth / dense)
+    assert list(exposed) == [pytest.approx(p) for p in ((0.05, 0.9), (0.2, share), (0.5, USUALLY_EXPOSED))]
+    known = dataclasses.replace(rate, exposed=exposed)
+    assert known.exposed_at(0.35) == pytest.approx((share + USUALLY_EXPOSED) / 2)
+    assert (known.exposed_at(0.0), known.exposed_at(1.0)) == (exposed[0][1], exposed[-1][1])
+    assert memory_of(rate, MACHINE, cold[:1])[1] == (pytest.approx((0.5, USUALLY_EXPOSED)),)
 
 
 def test_a_kernel_that_only_computes_is_not_said_to_stream_without_end() -> None:
@@ -785,6 +788,10 @@ def test_a_loop_that_rounds_x_is_not_said_to_stream_slower_than_one_that_does_no
 
 def test_a_loop_that_computes_less_keeps_what_was_measured_of_it() -> None:
     """That of a loop whose arithmetic hides all of memory says nothing of one whose does not."""
-    rounds = KernelRate("bitmap", "dot/int8", "fp32", ((1, 0.0, 5e-12, 0.0),), 5e10, values="int8", exposed=1.0)
-    plain = dataclasses.replace(rounds, loop="dot", points=((1, 0.0, 2e-11, 0.0),), bandwidth=7e10, exposed=0.4)
+    rounds = KernelRate(
+        "bitmap", "dot/int8", "fp32", ((1, 0.0, 5e-12, 0.0),), 5e10, values="int8", exposed=((0.5, 1.0),)
+    )
+    plain = dataclasses.replace(
+        rounds, loop="dot", points=((1, 0.0, 2e-11, 0.0),), bandwidth=7e10, exposed=((0.5, 0.4),)
+    )
     assert _no_slower([plain, rounds], MACHINE)[1] == rounds
