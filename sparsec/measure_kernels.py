@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -241,7 +242,9 @@ def _streamed(t: Text, target: Target, machine: Rates, cache: Path) -> tuple[lis
         weights = beside(weight, copies) if not first.packed.bytes else [weight] * copies
         packs = packs_beside(first.packed, copies)
         runs = [direct(w, t.spec, target, cache, packed) for w, packed in zip(weights, packs, strict=True)]
-        calls[str(density)] = partial(_call_next, itertools.cycle([(run, p) for p in parts for run in runs]), x)
+        turns = [(run, p) for p in parts for run in runs]
+        random.Random(0).shuffle(turns)  # what is prefetched behind the end of a pack is not the one that comes next
+        calls[str(density)] = partial(_call_next, itertools.cycle(turns), x)
         share = 1 / len(parts)
         found[str(density)] = (_LARGE[1], _LARGE[0] * _LARGE[1] * share, stored * share, size * share)
     calls["dense"] = partial(cold_linear(torch.float32, SIDE, cold), torch.randn(1, SIDE))
