@@ -59,7 +59,7 @@ def _on_gpu() -> Iterator[tuple[str, Counts]]:
         watches = [route.watch for route in entry.routes if route.watch and route.watch.calls]
         for watch in watches:
             watch.collect()
-        if watches:
+        if any(watch.looked for watch in watches):
             sums = [sum(values) for values in zip(*((w.calls, w.skipped, w.left) for w in watches), strict=True)]
             yield text, (sums[0], sums[1], sums[2], sum(w.looked * w.whole for w in watches))
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 _TOP = 127.0
+_MOST_SCALE = 1e36  # as the operators take it
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,12 @@ def rounded(value: ir.Value) -> Rounded | None:
             continue
         x = steps.inputs[0]
         per_token = x is not None and _is_scale_of(scale, x)
-        if x is not None and q is not None and scale is not None and (per_token or (_number(scale) or 0.0) > 0.0):
+        if (
+            x is not None
+            and q is not None
+            and scale is not None
+            and (per_token or 0.0 < (_number(scale) or 0.0) < _MOST_SCALE)
+        ):
             return Rounded(x, q, scale, per_token)
     return None
 

@@ -26,7 +26,7 @@ import triton.language as tl
 from sparsec.codegen.spec import ACTS, Packed
 from sparsec.codegen.triton.contract import Call, Config
 from sparsec.codegen.triton.epilogue import finish
-from sparsec.codegen.triton.gated import BLOCK, DTYPES, gated
+from sparsec.codegen.triton.gated import BLOCK, DTYPES, placed
 from sparsec.codegen.triton.launch import Launch, Loop
 from sparsec.errors import PatternMismatch
 from sparsec.formats import Format
@@ -40,21 +40,14 @@ def wanted(
     first = tl.program_id(0) * BLOCK
     lane = tl.arange(0, BLOCK)
     row = tl.minimum(tl.arange(0, ROWS), rows - 1)[:, None]
-    earlier = tl.zeros((BLOCK,), tl.int32)
-    for start in tl.range(0, first, BLOCK):
-        _, keep = gated(NEEDED, NEEDED, 0.0, start + lane, row, n, stride_needed, 0)
-        earlier += tl.max(keep.to(tl.int32), 0)
-    _, keep = gated(NEEDED, NEEDED, 0.0, first + lane, row, n, stride_needed, 0)
-    listed = tl.max(keep.to(tl.int32), 0)
-    before = tl.sum(earlier, 0)
-    place = before + tl.cumsum(listed, 0) - listed
-    tl.store(INDEX + place, first + lane, mask=listed > 0)
+    _, _, listed, place, count = placed(NEEDED, NEEDED, 0.0, first, lane, row, n, stride_needed, 0, BLOCK)
+    tl.store(INDEX + place, first + lane, mask=listed)
     row = tl.arange(0, M)[:, None]
     column = (first + lane)[None, :]
     nothing = tl.zeros((M, BLOCK), Y.dtype.element_ty)
     tl.store(Y + row * stride_y + column, nothing, mask=(row < m) & (column < n))
     is_last = tl.program_id(0) == tl.num_programs(0) - 1
-    tl.store(COUNT, before + tl.sum(listed, 0), mask=is_last)
+    tl.store(COUNT, count, mask=is_last)
 
 
 @triton.jit

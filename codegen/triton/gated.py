@@ -55,6 +55,20 @@ def gated(X, GATE, limit, column, row, k, stride_x, KIND: tl.constexpr):
 
 
 @triton.jit
+def placed(X, GATE, limit, first, lane, row, k, stride_x, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    """x of the channels ``first + lane`` [B] in ``row`` [M, 1], and whether the gate keeps it, both [M, B]; of each
+    channel whether some row keeps it, and its place in the list, both [B]; how long the list is behind them."""
+    earlier = tl.zeros((BLOCK,), tl.int32)
+    for start in tl.range(0, first, BLOCK):
+        _, keep = gated(X, GATE, limit, start + lane, row, k, stride_x, KIND)
+        earlier += tl.max(keep.to(tl.int32), 0)
+    x, keep = gated(X, GATE, limit, first + lane, row, k, stride_x, KIND)
+    listed = tl.max(keep.to(tl.int32), 0)
+    before = tl.sum(earlier, 0)
+    return x, keep, listed > 0, before + tl.cumsum(listed, 0) - listed, before + tl.sum(listed, 0)
+
+
+@triton.jit
 def compact(
     X, GATE, INDEX, VALUE, COUNT, limit, m, k, stride_x,
     M: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
@@ -62,19 +76,12 @@ def compact(
     first = tl.program_id(0) * BLOCK
     lane = tl.arange(0, BLOCK)
     row = tl.minimum(tl.arange(0, M), m - 1)[:, None]
-    earlier = tl.zeros((BLOCK,), tl.int32)
-    for start in tl.range(0, first, BLOCK):
-        x, keep = gated(X, GATE, limit, start + lane, row, k, stride_x, KIND)
-        earlier += tl.max(keep.to(tl.int32), 0)
-    x, keep = gated(X, GATE, limit, first + lane, row, k, stride_x, KIND)
-    listed = tl.max(keep.to(tl.int32), 0)
-    before = tl.sum(earlier, 0)
-    place = before + tl.cumsum(listed, 0) - listed
-    tl.store(INDEX + place, first + lane, mask=listed > 0)
+    x, keep, listed, place, count = placed(X, GATE, limit, first, lane, row, k, stride_x, KIND, BLOCK)
+    tl.store(INDEX + place, first + lane, mask=listed)
     real = (tl.arange(0, M) < m)[:, None]
-    tl.store(VALUE + row * k + place[None, :], tl.where(keep, x, 0.0), mask=(listed > 0)[None, :] & real)
+    tl.store(VALUE + row * k + place[None, :], tl.where(keep, x, 0.0), mask=listed[None, :] & real)
     is_last = tl.program_id(0) == tl.num_programs(0) - 1
-    tl.store(COUNT, before + tl.sum(listed, 0), mask=is_last)
+    tl.store(COUNT, count, mask=is_last)
 
 
 @triton.jit

@@ -31,6 +31,7 @@ from sparsec.passes.decide.gates import gated
 from sparsec.passes.decide.measured import Measured, bucket, by_measurement
 from sparsec.targets.base import Rates, Target
 
+_HALVINGS = 14
 Gates = tuple[tuple[str, float | None], ...]
 
 __all__ = ["MODEL_MARGIN", "bucket", "decide", "dense_decision"]
@@ -188,31 +189,30 @@ class _Question:
     def break_even(self) -> float | None:
         """The share of zeros, spread at random, from which a sparse format wins at M = 1; None where none does.
 
-        Solved: at M = 1 a cost is a line in the number of kept values, and the threshold is where it meets dense.
+        Found by halving, as close as percents are printed: what memory hides of a kernel's arithmetic depends on how
+        much is kept, so that its cost is no line.
         """
         positions = self.fact.n * self.fact.k
         if self.dense is None or positions < 3:  # half of one or two weights is all of them, which no bitmap is for
             return None
-        goal = self.dense.cost.at(1) / self.threshold  # and the pack must be smaller than the weight
-        kept = -1.0
-        for pattern in (Pattern("bitmap"), Pattern("index")):
-            if not allowed(pattern, self.policy.formats):
-                continue
-            none, some = (self._lines(pattern, nnz) for nnz in (0, positions // 2 + 1))
-            for way, starts in none.items():
-                slopes = ((b - a) / (positions // 2 + 1) for a, b in zip(starts, some[way], strict=True))
-                kept = max(kept, min(_furthest(a, s, goal) for a, s in zip(starts, slopes, strict=True)))
-        return None if kept < 0 else 1 - min(kept / positions, 1.0)
+        kept, more = 0, positions + 1
+        if not self._wins(kept):
+            return None
+        while more - kept > max(1, positions >> _HALVINGS):
+            middle = (kept + more) // 2
+            kept, more = (middle, more) if self._wins(middle) else (kept, middle)
+        return 1 - min(kept / positions, 1.0)
 
-    def _lines(self, pattern: Pattern, nnz: int) -> dict[tuple[str, str], list[float]]:
-        """For each format and loop, if the weight kept ``nnz`` values: seconds at M = 1 by memory and by arithmetic,
-        and its bytes on a scale where those of dense are the seconds to beat."""
+    def _wins(self, nnz: int) -> bool:
+        """Whether a format for any zeros were fast enough at M = 1, and smaller, if the weight kept ``nnz`` values."""
         imagined = replace(self.fact, nnz=nnz, nm=(), blocks=())
-        found = our_ways(imagined, self.dtype, self.rates, (str(pattern),), any_size=True, x=self.x)
+        names = tuple(name for name in ("bitmap", "index") if allowed(Pattern(name), self.policy.formats))
+        if not names:
+            return False
         assert self.dense is not None
-        scale = self.dense.cost.at(1) / self.threshold / self.dense.bytes
-        at_one = {w: [line.at(1) for line in w.cost.pieces[0].lines] for w in found}
-        return {(w.format, w.kernel): [*seconds, w.bytes * scale] for w, seconds in at_one.items()}
+        dense, goal = self.dense, self.dense.cost.at(1) / self.threshold
+        ways = our_ways(imagined, self.dtype, self.rates, names, any_size=True, x=self.x)
+        return any(way.bytes <= dense.bytes and way.cost.at(1) <= goal for way in ways)
 
     def reason(self, decision: Decision) -> str:
         first = decision.ranges[0]
@@ -255,13 +255,6 @@ class _Question:
         ways = our_ways(imagined, self.dtype, self.rates, self.policy.formats, x=self.x)
         costs = [w.cost.at(1) for w in ways if w.format.startswith(kind) and not w.panel]
         return self.dense.cost.at(1) / min(costs) if costs else 0.0
-
-
-def _furthest(start: float, slope: float, goal: float) -> float:
-    """The largest x >= 0 with start + slope*x <= goal; negative when there is none."""
-    if start >= goal:
-        return -1.0
-    return (goal - start) / slope if slope > 0 else float("inf")
 
 
 def _measured_reason(asked: _Question, plain: Decision, now: Decision, measured: Measured) -> str:

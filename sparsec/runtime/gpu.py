@@ -15,7 +15,7 @@ import functools
 import threading
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -174,7 +174,8 @@ def linear_needed(
         raise RuntimeError(
             f"sparsec_gpu::linear_needed: there are {n} outputs, and what says which are needed is {needed.shape}"
         )
-    wanted = needed.reshape(-1, n).contiguous()
+    known = needed.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.bool)
+    wanted = (needed if known else needed.ne(0)).reshape(-1, n).contiguous()
     part = entry.part(len(rows), "select") if 0 < len(wanted) <= MOST_PART and matrix.stride(1) == 1 else None
     y = _part(entry, part, rows, bias, weight=matrix, needed=wanted) if part else None
     if y is None:
@@ -220,7 +221,7 @@ def _rows(
     y = _part(entry, part, x, bias) if part else None
     route = entry.at(m) if m and y is None else None
     if route is not None:
-        y = _tried(entry, route, x, bias)
+        y = _tried(entry, route, x, lambda rows: product(route, rows, bias, entry.act, entry.capability))
     if y is None:
         y = reference.ACT[entry.act](F.linear(x, matrix, bias))
     if entry.verify:
@@ -234,22 +235,28 @@ def _part(
     entry: Entry, route: Route, x: torch.Tensor, bias: torch.Tensor | None, **more: torch.Tensor
 ) -> torch.Tensor | None:
     """The product by a kernel that reads a part of the weight; None where recent calls left too much of it."""
-    assert route.watch is not None
-    if not route.watch.tries(x):
-        return None
-    count = route.watch.counter(x)
-    y = _tried(entry, route, x, bias, **more, **({} if count is None else {"count": count}))
-    if y is not None and count is not None:
-        route.watch.note(count)
-    return y
+    watch = route.watch
+    assert watch is not None
+
+    def call(x: torch.Tensor) -> torch.Tensor | None:
+        if not watch.tries(x):
+            return None
+        count = watch.counter(x)
+        asked = {} if count is None else {"count": count}
+        y = product(route, x, bias, entry.act, entry.capability, **more, **asked)
+        if count is not None:
+            watch.note(count)
+        return y
+
+    return _tried(entry, route, x, call)
 
 
 def _tried(
-    entry: Entry, route: Route, x: torch.Tensor, bias: torch.Tensor | None, **more: torch.Tensor
+    entry: Entry, route: Route, x: torch.Tensor, call: Callable[[torch.Tensor], torch.Tensor | None]
 ) -> torch.Tensor | None:
     """None where the kernel does not compile or launch: the answer must come out all the same."""
     try:
-        return product(route, x if x.stride(1) == 1 else x.contiguous(), bias, entry.act, entry.capability, **more)
+        return call(x if x.stride(1) == 1 else x.contiguous())
     except Exception as error:
         entry.routes = tuple(r for r in entry.routes if r is not route)
         _say(route, error)

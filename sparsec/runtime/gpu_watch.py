@@ -3,7 +3,7 @@
 A call chooses its kernel before the GPU knows how many activations are zero; to ask would stop the host until all work
 before it is done. So the kernel that skips counts what was left to read, a count comes back some calls later, and where
 recent calls left too much, calls run as if there were no zeros, and now and then one is tried again. A CUDA graph keeps
-the choice of its recording.
+the choice of its recording, which skips only where calls before it were seen to have zeros enough.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ class Coming:
         if not count.is_cuda:
             return cls(count, None)
         host = torch.empty(1, dtype=torch.int32, pin_memory=True)
-        host.copy_(count, non_blocking=True)
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
+        with torch.cuda.device(count.device):
+            host.copy_(count, non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
         return cls(host, event)
 
     @property
@@ -61,8 +62,9 @@ class Watch:
 
     def tries(self, x: torch.Tensor) -> bool:
         """Whether this call takes the kernel that skips. To be asked once a call, before ``counter``."""
-        if not _recording(x):
-            self.collect()
+        if _recording(x):  # a graph goes on with this choice whatever comes, so zeros must have been seen
+            return bool(self.looked and not self.over and not self.resting)
+        self.collect()
         self.calls += 1
         if self.resting:
             self.resting -= 1
@@ -72,8 +74,9 @@ class Watch:
 
     def collect(self) -> None:
         """Take in the count that is on its way, if it is here."""
-        if self.coming and self.coming.here:
-            self._take(int(self.coming.host))
+        coming = self.coming  # another thread may take it in meanwhile: then it counts twice, which does no harm
+        if coming is not None and coming.here:
+            self._take(int(coming.host))
 
     def counter(self, x: torch.Tensor) -> torch.Tensor | None:
         """Where this call's count is to be written; None where nobody will look at it."""
@@ -99,4 +102,7 @@ class Watch:
 
 def _recording(x: torch.Tensor) -> bool:
     """Inside the recording of a CUDA graph nothing may be asked of the GPU."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not x.is_cuda:
+        return False
+    with torch.cuda.device(x.device):
+        return bool(torch.cuda.is_current_stream_capturing())

@@ -81,9 +81,9 @@ class Part:
         return results
 
     def _results(self, session: Session, inputs: Sequence[Any]) -> list[torch.Tensor] | None:
-        ort, weights = runtime(), set(self.weights)
-        feed = {self.names[i]: _value(ort, x) for i, x in enumerate(inputs) if i not in weights}
         try:
+            ort, weights = runtime(), set(self.weights)
+            feed = {self.names[i]: _value(ort, x) for i, x in enumerate(inputs) if i not in weights}
             return [_tensor(value) for value in session.run(list(self.outputs), feed)]
         except Exception as error:  # the answer must come out whatever ONNX Runtime says
             self._give_up(f"{type(error).__name__}: {error}")
@@ -110,7 +110,7 @@ class Part:
         if self.short_lived >= MAX_SHORT_LIVED:
             return None
         mine = {impl for impl, _, _ in key}
-        for old in [old for old in self.sessions if mine & {impl for impl, _, _ in old}]:
+        for old in [old for old in list(self.sessions) if mine & {impl for impl, _, _ in old}]:
             gone = self.sessions.pop(old, None)
             self.short_lived = self.short_lived + 1 if gone and gone.uses < MIN_USES else 0
         if self.short_lived >= MAX_SHORT_LIVED:
@@ -162,12 +162,13 @@ class Part:
     def forget(self, impl: int) -> None:
         """Drop the sessions that have a weight in them."""
         with self.lock:
-            for key in [key for key in self.sessions if any(impl == other for other, _, _ in key)]:
+            for key in [key for key in list(self.sessions) if any(impl == other for other, _, _ in key)]:
                 self.sessions.pop(key, None)
 
     def _give_up(self, why: str) -> None:
-        self.short_lived = MAX_SHORT_LIVED
-        self.sessions.clear()
+        with self.lock:
+            self.short_lived = MAX_SHORT_LIVED
+            self.sessions.clear()
         warnings.warn(f"sparsec runs a part of a graph in PyTorch: {why}", SparsecWarning, stacklevel=4)
 
 

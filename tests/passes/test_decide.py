@@ -241,12 +241,15 @@ def test_a_model_that_was_not_measured_must_promise_more_than_min_speedup() -> N
     assert refused.at(1).format == "dense"
 
 
-def test_break_even_is_where_the_decision_flips() -> None:
+@pytest.mark.parametrize("exposed", [(), ((0.05, 1.0), (0.2, 0.9), (0.5, 0.3))], ids=["hidden", "by density"])
+def test_break_even_is_where_the_decision_flips(exposed: tuple[tuple[float, float], ...]) -> None:
+    kernels = tuple(dataclasses.replace(k, exposed=exposed) for k in RATES.kernels)
+    rates = dataclasses.replace(RATES, kernels=kernels)
     for n, k, dtype in ((4096, 4096, "fp32"), (4096, 4096, "bf16"), (512, 1024, "fp32")):
-        even = decide(a_fact(n, k, 0.99), dtype, TARGET, RATES, Policy()).break_even
+        even = decide(a_fact(n, k, 0.99), dtype, TARGET, rates, Policy()).break_even
         assert even is not None
-        more = decide(a_fact(n, k, 1 - even - 0.005), dtype, TARGET, RATES, Policy())
-        less = decide(a_fact(n, k, 1 - even + 0.005), dtype, TARGET, RATES, Policy())
+        more = decide(a_fact(n, k, 1 - even - 0.005), dtype, TARGET, rates, Policy())
+        less = decide(a_fact(n, k, 1 - even + 0.005), dtype, TARGET, rates, Policy())
         assert more.at(1).format != "dense"
         assert less.at(1).format == "dense"
 

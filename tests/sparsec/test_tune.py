@@ -42,6 +42,7 @@ from sparsec.measure_kernels import (
 from sparsec.options import Policy
 from sparsec.passes.decide import decide
 from sparsec.passes.decide.candidates import ways_for
+from sparsec.passes.decide.cost import kernel_cost
 from sparsec.passes.profile.weights import profile
 from sparsec.passes.quantize.contract import Grid
 from sparsec.runtime.direct import Direct
@@ -769,6 +770,17 @@ def test_what_memory_does_not_hide_is_told_density_by_density(share: float, band
     assert known.exposed_at(0.35) == pytest.approx((share + USUALLY_EXPOSED) / 2)
     assert (known.exposed_at(0.0), known.exposed_at(1.0)) == (exposed[0][1], exposed[-1][1])
     assert memory_of(rate, MACHINE, cold[:1])[1] == (pytest.approx((0.5, USUALLY_EXPOSED)),)
+    alone = dataclasses.replace(known, bandwidth=found * dense, most=0)
+    machine = dataclasses.replace(MACHINE, overhead=0.0)
+    for c in cold:
+        cost = kernel_cost(alone, machine, 2048, 2048, round(c.stored), round(c.read))
+        assert cost.at(1) == pytest.approx(c.seconds, rel=1e-3)
+
+
+def test_what_takes_longer_than_one_after_the_other_is_not_taken_for_more() -> None:
+    rate = KernelRate("bitmap", "dot", "bf16", ((1, 0.0, 2e-11, 0.0),))
+    cold = [Cold(2048, 2048.0**2, 2048.0**2 * share, 2048.0**2, 1e-2, 1e10) for share in (0.5, 0.2)]
+    assert all(found <= 1.0 for _, found in memory_of(rate, MACHINE, cold)[1])
 
 
 def test_a_kernel_that_only_computes_is_not_said_to_stream_without_end() -> None:
