@@ -16,10 +16,12 @@ from typing import TypeAlias
 from sparsec.facts import Range, WeightFact
 from sparsec.formats import Format, stored_values
 from sparsec.options import Policy
-from sparsec.passes.decide.candidates import allowed, formats_of, kernel_rates, read_bytes
+from sparsec.passes.decide.candidates import MODEL_MARGIN, allowed, formats_of, kernel_rates, read_bytes
 from sparsec.targets.base import KernelRate, Rates
 
-MARGIN = 1.1  # of the model at the crossover: the shares of skipped calls are spread around it
+# Of the model at the crossover. Dense follows the memory of the moment, which varies twofold, and pieces of a weight half
+# as much; the shares of skipped calls are spread around the crossover, too.
+MARGIN = MODEL_MARGIN
 UNKNOWN = 0.3  # share left that is expected where nothing was measured; ReLU models leave 5 to 30 %
 KINDS = ("panel", "bitmap", "nm", "block")  # of patterns that have such kernels
 _MS = (1, 2, 4, 8)
