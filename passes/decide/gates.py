@@ -19,8 +19,8 @@ from sparsec.options import Policy
 from sparsec.passes.decide.candidates import MODEL_MARGIN, allowed, formats_of, kernel_rates, read_bytes
 from sparsec.targets.base import KernelRate, Rates
 
-# Of the model at the crossover. Dense follows the memory of the moment, which varies twofold, and pieces of a weight half
-# as much; the shares of skipped calls are spread around the crossover, too.
+# Of the model at the crossover. Dense follows the memory of the moment, which varies twofold, and pieces of a weight
+# half as much; the shares of skipped calls are spread around the crossover, too.
 MARGIN = MODEL_MARGIN
 UNKNOWN = 0.3  # share left that is expected where nothing was measured; ReLU models leave 5 to 30 %
 KINDS = ("panel", "bitmap", "nm", "block")  # of patterns that have such kernels
