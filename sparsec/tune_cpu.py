@@ -33,7 +33,7 @@ from sparsec.quiet import others_s, short_of_cores, wait_for_cores
 from sparsec.runtime.direct import convolve
 from sparsec.targets.base import Target
 from sparsec.timing import interleave
-from sparsec.tune_point import Timed, Trial, part_name, promising, promising_parts
+from sparsec.tune_point import Timed, Trial, left_at_random, part_name, promising, promising_parts
 from sparsec.tune_record import Key
 
 _COLD_FROM = 2**17  # bytes of dense weight; a smaller one is measured where it is, its time is the call's
@@ -90,7 +90,8 @@ class CpuPoint:
     def measure(self, trials: Mapping[Key, Trial], m: int, effort: Effort, budget_s: float) -> Timed | None:
         """Run the ways against dense in the same rounds; those that the budget leaves no time to pack are missing."""
         started = time.perf_counter()
-        dense = itertools.cycle(self._copies(self.weight))
+        copies = self._copies(self.weight)
+        dense = itertools.cycle(copies)
         walk = self._walk(m)
         x = self._input(m, walk)
         product = torch.nn.functional.linear if walk is None else partial(convolve, conv=walk)
@@ -102,7 +103,7 @@ class CpuPoint:
                 late.append(key)
                 continue
             try:
-                runs = self._runs(trial, packs, walk)
+                runs = self._runs(trial, packs, copies, walk)
             except (BuildError, PackError) as error:  # the decision meets it again, and records it
                 _log.info("%s is not measured: %s", key.name, error)
                 continue
@@ -134,18 +135,19 @@ class CpuPoint:
         return torch.randn(m, self.fact.k, generator=torch.Generator().manual_seed(0)).to(TORCH[self.dtype])
 
     def _runs(
-        self, trial: Trial, packs: dict[str, list[Packed]], walk: Conv | None
+        self, trial: Trial, packs: dict[str, list[Packed]], dense: list[torch.Tensor], walk: Conv | None
     ) -> list[Callable[[torch.Tensor], torch.Tensor]]:
-        """The kernel on as many copies of the pack as it takes to outgrow the caches; loops share the copies."""
+        """The kernel on as many copies of the pack as it takes to outgrow the caches; loops share the copies.
+
+        ``dense``: copies of the weight, for kernels that read it itself."""
         cache, spec, weight = cache_dir(self.policy.cache_dir), trial.run.spec, self.weight.detach()
         part = spec.loop if spec.loop in PARTS_OF_WEIGHT else ""
         name = f"{spec.format} {spec.x}{part}"
         if name not in packs:
             packed = direct(weight, spec, self.target, cache).packed
-            times = _copies_for(packed.bytes or weight.nbytes, self.target) if self._cold else 1
+            times = len(dense) if not packed.bytes else _copies_for(packed.bytes, self.target) if self._cold else 1
             packs[name] = [packed, *(copied(packed) for _ in range(times - 1))]
-        # A kernel without a pack reads the weight itself.
-        weights = [weight] * len(packs[name]) if packs[name][0].tensors else self._copies(weight)
+        weights = [weight] * len(packs[name]) if packs[name][0].tensors else dense
         runs = [
             direct(w, spec, self.target, cache, packed, walk) for w, packed in zip(weights, packs[name], strict=True)
         ]
@@ -154,8 +156,7 @@ class CpuPoint:
     def _active(self, loop: str, left: float) -> torch.Tensor:
         """Which columns or rows are left, at random: ascending, int32."""
         size = self.fact.k if loop == "skip" else self.fact.n
-        order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
-        return order[: max(round(left * size), 1)].sort().values.to(torch.int32)
+        return left_at_random(left, size)
 
     def _copies(self, weight: torch.Tensor) -> list[torch.Tensor]:
         size = weight.numel() * weight.element_size()

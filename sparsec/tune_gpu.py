@@ -37,7 +37,7 @@ from sparsec.targets.cuda import GpuTarget
 from sparsec.timing import Samples
 from sparsec.timing_gpu import GraphTimer, HostTimer, Once, Timer, alternate, calls_of, copies_of
 from sparsec.tune_db import Database
-from sparsec.tune_point import Timed, Trial, part_name, promising, promising_parts
+from sparsec.tune_point import Timed, Trial, left_at_random, part_name, promising, promising_parts
 from sparsec.tune_record import Key
 
 _log = tune_log()
@@ -185,8 +185,7 @@ def _our_call(
 
 def kept(left: float, size: int) -> torch.Tensor:
     """Ones at a share ``left`` of ``size`` places, at random, among zeros."""
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
-    return (order < left * size).float()
+    return torch.zeros(size).index_fill(0, left_at_random(left, size).long(), 1.0)
 
 
 def timed(

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from sparsec.efforts import Effort
 from sparsec.facts import WeightFact
 from sparsec.formats import Format
@@ -101,6 +103,12 @@ def promising_parts(
         kept = sorted((pair for pair in found if pair[0] <= limit), key=lambda pair: pair[0])
         for seconds, skipper in kept[: effort.candidates]:
             yield skipper.format, loop, Trial(None, seconds, dense.cost.at(m), MARGIN, share)
+
+
+def left_at_random(left: float, size: int) -> torch.Tensor:
+    """Which of ``size`` columns or outputs are left, a share of them and at least one: ascending, int32."""
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
+    return order[: max(round(left * size), 1)].sort().values.to(torch.int32)
 
 
 def part_name(loop: str, left: float) -> str:

@@ -30,6 +30,7 @@ from sparsec.codegen.triton import family_of
 from sparsec.codegen.triton.contract import Call, Family
 from sparsec.codegen.triton.launch import run
 from sparsec.errors import SparsecWarning
+from sparsec.passes.decide.gates import MOST_ROWS
 from sparsec.runtime import library as on_cpu
 from sparsec.runtime.gpu_watch import Watch
 
@@ -38,7 +39,6 @@ _libraries: list[torch_library.Library] = []  # a Library unregisters its ops wh
 
 Config: TypeAlias = "tuple[tuple[str, int], ...]"  # tile sizes, splits and warps; see ``codegen/triton/contract``
 MANY = 1024  # numbers of rows that one route remembers what to do with
-MOST_PART = 8  # rows of x, and of what is needed, that kernels take which read a part of a weight
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def linear_needed(
         )
     known = needed.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.bool)
     wanted = (needed if known else needed.ne(0)).reshape(-1, n).contiguous()
-    part = entry.part(len(rows), "select") if 0 < len(wanted) <= MOST_PART and matrix.stride(1) == 1 else None
+    part = entry.part(len(rows), "select") if 0 < len(wanted) <= MOST_ROWS and matrix.stride(1) == 1 else None
     y = _part(entry, part, rows, bias, weight=matrix, needed=wanted) if part else None
     if y is None:
         y = _rows(entry, rows, matrix, bias, plan, weight)
