@@ -45,8 +45,8 @@ TORCH = {name: dtype for dtype, name in DTYPES.items()}
 SIDE = 1024
 _SMALL = (256, 2048)  # fits the second-level cache in most formats, while x of many rows does not fit the first
 _FEW = 128  # columns of one tile that take no time beside the call itself
-# Of calls from memory: as layers of language models are. Smaller ones are read at half the speed, for what a call costs
-# that finds nothing in any cache; and of kernels that read a part each column or row is at a place of its own.
+# Of calls from memory: as layers of language models are. In smaller ones what a call costs that finds nothing in any
+# cache looks like slow memory; and of kernels that read a part each column or row is at a place of its own.
 _LARGE = (4096, 4096)
 _LEAST_S = 1e-3  # of one timing; shorter calls are repeated
 _LOOP_MS = {"dot": (1, 2, 4, 8, 16, 64), "outer": (8, 16, 64, 256), **dict.fromkeys(PARTS_OF_WEIGHT, (1, 2, 4, 8))}
