@@ -1,8 +1,8 @@
 // Layout "columns_bitmap": the kept values of a column of W beside each other: tile of up to kBlockChunks chunks of rows,
 // column. A column of a tile is its masks and then its values, where codes of each 32 rows start in a new byte. pack:
 // those bytes, and where each column of each tile begins, in units of 4 bytes (int32).
-constexpr int kBlockChunks = 16;
-constexpr int64_t kPiece = kChunk * kValueBits / 16;  // of values, where half is kept
+constexpr int64_t kBlockChunks = 16;  // of rows: a tile
+constexpr int64_t kStep = kChunk / 2, kStepSize = kStep * kValueBits / 16;  // of values, where half is kept
 INLINE int64_t tile_chunks(const SparsecCall *call) {
   int64_t all = ceil_div(call->n, kChunk);
   return all < kBlockChunks ? all : kBlockChunks;
@@ -22,7 +22,7 @@ struct Column {
   template <class F>
   MEMBER void next(F f) {
 #pragma GCC unroll 4
-    for (int i = 0; i < kChunk / 32; ++i) {
+    for (int i = 0; i < kStep / 32; ++i) {
 #if CODED
       const Lut<float> lut = middle_lut();
       f(i, numbers(expand32(mask[i], v, lut)));
@@ -31,6 +31,6 @@ struct Column {
 #endif
       v = after(v, __builtin_popcount(mask[i]));
     }
-    mask += kChunk / 32;
+    mask += kStep / 32;
   }
 };

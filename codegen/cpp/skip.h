@@ -2,10 +2,11 @@
 // columns are read at once, each from one long piece of memory, as the hardware's prefetcher follows it; pieces of a few
 // lines cost as much as reading what is between them. prepare puts the values of x beside each other as floats:
 // [active column][row of x]. Expects Column from the layout.
-constexpr int kVectors16 = kChunk / 16;   // vectors of a chunk of rows
-constexpr int kMostRows = kWide ? 2 : 1;  // rows of x whose sums fit the registers
-constexpr int kMostSums = 8;              // rows of x that the kernel takes
-constexpr int kAtOnce = 8;                // columns
+constexpr int kStepVectors = kStep / 16;             // vectors of the rows of W that are read at once
+constexpr int kMostRows = kWide ? 2 : 1;         // rows of x whose sums fit the registers
+constexpr int kMostSums = 8;                     // rows of x that the kernel takes
+constexpr int kAtOnce = 8;                       // columns
+constexpr int64_t kChunkVectors = kChunk / 16, kSumChunks = 128;  // chunks of rows of W, all rows of x together
 
 EXPORT int64_t sparsec_scratch(int64_t m, int64_t k) { return m * k * 4 + 64; }
 EXPORT int64_t sparsec_prepare_units(int64_t, int64_t) { return 1; }
@@ -18,8 +19,9 @@ EXPORT void sparsec_prepare(const SparsecCall *call, int64_t, int64_t) {
 
 // sums[row of x][vector of rows of W] += `count` columns of the list from `begin` on, for MB rows of x from `row` on
 template <int MB, int COUNT>
-INLINE void add_columns(const SparsecCall *call, int64_t chunk, int chunks, int64_t begin, int64_t row, F16 *sums) {
+INLINE void add_columns(const SparsecCall *call, int64_t chunk, int64_t chunks, int64_t begin, int64_t row, F16 *sums) {
   const float *x = static_cast<const float *>(call->scratch) + begin * call->m + row;
+  const int64_t vectors = chunks * kChunkVectors;
   Column column[COUNT];
   int64_t ahead[COUNT];  // how far behind a column is the one that is read after it
   for (int c = 0; c < COUNT; ++c) {
@@ -27,12 +29,12 @@ INLINE void add_columns(const SparsecCall *call, int64_t chunk, int chunks, int6
     column[c] = Column(call, chunk, call->active[begin + c]);
     ahead[c] = Column(call, chunk, call->active[after]).here() - column[c].here();
   }
-  for (int i = 0; i < chunks; ++i, sums += kVectors16) {
-    F16 acc[MB][kVectors16];
+  for (int64_t i = 0; i < vectors; i += kStepVectors) {
+    F16 acc[MB][kStepVectors];
     for (int r = 0; r < MB; ++r)
-      for (int v = 0; v < kVectors16; ++v) acc[r][v] = sums[r * kBlockChunks * kVectors16 + v];
+      for (int v = 0; v < kStepVectors; ++v) acc[r][v] = sums[r * vectors + i + v];
     for (int c = 0; c < COUNT; ++c) {
-      for (int b = 0; b < kPiece && (CODED || !i); b += 64) __builtin_prefetch(column[c].here() + ahead[c] + b);
+      for (int b = 0; b < kStepSize; b += 64) __builtin_prefetch(column[c].here() + ahead[c] + b);
       column[c].next([&](int j, const F32 &w) __attribute__((always_inline)) {
         for (int r = 0; r < MB; ++r) {
           F16 xs = splat(x[c * call->m + r]);
@@ -42,12 +44,12 @@ INLINE void add_columns(const SparsecCall *call, int64_t chunk, int chunks, int6
       });
     }
     for (int r = 0; r < MB; ++r)
-      for (int v = 0; v < kVectors16; ++v) sums[r * kBlockChunks * kVectors16 + v] = acc[r][v];
+      for (int v = 0; v < kStepVectors; ++v) sums[r * vectors + i + v] = acc[r][v];
   }
 }
 
 template <int MB>
-__attribute__((noinline)) void add_group(const SparsecCall *call, int64_t chunk, int chunks, int64_t begin, int64_t end,
+__attribute__((noinline)) void add_group(const SparsecCall *call, int64_t chunk, int64_t chunks, int64_t begin, int64_t end,
                                          int64_t row, F16 *sums) {
   if (end - begin == kAtOnce) return add_columns<MB, kAtOnce>(call, chunk, chunks, begin, row, sums);
   for (; begin < end; ++begin) add_columns<MB, 1>(call, chunk, chunks, begin, row, sums);
@@ -61,40 +63,41 @@ INLINE int64_t together(const SparsecCall *call, int64_t begin) {
 }
 
 // The outputs of `chunks` chunks of rows of W.
-INLINE void run_block(const SparsecCall *call, int64_t chunk, int chunks, F16 *sums, F16 *total) {
+INLINE void run_block(const SparsecCall *call, int64_t chunk, int64_t chunks, F16 *sums, F16 *total) {
   int64_t last = call->active_count, m = call->m;
-  constexpr int64_t kRow = kBlockChunks * kVectors16;
-  for (int64_t i = 0; i < m * kRow; ++i) sums[i] = total[i] = zero16();
-  int vectors = static_cast<int>(ceil_div(call->n - chunk * kChunk, 16));
-  vectors = vectors < chunks * kVectors16 ? vectors : chunks * kVectors16;
+  const int64_t of_row = chunks * kChunkVectors;
+  for (int64_t i = 0; i < m * of_row; ++i) sums[i] = total[i] = zero16();
+  int64_t vectors = ceil_div(call->n - chunk * kChunk, 16);
+  vectors = vectors < of_row ? vectors : of_row;
   for (int64_t begin = 0, end; begin < last; begin = end) {
     end = together(call, begin);
     int64_t row = 0;
     if constexpr (kMostRows == 2)
-      for (; row + 2 <= m; row += 2) add_group<2>(call, chunk, chunks, begin, end, row, sums + row * kRow);
-    for (; row < m; ++row) add_group<1>(call, chunk, chunks, begin, end, row, sums + row * kRow);
+      for (; row + 2 <= m; row += 2) add_group<2>(call, chunk, chunks, begin, end, row, sums + row * of_row);
+    for (; row < m; ++row) add_group<1>(call, chunk, chunks, begin, end, row, sums + row * of_row);
     int64_t part = part_of(call->active[begin]);
     if (end < last && (!kGroupColumns || part_of(call->active[end]) == part)) continue;
     for (int64_t r = 0; r < m; ++r)
-      for (int v = 0; v < vectors; ++v) {
-        F16 &to = total[r * kRow + v], &from = sums[r * kRow + v];
-        to = joined_rows(call, chunk * kVectors16 + v, part, to, from), from = zero16();
+      for (int64_t v = 0; v < vectors; ++v) {
+        F16 &to = total[r * of_row + v], &from = sums[r * of_row + v];
+        to = joined_rows(call, chunk * kChunkVectors + v, part, to, from), from = zero16();
       }
   }
-  for (int v = 0; v < vectors; ++v) {
+  for (int64_t v = 0; v < vectors; ++v) {
     F16 out[kMostSums];
-    for (int64_t r = 0; r < m; ++r) out[r] = total[r * kRow + v];
-    add_outliers(call, 0, static_cast<int>(m), chunk * kVectors16 + v, out);
+    for (int64_t r = 0; r < m; ++r) out[r] = total[r * of_row + v];
+    add_outliers(call, 0, static_cast<int>(m), chunk * kChunkVectors + v, out);
     finish<X>(call, 0, static_cast<int>(m), chunk * kChunk + 16 * v, out);
   }
 }
 
 EXPORT void sparsec_run(const SparsecCall *call, int64_t tile_begin, int64_t tile_end) {
-  alignas(64) F16 sums[kMostSums * kBlockChunks * kVectors16], total[kMostSums * kBlockChunks * kVectors16];
+  alignas(64) F16 sums[kSumChunks * kChunkVectors], total[kSumChunks * kChunkVectors];
   int64_t chunk = tile_begin * tile_chunks(call), last = tile_end * tile_chunks(call), all = ceil_div(call->n, kChunk);
+  const int64_t most = kSumChunks / call->m < kBlockChunks ? kSumChunks / call->m : kBlockChunks;
   if (last > all) last = all;
   while (chunk < last) {
-    int chunks = static_cast<int>(last - chunk < kBlockChunks ? last - chunk : kBlockChunks);
+    int64_t chunks = last - chunk < most ? last - chunk : most;
     run_block(call, chunk, chunks, sums, total);
     chunk += chunks;
   }
