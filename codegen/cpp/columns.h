@@ -3,7 +3,7 @@
 INLINE int64_t tile_chunks(const SparsecCall *) { return 1; }
 constexpr int64_t kBlockChunks = 128;  // of rows: what may be worked on together
 constexpr int64_t kStep = CODED && (kValueBits == 4 || kValueBits == 2) ? kChunk : kChunk / 2;  // rows read at once
-constexpr int64_t kStepSize = kStep * kValueBits / 8, kChunkSize = kChunk * kValueBits / 8;
+constexpr int64_t kStepSize = kStep * kValueBits / 8, kFront = 0, kChunkSize = kChunk * kValueBits / 8;
 
 struct Column {
   const char *at;

@@ -3,6 +3,7 @@
 // those bytes, and where each column of each tile begins, in units of 4 bytes (int32).
 constexpr int64_t kBlockChunks = 16;  // of rows: a tile
 constexpr int64_t kStep = kChunk / 2, kStepSize = kStep * kValueBits / 16;  // of values, where half is kept
+constexpr int64_t kFront = kBlockChunks * kChunk / 8;                       // of masks before them
 INLINE int64_t tile_chunks(const SparsecCall *call) {
   int64_t all = ceil_div(call->n, kChunk);
   return all < kBlockChunks ? all : kBlockChunks;

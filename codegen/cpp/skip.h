@@ -34,7 +34,8 @@ INLINE void add_columns(const SparsecCall *call, int64_t chunk, int64_t chunks, 
     for (int r = 0; r < MB; ++r)
       for (int v = 0; v < kStepVectors; ++v) acc[r][v] = sums[r * vectors + i + v];
     for (int c = 0; c < COUNT; ++c) {
-      for (int b = 0; b < kStepSize; b += 64) __builtin_prefetch(column[c].here() + ahead[c] + b);
+      for (int64_t b = i ? 0 : -kFront; b < kStepSize; b += 64)
+        __builtin_prefetch(column[c].here() + ahead[c] + b);
       column[c].next([&](int j, const F32 &w) __attribute__((always_inline)) {
         for (int r = 0; r < MB; ++r) {
           F16 xs = splat(x[c * call->m + r]);
