@@ -3,7 +3,7 @@
 // lines cost as much as reading what is between them. prepare puts the values of x beside each other as floats:
 // [active column][row of x]. Expects Column from the layout.
 constexpr int kStepVectors = kStep / 16;             // vectors of the rows of W that are read at once
-constexpr int kMostRows = kWide ? 2 : 1;         // rows of x whose sums fit the registers
+constexpr int kMostRows = kWide ? 16 / kStepVectors : 1;  // rows of x whose sums fit the registers
 constexpr int kMostSums = 8;                     // rows of x that the kernel takes
 constexpr int kAtOnce = 8;                       // columns
 constexpr int64_t kChunkVectors = kChunk / 16, kSumChunks = 128;  // chunks of rows of W, all rows of x together
@@ -73,7 +73,9 @@ INLINE void run_block(const SparsecCall *call, int64_t chunk, int64_t chunks, F1
   for (int64_t begin = 0, end; begin < last; begin = end) {
     end = together(call, begin);
     int64_t row = 0;
-    if constexpr (kMostRows == 2)
+    if constexpr (kMostRows == 4)
+      for (; row + 4 <= m; row += 4) add_group<4>(call, chunk, chunks, begin, end, row, sums + row * of_row);
+    if constexpr (kMostRows >= 2)
       for (; row + 2 <= m; row += 2) add_group<2>(call, chunk, chunks, begin, end, row, sums + row * of_row);
     for (; row < m; ++row) add_group<1>(call, chunk, chunks, begin, end, row, sums + row * of_row);
     int64_t part = part_of(call->active[begin]);
