@@ -23,11 +23,13 @@ INLINE void add_columns(const SparsecCall *call, int64_t chunk, int64_t chunks, 
   const float *x = static_cast<const float *>(call->scratch) + begin * call->m + row;
   const int64_t vectors = chunks * kChunkVectors;
   Column column[COUNT];
+  F16 xs[COUNT][MB];
   int64_t ahead[COUNT];  // how far behind a column is the one that is read after it
   for (int c = 0; c < COUNT; ++c) {
     int64_t after = begin + c + kAtOnce < call->active_count ? begin + c + kAtOnce : begin + c;
     column[c] = Column(call, chunk, call->active[begin + c]);
     ahead[c] = Column(call, chunk, call->active[after]).here() - column[c].here();
+    for (int r = 0; r < MB; ++r) xs[c][r] = splat(x[c * call->m + r]);
   }
   for (int64_t i = 0; i < vectors; i += kStepVectors) {
     F16 acc[MB][kStepVectors];
@@ -38,9 +40,8 @@ INLINE void add_columns(const SparsecCall *call, int64_t chunk, int64_t chunks, 
         __builtin_prefetch(column[c].here() + ahead[c] + b);
       column[c].next([&](int j, const F32 &w) __attribute__((always_inline)) {
         for (int r = 0; r < MB; ++r) {
-          F16 xs = splat(x[c * call->m + r]);
-          acc[r][2 * j] = fma(w.a, xs, acc[r][2 * j]);
-          acc[r][2 * j + 1] = fma(w.b, xs, acc[r][2 * j + 1]);
+          acc[r][2 * j] = fma(w.a, xs[c][r], acc[r][2 * j]);
+          acc[r][2 * j + 1] = fma(w.b, xs[c][r], acc[r][2 * j + 1]);
         }
       });
     }
