@@ -1,7 +1,8 @@
 // Layout "columns_bitmap": the kept values of a column of W beside each other: tile of up to kBlockChunks chunks of rows,
 // column. A column of a tile is its masks and then its values, where codes of each 32 rows start in a new byte. pack:
 // those bytes, and where each column of each tile begins, in units of 4 bytes (int32).
-constexpr int64_t kBlockChunks = 16;  // of rows: a tile
+constexpr int kMostRows = kWide ? 4 : 1;                                    // rows of x for which columns are read once
+constexpr int64_t kBlockChunks = 16;                                        // of rows: a tile
 constexpr int64_t kStep = kChunk / 2, kStepSize = kStep * kValueBits / 16;  // of values, where half is kept
 constexpr int64_t kFront = kBlockChunks * kChunk / 8;                       // of masks before them
 INLINE int64_t tile_chunks(const SparsecCall *call) {

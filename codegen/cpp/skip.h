@@ -1,11 +1,11 @@
 // Loop "skip": x has zeros, and columns of W that meet none of its values are not read. Lanes are rows of W. Several
 // columns are read at once, each from one long piece of memory, as the hardware's prefetcher follows it; pieces of a few
-// lines cost as much as reading what is between them. prepare puts the values of x beside each other as floats:
-// [active column][row of x]. Expects Column from the layout.
-constexpr int kStepVectors = kStep / 16;             // vectors of the rows of W that are read at once
-constexpr int kMostRows = kWide ? 16 / kStepVectors : 1;  // rows of x whose sums fit the registers
-constexpr int kMostSums = 8;                     // rows of x that the kernel takes
-constexpr int kAtOnce = 8;                       // columns
+// lines cost as much as reading what is between them. It follows only so many instructions (32 were followed, 64 not, on
+// Zen 5), which is why a step has few loads. prepare puts the values of x beside each other as floats: [active column]
+// [row of x]. Expects Column, kMostRows and the sizes of a step from the layout.
+constexpr int kStepVectors = kStep / 16;  // vectors of the rows of W that are read at once
+constexpr int kMostSums = 8;              // rows of x that the kernel takes
+constexpr int kAtOnce = 8;                // columns
 constexpr int64_t kChunkVectors = kChunk / 16, kSumChunks = 128;  // chunks of rows of W, all rows of x together
 
 EXPORT int64_t sparsec_scratch(int64_t m, int64_t k) { return m * k * 4 + 64; }
