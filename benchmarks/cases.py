@@ -129,6 +129,8 @@ class Case:
             small = (self.batch, self.tokens) == (1, 16)
             return ENCODER_TARGETS.get(self.sparsity, ENCODER_FLOOR) if small else ENCODER_FLOOR
         if self.gated:
+            if self.kind == "thresholds" and self.sparsity:  # the peer has zeros in its weights, too
+                return 1.0
             return GATED_TARGETS.get((self.kind, self.zeros))
         if self.quantised:
             return quantised_target(self.kind, self.weights, self.pattern, self.x8, self.m, self.sparsity, self.cold)

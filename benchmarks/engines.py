@@ -174,17 +174,17 @@ def build_sparsec(case: Case, seen: bool = True) -> Built:
     chosen = [f"{r.format} {r.kernel}".strip() for r in ranges]
     path = ", ".join(f"{chosen.count(c)} {c}" if len(set(chosen)) > 1 else c for c in dict.fromkeys(chosen))
     width = VALUE_BYTES.get(case.weights, BYTES[case.dtype])
-    return Built(built.call, path or "nothing taken", built.error, byte_limit(layers, rows, width))
+    return Built(built.call, path or "nothing taken", built.error, byte_limit(layers, ranges, case.zeros, width))
 
 
-def byte_limit(layers: list[tuple[Any, Any]], rows: int, width: float) -> float:
-    """Bytes of the dense weights, ``width`` each, over bytes of what was chosen."""
+def byte_limit(layers: list[tuple[Any, Any]], ranges: list[Any], zeros: float, width: float) -> float:
+    """Bytes of the dense weights, ``width`` each, over bytes that are read of what was chosen."""
     dense = ours = 0.0
-    for decision, fact in layers:
+    for (decision, fact), chosen in zip(layers, ranges, strict=True):
         weight = fact.n * fact.k * width
-        chosen = decision.at(rows).format
         dense += weight
-        ours += next((c.bytes for c in decision.candidates if c.format == chosen), weight)
+        read = 1 - zeros if chosen in decision.gated else 1.0
+        ours += read * next((c.bytes for c in decision.candidates if c.format == chosen.format), weight)
     return dense / ours if ours else 0.0
 
 

@@ -1,8 +1,8 @@
 // Layout "columns": the weight transposed, [K][N rounded up to kChunk]; codes of kChunk rows are in the order of words.h.
 // pack: values. Work is split into tiles of one chunk of rows.
 INLINE int64_t tile_chunks(const SparsecCall *) { return 1; }
-constexpr int kMostRows = kWide ? 2 : 1;      // rows of x for which columns are read once
-constexpr int64_t kBlockChunks = 128;   // of rows: what may be worked on together
+constexpr int kMostRows = kWide ? 2 : 1;  // rows of x for which columns are read once
+constexpr int64_t kBlockChunks = 128;     // of rows: what may be worked on together
 constexpr int64_t kStep = CODED && (kValueBits == 4 || kValueBits == 2) ? kChunk : kChunk / 2;  // rows read at once
 constexpr int64_t kStepSize = kStep * kValueBits / 8, kFront = 0, kChunkSize = kChunk * kValueBits / 8;
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from benchmarks import activation_cases as grid
 from benchmarks.activation_engines import program
 from benchmarks.cases import Case
 from benchmarks.coordinator import measure, workers
-from benchmarks.engines import ENGINES
+from benchmarks.engines import ENGINES, byte_limit
 from benchmarks.report import markdown, write_report
 
 SMALL = (256, 688)  # hidden size, intermediate size
@@ -68,3 +69,16 @@ def test_all_engines_run_and_the_report_shows_them(tmp_path: Path) -> None:
         assert set(result.samples) == set(names), result.declined
     table = markdown(write_report(results, CASES, names, 1.0, tmp_path))
     assert all(case.name in table for case in CASES)
+
+
+def test_byte_limits_count_what_zeros_leave_unread() -> None:
+    whole, skipped = (SimpleNamespace(format=name) for name in ("panel", "bitmap+int8"))
+    fact = SimpleNamespace(n=100, k=10)
+    bytes_of = [SimpleNamespace(format="bitmap+int8", bytes=500)]
+    layers = [
+        (SimpleNamespace(gated=(), candidates=[]), fact),
+        (SimpleNamespace(gated=(skipped,), candidates=bytes_of), fact),
+    ]
+    assert byte_limit(layers, [whole, skipped], 0.9, 2.0) == pytest.approx(4000 / (2000 + 50))
+    assert byte_limit(layers, [whole, whole], 0.9, 2.0) == 1.0
+    assert grid.stack(0.5, 1, "int8", 0.5).target == 1.0
