@@ -217,17 +217,17 @@ class _Question:
     def reason(self, decision: Decision) -> str:
         first = decision.ranges[0]
         assert self.dense is not None
-        if plain_panel(first.format):
-            return words.panels(self.full)
+        own = next((r for r in decision.ranges if r.format != "dense"), first)
+        sparse = next((r for r in decision.ranges if r.format != "dense" and not plain_panel(r.format)), None)
+        if sparse and sparse is not first:
+            return words.skips(self.fact, sparse.m_lo, own.m_lo if plain_panel(own.format) else 0)
+        if plain_panel(own.format):
+            return words.panels(self.full, own.m_lo)
         if self.full and not decision.ours:
             return words.NO_ZEROS
         if first.format != "dense":
             read = next(c.bytes for c in decision.candidates if c.format == first.format)
             return words.reads(read, self.dense.bytes)
-        if decision.ours:
-            if plain_panel(decision.ranges[1].format):
-                return words.panels(self.full, decision.ranges[1].m_lo)
-            return words.skips(self.fact, decision.ranges[1].m_lo)
         if decision.break_even is not None:
             return words.break_even(decision.break_even)
         slow = self.rates.overhead * self.threshold < self.dense.cost.at(1)

@@ -43,8 +43,10 @@ def panels(full: bool, m: int = 1) -> str:
     return f"{why}; stored in panels, which this CPU reads faster than its dense library does{since}"
 
 
-def skips(fact: WeightFact, m: int) -> str:
-    return f"skips {zero(fact.sparsity)} of the multiplications from {m} rows of x on"
+def skips(fact: WeightFact, m: int, panel: int) -> str:
+    """``panel``: the rows of x from which the same weight is read from panels before that; 0 where it never is."""
+    below = "" if not panel else ", in panels below" if panel == 1 else f", in panels from {panel} rows on"
+    return f"skips {zero(fact.sparsity)} of the multiplications from {m} rows of x on{below}"
 
 
 def not_finite(fact: WeightFact) -> str:

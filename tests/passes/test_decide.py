@@ -380,6 +380,20 @@ def test_panels_run_weights_without_zeros_where_they_are_clearly_faster_than_den
     assert slow.reason == "no zeros"
 
 
+def test_a_weight_that_skips_further_on_is_not_said_to_have_too_few_zeros() -> None:
+    found = 0
+    for seed in range(500):
+        decision = decide(a_fact(density=0.2), "fp32", TARGET, random_rates(seed), Policy())
+        formats = [r.format for r in decision.ranges if r.format != "dense"]
+        sparse = [r for r in decision.ranges if not r.format.startswith(("dense", "panel"))]
+        if "panel+fp32" in formats[:1] and sparse:
+            found += 1
+            assert decision.reason.startswith(f"skips 80 % of the multiplications from {sparse[0].m_lo} rows")
+        elif "panel+fp32" in formats:
+            assert sparse or decision.reason.startswith("too few zeros to skip; stored in panels")
+    assert found > 5
+
+
 def test_zeros_that_rounding_made_are_not_worth_a_bit_for_each_code() -> None:
     """Rates that promise more of bitmaps than of panels do not hold where a weight is nearly full."""
     line = DenseRate("fp32", ((1, 1e-9),))
