@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from sparsec.codegen import cpp
+from sparsec.codegen.onnx import bodies
 from sparsec.codegen.onnx.ops import DOMAIN, LAYOUT, Op, supported
 from sparsec.codegen.spec import Packed
 from sparsec.errors import PackError
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 NO_ZEROS_SKIPPED = "standard ONNX skips no zeros"
+TOO_MANY = "more values than the operator's standard ONNX counts; it stays dense"
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,8 @@ def _site(model: ir.Model, site: OnnxSite, machine: _Machine, packs: dict[str, l
         return replace(row, decision="int8", reason=int8_why, bytes=size, expected=weight.nbytes / size)
     fixed = before.fixed if x and before is not None else 0.0
     op = Op(Format.parse(first.format), x, bool(fixed))
+    if not bodies.countable(op, n, k, fact.nnz):
+        return replace(row, reason=TOO_MANY)
     try:
         values = _packed(model.graph, site, op, weight, fact, packs)
     except PackError as error:
@@ -162,8 +166,6 @@ def _replace(
     """Put an operator that reads ``x`` in the place of a site. ``fixed``: the one scale of x, where there is one."""
     import onnx_ir as ir
 
-    from sparsec.codegen.onnx import bodies
-
     n, k = site.shape
     said: dict[str, int | float] = {"n": n, "k": k, "outer_from": _outer_from(decision), "version": LAYOUT}
     said |= {"x_scale": fixed} if op.fixed else {}
@@ -177,9 +179,7 @@ def _replace(
 
 def _initializers(graph: ir.Graph, name: str, op: Op, packed: Packed) -> list[ir.Value]:
     """The tensors of a pack as initializers; masks as bytes, since standard ONNX looks bytes up."""
-    from sparsec.codegen.onnx.bodies import gaps
-
-    tensors = packed.tensors if op.x else (*packed.tensors, gaps(packed.tensors[0]))
+    tensors = packed.tensors if op.x else (*packed.tensors, bodies.gaps(packed.tensors[0]))
     named = {"work": packed.work, **dict(zip(op.packs, tensors, strict=True))}
     return [
         initializer(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sparsec.codegen.onnx.bodies import MOST, steps
 from sparsec.onnx_sites import initializer
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def expand_when_loaded(model: ir.Model) -> int:
         if array is None:
             continue
         at = np.flatnonzero(array)
-        gaps = _gaps(at)
+        gaps = steps(at)
         if (gaps.itemsize + 4) * at.size >= array.nbytes:
             continue
         done += 1
@@ -43,7 +44,7 @@ def expand_when_loaded(model: ir.Model) -> int:
         zero = ir.tensor(np.zeros(1, np.float32))
         nodes = [
             ir.node("ConstantOfShape", [of["size"]], {"value": zero}),
-            ir.node("Cast", [of["gaps"]], {"to": ir.DataType.INT32}),
+            ir.node("Cast", [of["gaps"]], {"to": ir.DataType.INT32 if array.size <= MOST else ir.DataType.INT64}),
         ]
         nodes.append(ir.node("CumSum", [nodes[1].outputs[0], of["axis"]]))
         nodes.append(ir.node("ScatterElements", [nodes[0].outputs[0], nodes[2].outputs[0], of["kept"]]))
@@ -83,10 +84,3 @@ def _floats(value: ir.Value) -> np.ndarray[Any, Any] | None:
     if tensor is None or str(tensor.dtype) != "FLOAT" or len(tensor.shape) < 2 or tensor.size < LEAST:
         return None
     return None if value.is_graph_output() else tensor.numpy()
-
-
-def _gaps(at: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """How far each position lies behind the one before it, in the smallest type that holds them."""
-    found = np.diff(at, prepend=0)
-    most = int(found.max(initial=0))
-    return found.astype(np.uint8 if most < 2**8 else np.uint16 if most < 2**16 else np.int32)

@@ -9,7 +9,7 @@ codes, so there a bit's value lies where the running sum of the bits before its 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,7 +22,17 @@ if TYPE_CHECKING:
 OPSET = 21
 
 _BITS = [[byte >> bit & 1 for bit in range(8)] for byte in range(256)]
-_BEFORE = [[sum(row[:bit]) for bit in range(8)] for row in _BITS]
+# Of every two bits of a byte that follow each other: the kept values before them in it, and which of the two are kept.
+_BEFORE = [[sum(row[:bit]) for bit in range(0, 8, 2)] for row in _BITS]
+_WHICH = [[3 - 2 * row[bit] - row[bit + 1] for bit in range(0, 8, 2)] for row in _BITS]
+
+
+MOST = 2**31 - 1  # what a body counts to
+
+
+def countable(op: Op, n: int, k: int, kept: int) -> bool:
+    """Whether the body of an operator counts right: its positions are int32, half the bytes of what ONNX prefers."""
+    return 4 * (kept + 1) <= MOST if op.x else (n + 3) * (k + 31) <= MOST
 
 
 def _table(rows: list[list[int]]) -> str:
@@ -30,23 +40,43 @@ def _table(rows: list[list[int]]) -> str:
 
 
 def _spread() -> str:
-    """Text that gives ``scattered`` [bytes of masks, 8]: numbers of ``signed`` where a bit is set, zeros elsewhere."""
+    """Text that gives ``scattered`` [bytes of masks, 4, 2]: numbers of ``signed`` where a bit is set, zeros elsewhere.
+
+    Two at once, from a table of pairs that has four parts of one size: pair i of the first is numbers i and i + 1, of
+    the second i and 0, of the third 0 and i, of the last zeros.
+    """
     return f"""
   minus_one = Constant<value_ints = [-1]>()
   begin = Constant<value_ints = [0]>()
+  second = Constant<value_ints = [1]>()
+  end = Constant<value_ints = [9223372036854775807]>()
   first_axis = Constant<value_int = 0>()
-  is_kept = Constant<value = bool[256, 8] {{{_table(_BITS)}}}>()
-  kept_before = Constant<value = int32[256, 8] {{{_table(_BEFORE)}}}>()
+  as_column = Constant<value_ints = [-1, 1]>()
+  two_zeros = Constant<value = int8[2] {{0, 0}}>()
+  before = Constant<value = int32[256, 4] {{{_table(_BEFORE)}}}>()
+  part = Constant<value = int32[256, 4] {{{_table(_WHICH)}}}>()
   kept_in_byte = Constant<value = int32[256, 1] {{{_table([[sum(row)] for row in _BITS])}}}>()
-  nothing = Constant<value = int8[1] {{0}}>()
+  longer = Concat<axis = 0>(signed, two_zeros)
+  number = Reshape(longer, as_column)
+  these = Slice(number, begin, minus_one)
+  following = Slice(number, second, end)
+  size = Shape(these)
+  zeros = ConstantOfShape<value = int8[1] {{0}}>(size)
+  two = Concat<axis = 1>(these, following)
+  first_alone = Concat<axis = 1>(these, zeros)
+  second_alone = Concat<axis = 1>(zeros, these)
+  neither = Concat<axis = 1>(zeros, zeros)
+  pairs = Concat<axis = 0>(two, first_alone, second_alone, neither)
+  whole_size = Cast<to = 6>(size)
+  part_size = Slice(whole_size, begin, second)
+  part_begin = Mul(part, part_size)
+  in_part = Add(before, part_begin)
   byte = Cast<to = 6>(masks)
-  kept = Gather<axis = 0>(is_kept, byte)
-  in_byte = Gather<axis = 0>(kept_before, byte)
+  in_byte = Gather<axis = 0>(in_part, byte)
   counts = Gather<axis = 0>(kept_in_byte, byte)
   before_byte = CumSum<exclusive = 1>(counts, first_axis)
   place = Add(before_byte, in_byte)
-  number = Gather<axis = 0>(signed, place)
-  scattered = Where(kept, number, nothing)
+  scattered = Gather<axis = 0>(pairs, place)
 """
 
 
@@ -97,9 +127,14 @@ def gaps(masks: torch.Tensor) -> torch.Tensor:
     """How many positions each set bit of ``masks`` is behind the one before it, [kept] in the smallest type that holds
     them: what the body of a bitmap of floats knows positions from."""
     bits = np.unpackbits(masks.contiguous().numpy().view(np.uint8).ravel(), bitorder="little")
-    found = np.diff(np.flatnonzero(bits), prepend=0)
+    return torch.from_numpy(steps(np.flatnonzero(bits)))
+
+
+def steps(positions: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """How far each of ascending positions lies behind the one before it, in the smallest type that holds them."""
+    found = np.diff(positions, prepend=0)
     most = int(found.max(initial=0))
-    return torch.from_numpy(found.astype(np.uint8 if most < 2**8 else np.uint16 if most < 2**16 else np.int32))
+    return found.astype(np.uint8 if most < 2**8 else np.uint16 if most < 2**16 else np.int32)
 
 
 def _bitmap_body() -> str:

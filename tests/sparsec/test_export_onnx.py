@@ -16,8 +16,10 @@ from torch import nn
 import sparsec
 import sparsec.onnx
 from sparsec import cli
+from sparsec.codegen.onnx import bodies
 from sparsec.errors import BadModelFile, BadOptionValue, MissingPackage, VerifyError, WriteFailed
 from sparsec.export_onnx import ALLOWED, checked, explain_file, export_onnx, rewrite_file
+from sparsec.onnx_rewrite import TOO_MANY
 from sparsec.onnx_verify import differences, first_difference
 
 
@@ -88,6 +90,15 @@ def test_a_dense_model_stays_as_it_is(tmp_path: Path) -> None:
     report = export_onnx(Layers().eval(), (torch.randn(4, 96),), path, min_speedup=0)
     assert [layer.decision for layer in report.layers] == ["dense", "dense"]
     assert all(layer.reason for layer in report.layers)
+
+
+def test_a_layer_beyond_what_32_bits_count_stays_dense_and_says_so(
+    tmp_path: Path, pruned: Layers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bodies, "MOST", 97 * 128)  # the first layer has 128 x 96 positions, the second half of them
+    report = export_onnx(pruned, (torch.randn(4, 96),), tmp_path / "model.onnx", min_speedup=0)
+    assert [layer.decision for layer in report.layers] == ["dense", "bitmap+fp32"]
+    assert report.layers[0].reason == TOO_MANY
 
 
 def test_tied_weights_are_in_the_file_once(tmp_path: Path) -> None:
