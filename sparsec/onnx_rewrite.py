@@ -18,7 +18,7 @@ from sparsec.codegen.onnx import bodies
 from sparsec.codegen.onnx.ops import DOMAIN, LAYOUT, Op, supported
 from sparsec.codegen.spec import Packed
 from sparsec.errors import PackError
-from sparsec.facts import Decision, ValueFact, WeightFact
+from sparsec.facts import Decision, Range, ValueFact, WeightFact
 from sparsec.formats import Format, stored_types
 from sparsec.measure import rates_for
 from sparsec.onnx import FORMATS
@@ -29,7 +29,7 @@ from sparsec.onnx_low_bit import WHY as low_bit_why
 from sparsec.onnx_low_bit import low_bit, replace_low_bit
 from sparsec.onnx_sites import OnnxSite, initializer, sites
 from sparsec.options import Policy
-from sparsec.passes.decide import decide
+from sparsec.passes.decide import decide, words
 from sparsec.passes.profile.weights import profile
 from sparsec.targets.base import Target
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 NO_ZEROS_SKIPPED = "standard ONNX skips no zeros"
+_ABOUT = 1.1  # times as long: what a file of a third the size is worth
 TOO_MANY = "more values than the operator's standard ONNX counts; it stays dense"
 
 
@@ -107,9 +108,19 @@ class _Machine:
     rows: int
 
     def decide(self, fact: WeightFact, x: str) -> Decision:
-        formats = FORMATS[x] if self.min_speedup else FORMATS[x][:1]  # 0: ours, even where it loses
-        rates = rates_for(fact, "fp32", self.target, self.threads, self.cache, formats, x)
-        return decide(fact, "fp32", self.target, rates, Policy(formats=formats, min_speedup=self.min_speedup), x=x)
+        """The fastest format, or a smaller one about as fast; with ``min_speedup`` 0 bitmaps even where they lose."""
+        rates = rates_for(fact, "fp32", self.target, self.threads, self.cache, FORMATS[x], x)
+        smallest, any_of_them = (
+            decide(fact, "fp32", self.target, rates, Policy(formats=formats, min_speedup=self.min_speedup), x=x)
+            for formats in (FORMATS[x][:1], FORMATS[x])
+        )
+        if not self.min_speedup:
+            return smallest
+        small, fast = smallest.at(self.rows), any_of_them.at(self.rows)
+        size = {c.format: c.bytes for d in (smallest, any_of_them) for c in d.candidates}
+        if small.format == "dense" or size[small.format] >= size[fast.format] or small.ours_s > _ABOUT * fast.ours_s:
+            return any_of_them
+        return smallest
 
 
 def _site(model: ir.Model, site: OnnxSite, machine: _Machine, packs: dict[str, list[ir.Value]]) -> OnnxLayer:
@@ -129,7 +140,7 @@ def _site(model: ir.Model, site: OnnxSite, machine: _Machine, packs: dict[str, l
         fact = replace(fact, values=ValueFact())  # codes whose x stays as it is have no operator
     decision = None if machine.portable else machine.decide(fact, x)
     first = decision.at(machine.rows) if decision else None
-    row = replace(row, reason=decision.reason if decision else row.reason)
+    row = replace(row, reason=_reason(decision, first, weight.nbytes) if decision and first else row.reason)
     if decision is None or first is None or first.format == "dense" or not supported(Format.parse(first.format), x):
         if not on_grid or before is None:
             return row
@@ -147,6 +158,13 @@ def _site(model: ir.Model, site: OnnxSite, machine: _Machine, packs: dict[str, l
     size = sum(v.const_value.nbytes for v in values if v.const_value is not None)
     gain = first.dense_s / first.ours_s if first.ours_s else 1.0
     return replace(row, decision=first.format, bytes=size, expected=gain)
+
+
+def _reason(decision: Decision, chosen: Range, dense: int) -> str:
+    """The decision's sentence; of what is chosen, where that is not what one row of x would run."""
+    if chosen.format in ("dense", decision.ranges[0].format):
+        return decision.reason
+    return words.reads(next(c.bytes for c in decision.candidates if c.format == chosen.format), dense)
 
 
 def _packed(
@@ -181,12 +199,9 @@ def _initializers(graph: ir.Graph, name: str, op: Op, packed: Packed) -> list[ir
     """The tensors of a pack as initializers; masks as bytes, since standard ONNX looks bytes up."""
     tensors = packed.tensors if op.x else (*packed.tensors, bodies.gaps(packed.tensors[0]))
     named = {"work": packed.work, **dict(zip(op.packs, tensors, strict=True))}
-    return [
-        initializer(
-            graph, f"{name}.{part}", (tensor.view(torch.uint8) if part == "masks" else tensor).contiguous().numpy()
-        )
-        for part, tensor in named.items()
-    ]
+    arrays = {part: tensor.contiguous().numpy() for part, tensor in named.items()}
+    arrays["masks"] = arrays["masks"].view(np.uint8)
+    return [initializer(graph, f"{name}.{part}", array) for part, array in arrays.items()]
 
 
 def _bias(graph: ir.Graph, site: OnnxSite) -> ir.Value:

@@ -80,13 +80,28 @@ def _spread() -> str:
 """
 
 
+def _as_stored() -> str:
+    """The same where all codes are stored, and a few more behind them."""
+    return f"""
+  minus_one = Constant<value_ints = [-1]>()
+  begin = Constant<value_ints = [0]>()
+  in_tile = Constant<value_int = 256>()
+{_up_to("tiles", "n_number", 16)}
+{_up_to("across", "k_number", 16)}
+  in_row_of_tiles = Mul(across, in_tile)
+  all_codes = Mul(tiles, in_row_of_tiles)
+  stored = Reshape(all_codes, one_axis)
+  scattered = Slice(signed, begin, stored)
+"""
+
+
 def function(op: Op) -> onnx.FunctionProto:
     """The body of an operator, in opset 21."""
     import onnx
 
     inputs = ", ".join(("x", "bias", "work", *op.packs))
     attributes = "n, k, outer_from, version" + (", x_scale" if op.fixed else "")
-    body = _integer_body(op.fixed) if op.x else _bitmap_body()
+    body = _integer_body(op) if op.x else _bitmap_body()
     text = f"""
 <opset_import: ["" : {OPSET}], domain: "{DOMAIN}">
 {op.name} <{attributes}> ({inputs}) => (y) {{
@@ -219,7 +234,7 @@ _FIXED = """
 """
 
 
-def _integer_body(fixed: bool) -> str:
+def _integer_body(op: Op) -> str:
     """int_steps.h: 16 rows, 4 columns, padded to 16 columns; x is rounded as int_x.h does it, row by row or with one
     scale, which clips infinities.
 
@@ -228,7 +243,7 @@ def _integer_body(fixed: bool) -> str:
     """
     return f"""
   none = Constant<value_float = 0.0>()
-{_FIXED if fixed else _ROW_BY_ROW}
+{_FIXED if op.fixed else _ROW_BY_ROW}
   shift = Constant<value_float = 128.0>()
   from_zero = Add(nearest, shift)
   q = Cast<to = 2>(from_zero)
@@ -237,7 +252,7 @@ def _integer_body(fixed: bool) -> str:
   unsigned = Cast<to = 6>(codes)
   centred = Sub(unsigned, middle)
   signed = Cast<to = 3>(centred)
-{_spread()}
+{_spread() if op.masked else _as_stored()}
 {_in_rows(4, 16, 16)}
   product = MatMulInteger(q, weight, zero_of_q)
   sums = Cast<to = 1>(product)

@@ -71,6 +71,8 @@ STANDARD = (
     Op(Format.parse("bitmap+fp32")),
     Op(Format.parse("bitmap+int8"), "int8"),
     Op(Format.parse("bitmap+int8"), "int8", fixed=True),
+    Op(Format.parse("panel+int8"), "int8"),
+    Op(Format.parse("panel+int8"), "int8", fixed=True),
 )
 
 
