@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 # By what inputs are rounded to. Panels of codes stand for ONNX Runtime's own product of integers.
-FORMATS = {"": ("bitmap",), "int8": ("bitmap+int8", "panel+int8")}
+FORMATS = {"": ("bitmap", "index"), "int8": ("bitmap+int8", "panel+int8")}
 LEAST = (1, 22)  # of ONNX Runtime, by the version of its C interface that the library asks for
 
 

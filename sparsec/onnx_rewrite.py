@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from sparsec.codegen.onnx import bodies
 from sparsec.codegen.onnx.ops import DOMAIN, LAYOUT, Op, supported
 from sparsec.codegen.spec import Packed
 from sparsec.errors import PackError
-from sparsec.facts import Decision, Range, ValueFact, WeightFact
+from sparsec.facts import Decision, ValueFact, WeightFact
 from sparsec.formats import Format, stored_types
 from sparsec.measure import rates_for
 from sparsec.onnx import FORMATS
@@ -29,13 +29,14 @@ from sparsec.onnx_low_bit import WHY as low_bit_why
 from sparsec.onnx_low_bit import low_bit, replace_low_bit
 from sparsec.onnx_sites import OnnxSite, initializer, sites
 from sparsec.options import Policy
-from sparsec.passes.decide import decide, words
+from sparsec.passes.decide import decide
 from sparsec.passes.profile.weights import profile
 from sparsec.targets.base import Target
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+Array = np.ndarray[Any, Any]
 NO_ZEROS_SKIPPED = "standard ONNX skips no zeros"
 _ABOUT = 1.1  # times as long: what a file of a third the size is worth
 TOO_MANY = "more values than the operator's standard ONNX counts; it stays dense"
@@ -89,12 +90,21 @@ def operators(model: ir.Model) -> list[OnnxLayer]:
             continue
         n, k = (int(node.attributes[name].value) for name in ("n", "k"))
         held = [v.const_value for v in node.inputs[2:] if v is not None and v.const_value is not None]
-        masks = [t.numpy().view(np.uint8) for t in held if (t.name or "").endswith("masks")]
-        kept = sum(int(np.unpackbits(array).sum(dtype=np.int64)) for array in masks)
+        kept = _kept({(t.name or "").rpartition(".")[2]: t.numpy() for t in held})
         name = (node.name or node.op_type).removesuffix(f"_{node.op_type}")
         why, size = "an operator of sparsec already", sum(t.nbytes for t in held)
         found.append(OnnxLayer(name, n, k, 1 - kept / (n * k), node.op_type, why, size, 1.0))
     return found
+
+
+def _kept(pack: dict[str, Array]) -> int:
+    """How many weights an operator of ours keeps, from the tensors of its pack."""
+    if "lanes" in pack:
+        return int(pack["start"][-2])
+    masks = pack.get("masks", np.zeros(0, np.uint8)).view(np.uint8)
+    if masks.size:
+        return int(np.unpackbits(masks).sum(dtype=np.int64))
+    return int(np.count_nonzero(pack["codes"] != 128)) if "codes" in pack else 0  # 128 stands for 0
 
 
 @dataclass(frozen=True)
@@ -108,19 +118,19 @@ class _Machine:
     rows: int
 
     def decide(self, fact: WeightFact, x: str) -> Decision:
-        """The fastest format, or a smaller one about as fast; with ``min_speedup`` 0 bitmaps even where they lose."""
-        rates = rates_for(fact, "fp32", self.target, self.threads, self.cache, FORMATS[x], x)
-        smallest, any_of_them = (
-            decide(fact, "fp32", self.target, rates, Policy(formats=formats, min_speedup=self.min_speedup), x=x)
-            for formats in (FORMATS[x][:1], FORMATS[x])
-        )
-        if not self.min_speedup:
-            return smallest
-        small, fast = smallest.at(self.rows), any_of_them.at(self.rows)
-        size = {c.format: c.bytes for d in (smallest, any_of_them) for c in d.candidates}
-        if small.format == "dense" or size[small.format] >= size[fast.format] or small.ours_s > _ABOUT * fast.ours_s:
-            return any_of_them
-        return smallest
+        """Of the fastest format, or of a smaller one about as fast; ``min_speedup`` 0: bitmaps even where they lose."""
+        formats = FORMATS[x] if self.min_speedup else FORMATS[x][:1]
+        rates = rates_for(fact, "fp32", self.target, self.threads, self.cache, formats, x)
+        found = [
+            decide(fact, "fp32", self.target, rates, Policy(formats=(name,), min_speedup=self.min_speedup), x=x)
+            for name in formats
+        ]
+        taken = {d: d.at(self.rows) for d in found if d.at(self.rows).format != "dense"}
+        if not taken:
+            return found[0]
+        most = _ABOUT * min(r.ours_s for r in taken.values())
+        near = [d for d, r in taken.items() if r.ours_s <= most]
+        return min(near, key=lambda d: next(c.bytes for c in d.candidates if c.format == taken[d].format))
 
 
 def _site(model: ir.Model, site: OnnxSite, machine: _Machine, packs: dict[str, list[ir.Value]]) -> OnnxLayer:
@@ -140,7 +150,7 @@ def _site(model: ir.Model, site: OnnxSite, machine: _Machine, packs: dict[str, l
         fact = replace(fact, values=ValueFact())  # codes whose x stays as it is have no operator
     decision = None if machine.portable else machine.decide(fact, x)
     first = decision.at(machine.rows) if decision else None
-    row = replace(row, reason=_reason(decision, first, weight.nbytes) if decision and first else row.reason)
+    row = replace(row, reason=decision.reason if decision else row.reason)
     if decision is None or first is None or first.format == "dense" or not supported(Format.parse(first.format), x):
         if not on_grid or before is None:
             return row
@@ -158,13 +168,6 @@ def _site(model: ir.Model, site: OnnxSite, machine: _Machine, packs: dict[str, l
     size = sum(v.const_value.nbytes for v in values if v.const_value is not None)
     gain = first.dense_s / first.ours_s if first.ours_s else 1.0
     return replace(row, decision=first.format, bytes=size, expected=gain)
-
-
-def _reason(decision: Decision, chosen: Range, dense: int) -> str:
-    """The decision's sentence; of what is chosen, where that is not what one row of x would run."""
-    if chosen.format in ("dense", decision.ranges[0].format):
-        return decision.reason
-    return words.reads(next(c.bytes for c in decision.candidates if c.format == chosen.format), dense)
 
 
 def _packed(
@@ -197,11 +200,11 @@ def _replace(
 
 def _initializers(graph: ir.Graph, name: str, op: Op, packed: Packed) -> list[ir.Value]:
     """The tensors of a pack as initializers; masks as bytes, since standard ONNX looks bytes up."""
-    tensors = packed.tensors if op.x else (*packed.tensors, bodies.gaps(packed.tensors[0]))
+    tensors = (*packed.tensors, bodies.gaps(packed.tensors[0])) if "gaps" in op.packs else packed.tensors
     named = {"work": packed.work, **dict(zip(op.packs, tensors, strict=True))}
-    arrays = {part: tensor.contiguous().numpy() for part, tensor in named.items()}
-    arrays["masks"] = arrays["masks"].view(np.uint8)
-    return [initializer(graph, f"{name}.{part}", array) for part, array in arrays.items()]
+    arrays = {part: tensor.contiguous().numpy().reshape(-1) for part, tensor in named.items()}
+    bytes_of = {part: array.view(np.uint8) if part == "masks" else array for part, array in arrays.items()}
+    return [initializer(graph, f"{name}.{part}", array) for part, array in bytes_of.items()]
 
 
 def _bias(graph: ir.Graph, site: OnnxSite) -> ir.Value:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from sparsec.codegen.onnx import body_index
 from sparsec.codegen.onnx.ops import DOMAIN, Op
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ MOST = 2**31 - 1  # what a body counts to
 
 def countable(op: Op, n: int, k: int, kept: int) -> bool:
     """Whether the body of an operator counts right: its positions are int32, half the bytes of what ONNX prefers."""
-    return 4 * (kept + 1) <= MOST if op.x else (n + 3) * (k + 31) <= MOST
+    return 4 * (kept + 1) <= MOST if op.x else (n + 15) * (k + 127) <= MOST
 
 
 def _table(rows: list[list[int]]) -> str:
@@ -101,7 +102,7 @@ def function(op: Op) -> onnx.FunctionProto:
 
     inputs = ", ".join(("x", "bias", "work", *op.packs))
     attributes = "n, k, outer_from, version" + (", x_scale" if op.fixed else "")
-    body = _integer_body(op) if op.x else _bitmap_body()
+    body = _integer_body(op) if op.x else body_index.TEXT if op.format.pattern.kind == "index" else _bitmap_body()
     text = f"""
 <opset_import: ["" : {OPSET}], domain: "{DOMAIN}">
 {op.name} <{attributes}> ({inputs}) => (y) {{

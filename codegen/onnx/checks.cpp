@@ -28,6 +28,36 @@ const char *wrong_bitmap(const Layer &layer, const OrtSizes *sizes, const void *
   return nullptr;
 }
 
+// values, positions uint8, lanes uint8, heads uint8, {first value, first step} of each tile int64 (sliced.h)
+const char *wrong_slices(const Layer &layer, const OrtSizes *sizes, const void *const *data) {
+  int64_t tiles = layer.tiles(), slices = tiles * ((layer.k + 127) / 128);
+  for (int i = 1; i < 4; ++i)
+    if (sizes[i].type != kOrtUint8) return "positions, lanes and heads are no bytes";
+  if (sizes[3].count < 9 * slices) return "the heads do not fit n and k";
+  if (!is(sizes[4], kOrtInt64, 2 * tiles + 2, 2 * tiles + 2)) return "the starts do not fit n";
+  auto *position = static_cast<const uint8_t *>(data[1]), *lanes = static_cast<const uint8_t *>(data[2]);
+  auto *head = static_cast<const uint8_t *>(data[3]);
+  auto *start = static_cast<const int64_t *>(data[4]);
+  int64_t values = 0, steps = 0;
+  for (int64_t s = 0; s < slices; ++s, head += 9) {
+    int64_t tile = s / (slices / tiles);
+    if (s % (slices / tiles) == 0 && (start[2 * tile] != values || start[2 * tile + 1] != steps))
+      return "a start is not where the lanes say";
+    int seen = 0;
+    for (int r = 0; r < 16; ++r) seen |= 1 << (head[1 + r / 2] >> r % 2 * 4 & 15);
+    if (head[0] > 128 || seen != 0xffff) return "a head has too many steps, or ranks that are none";
+    if (steps + head[0] > sizes[2].count) return "there are fewer lanes than the heads say";
+    for (int i = 0; i < head[0]; ++i, values += lanes[steps++])
+      if (lanes[steps] < 1 || lanes[steps] > 16) return "a step has no lanes, or more than there are";
+  }
+  if (start[2 * tiles] != values || start[2 * tiles + 1] != steps) return "the last start is not where the lanes say";
+  if (sizes[0].type != kOrtFloat || sizes[0].count < values + kPastTheEnd / 4) return "there are fewer values than the lanes say";
+  if (sizes[1].count < values + kPastTheEnd) return "there are fewer positions than the lanes say";
+  uint8_t all = 0;
+  for (int64_t i = 0; i < values; ++i) all |= position[i];
+  return all < 128 ? nullptr : "a position is outside of its 128 columns";
+}
+
 // codes uint8, masks as bytes, first byte of each tile int64, scales, zeros uint8, info int64 (int_steps.h)
 const char *wrong_steps(const Layer &layer, const OrtSizes *sizes, const void *const *data) {
   int64_t tiles = layer.tiles(), steps = (layer.k + 15) / 16 * 4, bits = layer.op->bits, group = layer.op->group;

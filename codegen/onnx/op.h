@@ -36,4 +36,5 @@ struct Layer {
 };
 
 const char *wrong_bitmap(const Layer &, const OrtSizes *, const void *const *);
+const char *wrong_slices(const Layer &, const OrtSizes *, const void *const *);
 const char *wrong_steps(const Layer &, const OrtSizes *, const void *const *);

@@ -50,7 +50,16 @@ class Op:
 
     @property
     def packs(self) -> tuple[str, ...]:
-        return ("codes", "masks", "start", "scale", "zero", "info") if self.x else ("masks", "values", "start", "gaps")
+        if self.x:
+            return "codes", "masks", "start", "scale", "zero", "info"
+        if self.format.pattern.kind == "index":
+            return "values", "positions", "lanes", "heads", "start"
+        return "masks", "values", "start", "gaps"
+
+    @property
+    def check(self) -> str:
+        """The function of ``checks.cpp`` that knows such packs."""
+        return "wrong_steps" if self.x else "wrong_slices" if self.format.pattern.kind == "index" else "wrong_bitmap"
 
     @property
     def masked(self) -> bool:
@@ -73,6 +82,7 @@ STANDARD = (
     Op(Format.parse("bitmap+int8"), "int8", fixed=True),
     Op(Format.parse("panel+int8"), "int8"),
     Op(Format.parse("panel+int8"), "int8", fixed=True),
+    Op(Format.parse("index+fp32")),
 )
 
 
@@ -122,10 +132,9 @@ def _table(ops: Sequence[Op]) -> str:
     for op in ops:
         kind, group = value_kind(op.format.values)
         loops = {loop: ", ".join(_loop(op, loop, isa) for isa in ISAS) for loop in ("dot", "outer")}
-        check = "wrong_steps" if op.x else "wrong_bitmap"
         numbers = f"{BITS[kind] if op.x else 0}, {group}, {int(op.masked)}, {int(op.fixed)}"
         rows.append(
-            f'  {{"{op.name}", {len(op.packs)}, {check}, {numbers}, {{{loops["dot"]}}}, {{{loops["outer"]}}}}},'
+            f'  {{"{op.name}", {len(op.packs)}, {op.check}, {numbers}, {{{loops["dot"]}}}, {{{loops["outer"]}}}}},'
         )
     listed = "\n".join(rows)
     return f"const OpInfo kOps[] = {{\n{listed}\n}};\nconst size_t kOpCount = {len(ops)};\n"

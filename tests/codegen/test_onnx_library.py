@@ -21,7 +21,7 @@ from sparsec.codegen import cpp, reference
 from sparsec.codegen.onnx import bodies
 from sparsec.codegen.onnx.ops import DOMAIN, LAYOUT, STANDARD, Op, compile_library
 
-BITMAP, INTEGER, FIXED, *DENSE = STANDARD
+BITMAP, INTEGER, FIXED, *DENSE, INDEX = STANDARD
 X_SCALE = 1 / 64  # of operators that round all of x with one; clips what is beyond 2
 
 
@@ -43,10 +43,10 @@ def a_weight(op: Op, n: int, k: int, density: float, seed: int = 0) -> torch.Ten
 
 def tensors_of(op: Op, weight: torch.Tensor, bias: torch.Tensor) -> dict[str, np.ndarray[Any, Any]]:
     packed = cpp.pack_verified(weight, op.format, "test", x=op.x)
-    tensors = packed.tensors if op.x else (*packed.tensors, bodies.gaps(packed.tensors[0]))
+    tensors = (*packed.tensors, bodies.gaps(packed.tensors[0])) if "gaps" in op.packs else packed.tensors
     found = {"bias": bias, "work": packed.work, **dict(zip(op.packs, tensors, strict=True))}
-    arrays = {name: tensor.contiguous().numpy() for name, tensor in found.items()}
-    return {**arrays, "masks": arrays["masks"].view(np.uint8)}
+    arrays = {name: tensor.contiguous().numpy().reshape(-1) for name, tensor in found.items()}
+    return {name: array.view(np.uint8) if name == "masks" else array for name, array in arrays.items()}
 
 
 def a_model(op: Op, shape: tuple[int, int], tensors: dict[str, np.ndarray[Any, Any]], **said: Any) -> onnx.ModelProto:
@@ -198,12 +198,37 @@ BROKEN = {
 @pytest.mark.parametrize("what", BROKEN)
 def test_what_is_no_pack_is_refused_with_a_sentence(library: Path, op: Op, what: str) -> None:
     said, changes, why = BROKEN[what]
+    if "masks" in changes and op is INDEX:
+        pytest.skip("has no masks")
     if "masks" in changes and not op.masked:
         changes, why = {"masks": lambda a: np.zeros(8, np.uint8)}, "none are wanted"
     tensors = tensors_of(op, a_weight(op, 32, 64, 0.5), torch.randn(32))
     tensors.update({name: change(tensors[name]) for name, change in changes.items()})
     with pytest.raises(Exception, match=rf"sparsec::{op.name} cannot be loaded: .*{why}"):
         a_session(a_model(op, (32, 64), tensors, **said), library)
+
+
+BROKEN_SLICES = {
+    "lanes of zero": ("lanes", lambda a: np.zeros_like(a), "a step has no lanes"),
+    "lanes of 17": ("lanes", lambda a: np.full_like(a, 17), "more than there are"),
+    "a lane more": ("lanes", lambda a: np.concatenate([a[1:2] % 16 + 1, a[1:]]), "where the lanes say"),
+    "lanes cut off": ("lanes", lambda a: a[:3], "fewer lanes"),
+    "floats as lanes": ("lanes", lambda a: a.astype(np.float32), "no bytes"),
+    "too many steps": ("heads", lambda a: np.full_like(a, 200), "too many steps"),
+    "ranks that repeat": ("heads", lambda a: np.concatenate([a[:1], a[1:] * 0]), "ranks that are none"),
+    "heads cut off": ("heads", lambda a: a[:-70], "heads do not fit"),
+    "a position outside": ("positions", lambda a: a | 128, "outside of its 128"),
+    "positions cut off": ("positions", lambda a: a[:-70], "fewer positions"),
+    "one start too few": ("start", lambda a: a[:-1], "starts do not fit"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BROKEN_SLICES)
+def test_what_are_no_slices_is_refused_with_a_sentence(library: Path, what: str) -> None:
+    name, change, why = BROKEN_SLICES[what]
+    tensors = tensors_of(INDEX, a_weight(INDEX, 32, 64, 0.5), torch.randn(32))
+    with pytest.raises(Exception, match=rf"sparsec::{INDEX.name} cannot be loaded: .*{why}"):
+        a_session(a_model(INDEX, (32, 64), {**tensors, name: change(tensors[name])}), library)
 
 
 @pytest.mark.parametrize("op", STANDARD, ids=lambda op: op.name)
@@ -269,5 +294,6 @@ def test_an_operator_without_a_kernel_for_a_format_is_not_offered() -> None:
     from sparsec.formats import Format
 
     assert supported(Format.parse("bitmap+fp32"))
-    assert not supported(Format.parse("index+fp32"))
+    assert not supported(Format.parse("index+bf16"))
+    assert not supported(Format.parse("index+int8"), "int8")
     assert replace(BITMAP) == BITMAP
