@@ -102,7 +102,8 @@ def function(op: Op) -> onnx.FunctionProto:
 
     inputs = ", ".join(("x", "bias", "work", *op.packs))
     attributes = "n, k, outer_from, version" + (", x_scale" if op.fixed else "")
-    body = _integer_body(op) if op.x else body_index.TEXT if op.format.pattern.kind == "index" else _bitmap_body()
+    index = op.format.pattern.kind == "index"
+    body = _integer_body(op) if op.x else (body_index.TEXT if index else _bitmap_body()) + _SCATTERED
     text = f"""
 <opset_import: ["" : {OPSET}], domain: "{DOMAIN}">
 {op.name} <{attributes}> ({inputs}) => (y) {{
@@ -187,11 +188,15 @@ def _bitmap_body() -> str:
   stride = Cast<to = 6>(n)
   down = Mul(column, stride)
   places = Add(above, down)
-  size = Mul(n, k)
-  nothing = ConstantOfShape<value = float[1] {{0.0}}>(size)
   count = Shape(gaps)
   kept = Slice(values, begin, count)
-  scattered = ScatterElements<axis = 0>(nothing, places, kept)
+"""
+
+
+_SCATTERED = """
+  size = Mul(n, k)
+  zeros = ConstantOfShape<value = float[1] {0.0}>(size)
+  scattered = ScatterElements<axis = 0>(zeros, places, kept)
   shape = Concat<axis = 0>(k, n)
   weight = Reshape(scattered, shape)
   product = MatMul(x, weight)

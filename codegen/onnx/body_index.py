@@ -1,7 +1,8 @@
 """The body of operators whose weight lies in slices (``sliced.h``): tiles of 16 rows, slices of 128 columns, steps.
 
 Everything but the weight itself is as long as what is kept: of each value its step, and of each step its slice, by
-running sums of how many begin there; and its place in the weight, by its slice, its lane and a byte of a column.
+running sums of how many begin there; and its place in the weight, by its slice, its lane and a byte of a column. Ends
+with what ``bodies.py`` makes a weight of.
 """
 
 _STEPS = """
@@ -94,13 +95,6 @@ _PLACES = """
   stride = Cast<to = 6>(n)
   down = Mul(column, stride)
   places = Add(above, down)
-  size = Mul(n, k)
-  zeros = ConstantOfShape<value = float[1] {0.0}>(size)
   kept = Slice(values, begin, value_count)
-  scattered = ScatterElements<axis = 0>(zeros, places, kept)
-  shape = Concat<axis = 0>(k, n)
-  weight = Reshape(scattered, shape)
-  product = MatMul(x, weight)
-  y = Add(product, bias)
 """
 TEXT = _STEPS + _SLICES + _PLACES
