@@ -311,7 +311,7 @@ class ModelNotFound(InputError):
 
 class BadModelFile(InputError):
     code = "S602"
-    message = "{path!r} cannot be read as a model: {why}."
+    message = "{path!r} cannot be used as a model: {why}."
 
 
 class OutputExists(InputError):

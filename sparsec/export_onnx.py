@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sparsec import cache, targets
+from sparsec.codegen.onnx import bodies
 from sparsec.errors import BadModelFile, BadOptionValue, MissingPackage, VerifyError, WriteFailed
 from sparsec.onnx import first_line
 from sparsec.onnx_rewrite import OnnxLayer, operators, rewrite
@@ -27,7 +29,9 @@ from sparsec.onnx_small import WAYS, as_sparse_initializers, expand_when_loaded
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+Errors = Mapping[str, Mapping[str, float]]
 OPSET = 21
+_DEFAULTS = 4  # the version of the format from which an initializer that is an input is only its default
 _EXTERNAL = 2**31 - 2**27  # bytes from which weights go to a file of their own; a protobuf ends at 2 GiB
 ALLOWED = 2e-3  # of the largest value of an output, that outputs may differ from PyTorch's
 
@@ -41,7 +45,7 @@ class OnnxReport:
     layers: tuple[OnnxLayer, ...]
     bytes: int
     dense_bytes: int
-    errors: Mapping[str, Mapping[str, float]]
+    errors: Errors
 
     def __str__(self) -> str:
         from sparsec.onnx_report import text_of
@@ -86,24 +90,26 @@ def export_onnx(
     shapes = _axes(args, said) if dynamic_shapes is None else dynamic_shapes
     program = _exported(model, tuple(args), said, shapes, opset, names)
     inputs = _tensors([*args, *said.values()])
-    report = write(
-        program,
-        Path(path),
-        portable=portable,
-        compress=compress,
-        external=external,
-        min_speedup=min_speedup,
-        rows=rows or rows_of(inputs),
-        cache_dir=cache_dir,
-    )
-    if not verify:
-        return report
-    from sparsec.onnx_verify import differences, first_difference
 
-    wanted = _tensors(model(*args, **said))
-    errors = differences(Path(path), inputs, wanted, cache_dir)
-    checked(errors, report.path, lambda: first_difference(Path(path), inputs, ALLOWED, cache_dir))
-    return replace(report, errors=errors)
+    def run(partial: Path) -> Errors:
+        from sparsec.onnx_verify import differences, first_difference
+
+        errors = differences(partial, inputs, _tensors(model(*args, **said)), cache_dir)
+        checked(errors, str(path), lambda: first_difference(partial, inputs, ALLOWED, cache_dir))
+        return errors
+
+    with evaluating(model):
+        return write(
+            program,
+            Path(path),
+            portable=portable,
+            compress=compress,
+            external=external,
+            min_speedup=min_speedup,
+            rows=rows or rows_of(inputs),
+            cache_dir=cache_dir,
+            check=run if verify else None,
+        )
 
 
 def write(
@@ -116,16 +122,22 @@ def write(
     min_speedup: float = 1.05,
     rows: int = 1,
     cache_dir: str = "",
+    check: Callable[[Path], Errors] | None = None,
 ) -> OnnxReport:
-    """Rewrite an onnx-ir model, which is changed, and write it. Raises WriteFailed, BadOptionValue."""
+    """Rewrite an onnx-ir model, which is changed, and write it. ``check``: what is asked about the file before it takes
+    its place; gives the report's errors. Raises WriteFailed, BadOptionValue."""
     if compress and compress not in WAYS:
         raise BadOptionValue(key="compress", value=compress, expected=f"it must be one of {', '.join(WAYS)}")
-    dense = _bytes_of(model)
+    if not min_speedup >= 0:
+        raise BadOptionValue(key="min_speedup", value=min_speedup, expected="it must be a number from 0 on")
+    dense, sparse = _bytes_of(model), compress == "sparse_initializer"
+    if sparse and (external or dense > _EXTERNAL):
+        raise BadOptionValue(key="compress", value=compress, expected="weights in a file of their own are not sparse")
     layers = _rewritten(model, min_speedup, cache_dir, portable, rows)
     if compress == "bitmap":
         expand_when_loaded(model)
-    size = _save(model, path, compress == "sparse_initializer", external)
-    return OnnxReport(str(path), tuple(layers), size, dense, {})
+    size, errors = _save(model, path, sparse, external, check)
+    return OnnxReport(str(path), tuple(layers), size, dense, errors)
 
 
 def rewrite_file(source: str | Path, path: str | Path, **said: Any) -> OnnxReport:
@@ -149,16 +161,37 @@ def _rewritten(
 
 
 def loaded(source: str | Path) -> ir.Model:
-    """An ONNX file as an onnx-ir model. Raises BadModelFile."""
+    """An ONNX file as an onnx-ir model of opset 18 or later. Raises BadModelFile."""
     reader = _onnx_ir()
     try:
         found: ir.Model = reader.load(str(source))
+        for value in found.graph.initializers.values():
+            if value.const_value is not None:
+                value.const_value.numpy()  # weights beside the file are mapped, and are missed here
+        if found.ir_version < _DEFAULTS:  # before, initializers had to be named as inputs, and could not be given
+            for value in [v for v in found.graph.inputs if v.is_initializer()]:
+                found.graph.inputs.remove(value)
+            found.ir_version = _DEFAULTS
+        if (found.opset_imports.get("") or OPSET) < bodies.LEAST_OPSET:
+            _converted(found)
     except Exception as error:  # protobuf, onnx and onnx-ir have no class in common
         raise BadModelFile(path=str(source), why=first_line(error)) from error
+    if not len(found.graph) and not found.graph.outputs:
+        raise BadModelFile(path=str(source), why="it holds no graph")
     return found
 
 
-def checked(errors: Mapping[str, Mapping[str, float]], path: str, first: Callable[[], str] = str) -> None:
+def _converted(model: ir.Model) -> None:
+    """Bring a model of an older opset to OPSET."""
+    from onnxscript import version_converter
+
+    with quiet_export():
+        version_converter.convert_version(model, OPSET, fallback=True)
+    if model.opset_imports.get("") != OPSET:
+        raise ValueError(f"its opset {model.opset_imports.get('')} cannot be converted to {OPSET}")
+
+
+def checked(errors: Errors, path: str, first: Callable[[], str] = str) -> None:
     """Raise VerifyError where an error is more than rounding. ``first``: names the first layer that differs."""
     for how, of in errors.items():
         for output, error in of.items():
@@ -187,11 +220,15 @@ def _exported(
     names: tuple[Sequence[str], Sequence[str]],
 ) -> ir.Model:
     _onnx_ir()
+    if not isinstance(model, torch.nn.Module):
+        raise BadModelFile(path=type(model).__name__, why="it is no torch.nn.Module")
+    if opset < bodies.LEAST_OPSET:
+        raise BadOptionValue(key="opset", value=opset, expected=f"it must be {bodies.LEAST_OPSET} or later")
     said: dict[str, Any] = {"dynamo": True, "dynamic_shapes": shapes, "opset_version": opset, "verbose": False}
     said |= {"input_names": list(names[0]) or None, "output_names": list(names[1]) or None}
     try:
-        with quiet_export():
-            program = torch.onnx.export(model.eval(), args, kwargs=kwargs, **said)
+        with quiet_export(), evaluating(model):
+            program = torch.onnx.export(model, args, kwargs=kwargs, **said)
     except torch.onnx.errors.OnnxExporterError as error:
         raise BadModelFile(path=type(model).__name__, why=f"torch.onnx cannot export it: {_reason(error)}") from error
     assert program is not None
@@ -204,6 +241,18 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return first_line(error)
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Every module in eval mode; afterwards each as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextlib.contextmanager
@@ -257,25 +306,33 @@ def _bytes_of(model: ir.Model) -> int:
     return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
 
 
-def _save(model: ir.Model, path: Path, sparse: bool, external: bool) -> int:
-    """Write elsewhere first, so that a full disk leaves what was there; the bytes. ``sparse``: sparse initializers."""
+def _save(
+    model: ir.Model, path: Path, sparse: bool, external: bool, check: Callable[[Path], Errors] | None
+) -> tuple[int, Errors]:
+    """Write elsewhere first, so that a full disk or a failed check leaves what was there; the bytes and what ``check``
+    gave. ``sparse``: sparse initializers."""
     ir = _onnx_ir()
-    beside = f"{path.name}.data"
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise WriteFailed(path=str(path), why="there is something that is no file")
+    beside, errors = f"{path.name}.data", {}
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             partial = Path(folder, path.name)
             if external or _bytes_of(model) > _EXTERNAL:
                 ir.save(model, str(partial), external_data=beside)
-            elif sparse:
-                proto = ir.to_proto(model)
-                as_sparse_initializers(proto)
-                partial.write_bytes(proto.SerializeToString())
             else:
-                ir.save(model, str(partial))
+                ir.external_data.load_to_model(model)  # else the file would name what lies beside another one
+                proto = ir.to_proto(model)
+                if sparse:
+                    as_sparse_initializers(proto)
+                partial.write_bytes(proto.SerializeToString())
+            if check is not None:
+                errors = dict(check(partial))
             made = sorted(Path(folder).iterdir(), reverse=True)  # the weights before the file that names them
             size = sum(file.stat().st_size for file in made)
             for file in made:
                 file.replace(path.with_name(file.name))
     except OSError as error:
         raise WriteFailed(path=str(path), why=error.strerror or str(error)) from error
-    return size
+    return size, errors

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 # By what inputs are rounded to. Panels of codes stand for ONNX Runtime's own product of integers.
 FORMATS = {"": ("bitmap", "index"), "int8": ("bitmap+int8", "panel+int8")}
+_REGISTERED = "sparsec.registered"
+# ONNX Runtime adds two products of bytes in 16 bits where an x86 processor has no VNNI, and what is more it cuts off.
+NO_SATURATION = ("session.x64quantprecision", "1")
 LEAST = (1, 22)  # of ONNX Runtime, by the version of its C interface that the library asks for
 
 
@@ -44,13 +47,26 @@ def session(
     """
     ort = runtime()
     said = options or ort.SessionOptions()
-    said.register_custom_ops_library(str(library_path(cache_dir)))
+    if not _registered(said):
+        said.register_custom_ops_library(str(library_path(cache_dir)))
+        said.add_session_config_entry(_REGISTERED, "1")
     said.add_session_config_entry(*accuracy(exact))
+    said.add_session_config_entry(*NO_SATURATION)
     more.setdefault("providers", ["CPUExecutionProvider"])
     try:
         return ort.InferenceSession(str(path), said, **more)
     except Exception as error:  # whatever its C++ throws: each has a class of its own, under no common one
-        raise BadModelFile(path=str(path), why=first_line(error)) from error
+        raise BadModelFile(
+            path=str(path) if isinstance(path, (str, Path)) else "the model", why=first_line(error)
+        ) from error
+
+
+def _registered(options: onnxruntime.SessionOptions) -> bool:
+    """Whether options have our library already, which ONNX Runtime takes once only."""
+    try:
+        return bool(options.get_session_config_entry(_REGISTERED))
+    except RuntimeError:
+        return False
 
 
 def accuracy(exact: bool) -> tuple[str, str]:

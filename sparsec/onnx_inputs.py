@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sparsec.onnx_sites import constant
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
@@ -47,10 +49,15 @@ def rounded(value: ir.Value) -> Rounded | None:
             x is not None
             and q is not None
             and scale is not None
-            and (per_token or 0.0 < (_number(scale) or 0.0) < _MOST_SCALE)
+            and (per_token or (0.0 < (_number(scale) or 0.0) < _MOST_SCALE and _adds_no_axes(scale, x)))
         ):
             return Rounded(x, q, scale, per_token)
     return None
+
+
+def _adds_no_axes(scale: ir.Value, x: ir.Value) -> bool:
+    held, axes = constant(scale), 1 if x.shape is None else len(x.shape)
+    return held is not None and len(held.shape) <= axes
 
 
 def _is_scale_of(scale: ir.Value | None, x: ir.Value) -> bool:
@@ -72,7 +79,7 @@ def _is_scale_of(scale: ir.Value | None, x: ir.Value) -> bool:
 
 
 def _over_last_axis(node: ir.Node, x: ir.Value) -> bool:
-    axes = node.inputs[1].const_value if len(node.inputs) > 1 and node.inputs[1] is not None else None
+    axes = constant(node.inputs[1]) if len(node.inputs) > 1 else None
     keep = node.attributes.get("keepdims")
     if axes is None or (keep is not None and not keep.value):
         return False
@@ -87,6 +94,5 @@ def _made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
 
 def _number(value: ir.Value | None) -> float | None:
     """The only element of a constant."""
-    if value is None or value.const_value is None or value.const_value.size != 1:
-        return None
-    return float(value.const_value.numpy().reshape(-1)[0])
+    held = constant(value)
+    return float(held.numpy().reshape(-1)[0]) if held is not None and held.size == 1 else None

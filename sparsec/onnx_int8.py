@@ -13,7 +13,7 @@ import torch
 from sparsec.codegen.cpp.codes import codes_of
 from sparsec.formats import Format
 from sparsec.onnx_inputs import Rounded
-from sparsec.onnx_sites import OnnxSite, initializer
+from sparsec.onnx_sites import OnnxSite, initializer, shared
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -29,8 +29,8 @@ def replace_int8(model: ir.Model, site: OnnxSite, x: Rounded, weight: torch.Tens
     codes = codes_of(weight, Format.parse("panel+int8"), key)
     named = {"codes": codes.q.t().contiguous().numpy(), "scale": codes.scale[:, 0].contiguous().numpy()}
     q, scale = (initializer(model.graph, f"{site.name}.{name}", array) for name, array in named.items())
-    shift = _shared(model.graph, "sparsec.shift", np.array(_SHIFT, np.float32))
-    zero = _shared(model.graph, "sparsec.zero_point", np.array(_SHIFT, np.uint8))
+    shift = shared(model.graph, "sparsec.shift", np.array(_SHIFT, np.float32))
+    zero = shared(model.graph, "sparsec.zero_point", np.array(_SHIFT, np.uint8))
     made: list[ir.Node] = []
 
     def then(op: str, *inputs: ir.Value, **said: ir.DataType) -> ir.Value:
@@ -42,14 +42,10 @@ def replace_int8(model: ir.Model, site: OnnxSite, x: Rounded, weight: torch.Tens
     y = then("Mul", then("Mul", sums, x.scale), scale)
     if site.bias_from is not None:
         y = then("Add", y, site.bias_from)
-    nothing = _shared(model.graph, "sparsec.nothing", np.array(0.0, np.float32))
-    last = _shared(model.graph, "sparsec.last_axis", np.array([-1]))
+    nothing = shared(model.graph, "sparsec.nothing", np.array(0.0, np.float32))
+    last = shared(model.graph, "sparsec.last_axis", np.array([-1]))
     # No whole number says NaN. Infinities give NaN, too, where the scale comes from them; a fixed scale clips them.
     bad = then("Mul", x.x, nothing) if x.per_token else then("Where", then("IsNaN", x.x), x.x, nothing)
     then("Add", y, then("ReduceSum", bad, last))
     site.put(model.graph, made)
     return sum(v.const_value.nbytes for v in (q, scale) if v.const_value is not None)
-
-
-def _shared(graph: ir.Graph, name: str, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> ir.Value:
-    return graph.initializers.get(name) or initializer(graph, name, array)

@@ -17,6 +17,7 @@ from sparsec.onnx_sites import OnnxSite, initializer
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+OPSET = 21  # from which DequantizeLinear has blocks
 GROUPS = (16, 32, 64, 128, 256)  # that ONNX Runtime fuses
 WHY = "4 bits a weight, which ONNX Runtime multiplies as MatMulNBits"
 

@@ -25,9 +25,10 @@ from sparsec.onnx import FORMATS
 from sparsec.onnx_inputs import rounded
 from sparsec.onnx_int8 import WHY as int8_why
 from sparsec.onnx_int8 import replace_int8
+from sparsec.onnx_low_bit import OPSET as LOW_BIT_OPSET
 from sparsec.onnx_low_bit import WHY as low_bit_why
 from sparsec.onnx_low_bit import low_bit, replace_low_bit
-from sparsec.onnx_sites import OnnxSite, initializer, sites
+from sparsec.onnx_sites import OnnxSite, initializer, shared, sites
 from sparsec.options import Policy
 from sparsec.passes.decide import decide
 from sparsec.passes.profile.weights import profile
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 NO_ZEROS_SKIPPED = "standard ONNX skips no zeros"
 _ABOUT = 1.1  # times as long: what a file of a third the size is worth
+_FUNCTIONS = 8  # the version of the format from which files may hold functions
 TOO_MANY = "more values than the operator's standard ONNX counts; it stays dense"
 
 
@@ -78,6 +80,7 @@ def rewrite(
     layers = [_site(model, site, machine, packs) for site in list(sites(model.graph))]
     if packs:
         model.graph.opset_imports[DOMAIN] = 1
+        model.ir_version = max(model.ir_version, _FUNCTIONS)
     RemoveUnusedNodesPass()(model)
     return layers
 
@@ -142,7 +145,8 @@ def _site(model: ir.Model, site: OnnxSite, machine: _Machine, packs: dict[str, l
     fact = profile(weight)
     on_grid = before is not None and "int8" in stored_types(fact.values)
     row = OnnxLayer(site.name, n, k, fact.sparsity, "dense", NO_ZEROS_SKIPPED, weight.nbytes, 1.0)
-    if machine.low_bits and before is None and (four := low_bit(fact)):
+    standard = model.opset_imports.get("", bodies.OPSET) or bodies.OPSET
+    if machine.low_bits and before is None and standard >= LOW_BIT_OPSET and (four := low_bit(fact)):
         size = replace_low_bit(model, site, weight, four, fact.key)
         return replace(row, decision=four, reason=low_bit_why, bytes=size, expected=weight.nbytes / size)
     x = "int8" if on_grid else ""
@@ -152,7 +156,9 @@ def _site(model: ir.Model, site: OnnxSite, machine: _Machine, packs: dict[str, l
     first = decision.at(machine.rows) if decision else None
     row = replace(row, reason=decision.reason if decision else row.reason)
     if decision is None or first is None or first.format == "dense" or not supported(Format.parse(first.format), x):
-        if not on_grid or before is None:
+        if decision is not None and decision.ours:
+            row = replace(row, reason=_elsewhere(decision, machine.rows))
+        if not on_grid or before is None or k > bodies.MOST_K:
             return row
         size = replace_int8(model, site, before, weight, fact.key)
         return replace(row, decision="int8", reason=int8_why, bytes=size, expected=weight.nbytes / size)
@@ -168,6 +174,13 @@ def _site(model: ir.Model, site: OnnxSite, machine: _Machine, packs: dict[str, l
     size = sum(v.const_value.nbytes for v in values if v.const_value is not None)
     gain = first.dense_s / first.ours_s if first.ours_s else 1.0
     return replace(row, decision=first.format, bytes=size, expected=gain)
+
+
+def _elsewhere(decision: Decision, rows: int) -> str:
+    """Why a layer is dense that would not be at another number of rows."""
+    other = next(r for r in decision.ranges if r.format != "dense")
+    until = f"up to {other.m_hi}" if other.m_hi is not None and other.m_hi < rows else f"from {other.m_lo}"
+    return f"dense is expected to be faster at {rows} rows of x; {other.format} {until}"
 
 
 def _packed(
@@ -195,7 +208,8 @@ def _replace(
     node.metadata_props.update(site.nodes[0].metadata_props)
     site.put(model.graph, [node])
     if (DOMAIN, op.name, "") not in model.functions:
-        model.functions[DOMAIN, op.name, ""] = ir.serde.deserialize_function(bodies.function(op))
+        opset = model.opset_imports.get("", bodies.OPSET) or bodies.OPSET
+        model.functions[DOMAIN, op.name, ""] = ir.serde.deserialize_function(bodies.function(op, opset))
 
 
 def _initializers(graph: ir.Graph, name: str, op: Op, packed: Packed) -> list[ir.Value]:
@@ -212,8 +226,7 @@ def _bias(graph: ir.Graph, site: OnnxSite) -> ir.Value:
     if site.bias_from is not None:
         return site.bias_from
     n = site.shape[0]
-    shared = f"sparsec.zeros.{n}"
-    return graph.initializers.get(shared) or initializer(graph, shared, np.zeros(n, np.float32))
+    return shared(graph, f"sparsec.zeros.{n}", np.zeros(n, np.float32))
 
 
 def _outer_from(decision: Decision) -> int:

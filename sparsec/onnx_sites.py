@@ -7,7 +7,7 @@ layers. Weights are read as they lie in the file or in memory, and never changed
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
+_NAMES, _SHARED = "sparsec.names", "sparsec.shared"  # of what is noted in a graph while it is rewritten
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class OnnxSite:
         import onnx_ir as ir
 
         old, y = self.y, nodes[-1].outputs[0]
+        named(graph, nodes)
         y.name, y.type, y.shape = old.name, old.type, old.shape
         ir.convenience.replace_nodes_and_values(graph, self.nodes[0], list(self.nodes), nodes, [old], [y])
 
@@ -81,17 +83,54 @@ def sites(graph: ir.Graph) -> Iterator[OnnxSite]:
             yield found
 
 
+def unique(graph: ir.Graph, name: str) -> str:
+    """A name that nothing in the graph or in a graph inside of it has: ``name``, or that with a number behind it."""
+    import onnx_ir as ir
+
+    taken: set[str] | None = graph.meta.get(_NAMES)
+    if taken is None:
+        taken = graph.meta[_NAMES] = {str(v.name) for v in (*graph.inputs, *graph.initializers.values())}
+        for node in ir.traversal.RecursiveGraphIterator(graph):
+            inside = (a.value for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH)
+            more = [v for g in inside for v in (*g.inputs, *g.initializers.values())]
+            taken |= {str(node.name), *(str(v.name) for v in (*node.outputs, *more))}
+    free, i = name, 1
+    while free in taken:
+        free, i = f"{name}.{i}", i + 1
+    taken.add(free)
+    return free
+
+
+def named(graph: ir.Graph, nodes: Sequence[ir.Node]) -> None:
+    """Give new nodes and what they give names that nothing else has."""
+    for node in nodes:
+        node.name = unique(graph, node.name or node.op_type)
+        for y in node.outputs:
+            y.name = unique(graph, y.name or f"{node.name}_y")
+
+
 def initializer(graph: ir.Graph, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
     """A new constant of the graph; where the name is taken, with a number behind it."""
     import onnx_ir as ir
 
-    free, i = name, 1
-    while free in graph.initializers:
-        free, i = f"{name}.{i}", i + 1
+    free = unique(graph, name)
     held = ir.tensor(array, name=free)
     value = ir.Value(name=free, type=ir.TensorType(held.dtype), shape=ir.Shape(array.shape), const_value=held)
     graph.register_initializer(value)
     return value
+
+
+def shared(graph: ir.Graph, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
+    """A constant of ours that is in the graph once."""
+    kept: dict[str, ir.Value] = graph.meta.setdefault(_SHARED, {})
+    if name not in kept:
+        kept[name] = initializer(graph, name, array)
+    return kept[name]
+
+
+def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """What a value always is. An initializer that is an input of the graph, too, is only its default."""
+    return None if value is None or value.is_graph_input() else value.const_value
 
 
 def name_of(node: ir.Node) -> str:
@@ -106,7 +145,7 @@ def name_of(node: ir.Node) -> str:
 
 
 def _matrix(value: ir.Value | None) -> bool:
-    return value is not None and value.const_value is not None and len(value.const_value.shape) == 2
+    return (found := constant(value)) is not None and len(found.shape) == 2
 
 
 def _stored(value: ir.Value | None) -> tuple[ir.Value | None, bool]:
@@ -120,36 +159,37 @@ def _stored(value: ir.Value | None) -> tuple[ir.Value | None, bool]:
 
 
 def _matmul(node: ir.Node) -> OnnxSite | None:
-    x, (constant, turned) = node.inputs[0], _stored(node.inputs[1])
-    if x is None or constant is None or not _matrix(constant):
+    x, (weight, turned) = node.inputs[0], _stored(node.inputs[1])
+    if x is None or weight is None or not _matrix(weight):
         return None
     y = node.outputs[0]
-    site = OnnxSite(name_of(node), (node,), constant, transposed=not turned, reason=_why_not(constant))
+    site = OnnxSite(name_of(node), (node,), weight, transposed=not turned, reason=_why_not(weight))
     users = tuple(y.uses())
     if len(users) != 1 or y.is_graph_output():
         return site
     add = users[0].node
     other = next((v for v in add.inputs if v is not y), None)
-    if add.op_type != "Add" or other is None or other.const_value is None:
+    bias = constant(other)
+    if add.op_type != "Add" or add.graph is not node.graph or bias is None:
         return site
-    if tuple(other.const_value.shape) != site.shape[:1] or str(other.dtype) != str(constant.dtype):
+    if tuple(bias.shape) != site.shape[:1] or str(bias.dtype) != str(weight.dtype):
         return site
     return replace(site, nodes=(node, add), bias_from=other)
 
 
 def _gemm(node: ir.Node) -> OnnxSite | None:
     x, given, *rest = node.inputs
-    constant, turned = _stored(given)
-    if x is None or constant is None or not _matrix(constant):
+    weight, turned = _stored(given)
+    if x is None or weight is None or not _matrix(weight):
         return None
     said = {name: a.value for name, a in node.attributes.items()}
     bias = rest[0] if rest else None
     transposed = bool(said.get("transB", 0)) == turned
-    site = OnnxSite(name_of(node), (node,), constant, transposed, bias, _why_not(constant))
+    site = OnnxSite(name_of(node), (node,), weight, transposed, bias, _why_not(weight))
     plain = said.get("alpha", 1.0) == 1.0 and said.get("beta", 1.0) == 1.0 and not said.get("transA", 0)
     if not plain:
         return _declined(site, "it scales or transposes what it multiplies")
-    if bias is not None and (bias.const_value is None or tuple(bias.const_value.shape) != site.shape[:1]):
+    if bias is not None and ((held := constant(bias)) is None or tuple(held.shape) != site.shape[:1]):
         return _declined(site, "its bias is not a constant vector")
     return site
 
@@ -158,6 +198,6 @@ def _declined(site: OnnxSite, why: str) -> OnnxSite:
     return replace(site, reason=site.reason or why, bias_from=None)
 
 
-def _why_not(constant: ir.Value) -> str:
-    kind = str(constant.const_value.dtype) if constant.const_value is not None else "no constant"
+def _why_not(weight: ir.Value) -> str:
+    kind = str(weight.const_value.dtype) if weight.const_value is not None else "no constant"
     return "" if kind == "FLOAT" else f"its weight is {kind.lower()}, and kernels here take float"

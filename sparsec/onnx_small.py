@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparsec.codegen.onnx.bodies import MOST, steps
-from sparsec.onnx_sites import initializer
+from sparsec.onnx_sites import constant, initializer, named
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -51,6 +51,7 @@ def expand_when_loaded(model: ir.Model) -> int:
         nodes.append(ir.node("Reshape", [nodes[3].outputs[0], of["shape"]]))
         for i, node in enumerate(nodes):
             node.name = f"{name}_expand_{i}"
+        named(model.graph, nodes)
         whole = nodes[-1].outputs[0]
         whole.type, whole.shape = value.type, value.shape
         ir.convenience.replace_all_uses_with(value, whole)
@@ -64,8 +65,10 @@ def as_sparse_initializers(model: Any) -> int:
     from onnx import helper, numpy_helper
 
     kept, done = [], 0
+    asked = {value.name for value in (*model.graph.input, *model.graph.output)}
     for tensor in model.graph.initializer:
-        array = numpy_helper.to_array(tensor) if tensor.data_type == 1 and len(tensor.dims) > 1 else None
+        dense = tensor.data_type == 1 and len(tensor.dims) > 1 and tensor.name not in asked
+        array = numpy_helper.to_array(tensor) if dense else None
         at = np.flatnonzero(array) if array is not None and array.size >= LEAST else None
         if array is None or at is None or 12 * at.size >= array.nbytes:
             kept.append(tensor)
@@ -80,7 +83,7 @@ def as_sparse_initializers(model: Any) -> int:
 
 
 def _floats(value: ir.Value) -> np.ndarray[Any, Any] | None:
-    tensor = value.const_value
+    tensor = constant(value)
     if tensor is None or str(tensor.dtype) != "FLOAT" or len(tensor.shape) < 2 or tensor.size < LEAST:
         return None
     return None if value.is_graph_output() else tensor.numpy()

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from sparsec.onnx import accuracy, library_path, runtime, session
+from sparsec.errors import BadModelFile
+from sparsec.onnx import accuracy, first_line, library_path, runtime, session
 
 
 def differences(
@@ -19,7 +20,10 @@ def differences(
     quiet = ort.SessionOptions()
     quiet.log_severity_level = 3
     quiet.add_session_config_entry(*accuracy(exact=True))
-    plain = ort.InferenceSession(str(path), quiet, providers=["CPUExecutionProvider"])
+    try:
+        plain = ort.InferenceSession(str(path), quiet, providers=["CPUExecutionProvider"])
+    except Exception as error:  # whatever its C++ throws
+        raise BadModelFile(path=path.name, why=first_line(error)) from error
     found = {}
     for how, run in (("sparsec", session(path, cache_dir=cache_dir, exact=True)), ("plain", plain)):
         feed = {said.name: value.numpy() for said, value in zip(run.get_inputs(), inputs, strict=True)}
@@ -60,5 +64,7 @@ def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     if not wanted.numel():
         return 0.0
     found, wanted = found.detach(), wanted.detach()
-    largest = float(wanted.double().abs().max())
-    return float((found.double() - wanted.double()).abs().max()) / (largest or 1.0)
+    same = (found == wanted) | (found.isnan() & wanted.isnan())  # infinities, too
+    finite = wanted[wanted.isfinite()].double().abs()
+    largest = float(finite.max()) if finite.numel() else 0.0
+    return float((found.double() - wanted.double()).abs().masked_fill(same, 0.0).max()) / (largest or 1.0)

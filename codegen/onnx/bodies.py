@@ -28,12 +28,14 @@ _BEFORE = [[sum(row[:bit]) for bit in range(0, 8, 2)] for row in _BITS]
 _WHICH = [[3 - 2 * row[bit] - row[bit + 1] for bit in range(0, 8, 2)] for row in _BITS]
 
 
+LEAST_OPSET = 18  # in which the operators of bodies are as they are used here
 MOST = 2**31 - 1  # what a body counts to
+MOST_K = MOST // 127**2  # products of bytes that int32 sums, in bodies and in MatMulInteger
 
 
 def countable(op: Op, n: int, k: int, kept: int) -> bool:
     """Whether the body of an operator counts right: its positions are int32, half the bytes of what ONNX prefers."""
-    return 4 * (kept + 1) <= MOST if op.x else (n + 15) * (k + 127) <= MOST
+    return 4 * (kept + 66) <= MOST and k <= MOST_K if op.x else (n + 15) * (k + 127) <= MOST
 
 
 def _table(rows: list[list[int]]) -> str:
@@ -96,8 +98,8 @@ def _as_stored() -> str:
 """
 
 
-def function(op: Op) -> onnx.FunctionProto:
-    """The body of an operator, in opset 21."""
+def function(op: Op, opset: int = OPSET) -> onnx.FunctionProto:
+    """The body of an operator, in the opset of the model it is for, which is LEAST_OPSET or later."""
     import onnx
 
     inputs = ", ".join(("x", "bias", "work", *op.packs))
@@ -105,7 +107,7 @@ def function(op: Op) -> onnx.FunctionProto:
     index = op.format.pattern.kind == "index"
     body = _integer_body(op) if op.x else (body_index.TEXT if index else _bitmap_body()) + _SCATTERED
     text = f"""
-<opset_import: ["" : {OPSET}], domain: "{DOMAIN}">
+<opset_import: ["" : {opset}], domain: "{DOMAIN}">
 {op.name} <{attributes}> ({inputs}) => (y) {{
   n_number = Constant<value_int : int = @n>()
   k_number = Constant<value_int : int = @k>()

@@ -20,7 +20,7 @@ from torch import library as torch_library
 
 from sparsec.errors import SparsecWarning, VerifyError
 from sparsec.export_onnx import rows_of
-from sparsec.onnx import accuracy, library_path, runtime
+from sparsec.onnx import NO_SATURATION, accuracy, library_path, runtime
 from sparsec.onnx_rewrite import OnnxLayer, rewrite
 from sparsec.options import Policy
 from sparsec.runtime.gpu import version_of
@@ -146,6 +146,7 @@ class Part:
         # Every session has threads of its own, as has torch; those that wait must not take cores from those that work.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry(*accuracy(exact=True))
+        options.add_session_config_entry(*NO_SATURATION)
         options.register_custom_ops_library(str(library_path(self.policy.cache_dir)))
         held = _outside(model, options, ort)
         text = ir.to_proto(model).SerializeToString()

@@ -110,7 +110,7 @@ def test_weights_that_are_missing_from_a_folder_are_an_error_not_random_numbers(
 def test_a_damaged_file_is_named_in_one_sentence(llama_folder: Path) -> None:
     file = llama_folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(BadModelFile, match="cannot be read as a model") as caught:
+    with pytest.raises(BadModelFile, match="cannot be used as a model") as caught:
         load_model(str(llama_folder))
     assert "\n" not in str(caught.value)
 
