@@ -8,6 +8,7 @@ step. What was written is run before it is called done, with and without the lib
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import os
 import tempfile
@@ -86,8 +87,10 @@ def export_onnx(
     Raises MissingPackage without onnx and onnxscript; BadModelFile where the model cannot be written as ONNX, with the
     operator that cannot; WriteFailed; VerifyError where an output differs, with the first layer that does.
     """
-    said = dict(kwargs or {})
-    shapes = _axes(args, said) if dynamic_shapes is None else dynamic_shapes
+    said, model = dict(kwargs or {}), getattr(model, "_orig_mod", model)  # of torch.compile(module)
+    if not isinstance(model, torch.nn.Module):
+        raise BadModelFile(path=type(model).__name__, why="it is no torch.nn.Module")
+    shapes = _axes(model, args, said) if dynamic_shapes is None else dynamic_shapes
     program = _exported(model, tuple(args), said, shapes, opset, names)
     inputs = _tensors([*args, *said.values()])
 
@@ -133,7 +136,7 @@ def write(
     dense, sparse = _bytes_of(model), compress == "sparse_initializer"
     if sparse and (external or dense > _EXTERNAL):
         raise BadOptionValue(key="compress", value=compress, expected="weights in a file of their own are not sparse")
-    layers = _rewritten(model, min_speedup, cache_dir, portable, rows)
+    layers = [*operators(model), *_rewritten(model, min_speedup, cache_dir, portable, rows)]
     if compress == "bitmap":
         expand_when_loaded(model)
     size, errors = _save(model, path, sparse, external, check)
@@ -163,11 +166,14 @@ def _rewritten(
 def loaded(source: str | Path) -> ir.Model:
     """An ONNX file as an onnx-ir model of opset 18 or later. Raises BadModelFile."""
     reader = _onnx_ir()
+    from onnx_ir.passes.common import LiftConstantsToInitializersPass
+
     try:
         found: ir.Model = reader.load(str(source))
         for value in found.graph.initializers.values():
             if value.const_value is not None:
                 value.const_value.numpy()  # weights beside the file are mapped, and are missed here
+        LiftConstantsToInitializersPass()(found)
         if found.ir_version < _DEFAULTS:  # before, initializers had to be named as inputs, and could not be given
             for value in [v for v in found.graph.inputs if v.is_initializer()]:
                 found.graph.inputs.remove(value)
@@ -220,8 +226,6 @@ def _exported(
     names: tuple[Sequence[str], Sequence[str]],
 ) -> ir.Model:
     _onnx_ir()
-    if not isinstance(model, torch.nn.Module):
-        raise BadModelFile(path=type(model).__name__, why="it is no torch.nn.Module")
     if opset < bodies.LEAST_OPSET:
         raise BadOptionValue(key="opset", value=opset, expected=f"it must be {bodies.LEAST_OPSET} or later")
     said: dict[str, Any] = {"dynamo": True, "dynamic_shapes": shapes, "opset_version": opset, "verbose": False}
@@ -271,17 +275,25 @@ def quiet_export() -> Iterator[None]:
         log.setLevel(before)
 
 
-def _axes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def _axes(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """The first axis of every tensor as dynamic, and the second of whole numbers, which are ids and masks."""
     auto = torch.export.Dim.AUTO
 
     def of(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(of(item) for item in value)
+        if isinstance(value, Mapping):
+            return {key: of(item) for key, item in value.items()}
         if not isinstance(value, torch.Tensor):
             return None
         tokens = value.dim() > 1 and not value.is_floating_point()
         return dict.fromkeys(range(min(value.dim(), 2 if tokens else 1)), auto)
 
     positional = tuple(of(value) for value in args)
+    kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        own = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+        positional = (*positional[:own], positional[own:])
     if not kwargs:
         return positional
     named = {name: of(value) for name, value in kwargs.items()}

@@ -26,7 +26,7 @@ def low_bit(fact: WeightFact) -> str:
     """The value type of 4 bits with groups that a weight lies on, as ``int4g32``; "" where it lies on none."""
     for name in stored_types(fact.values):
         kind, group = value_kind(name)
-        if kind == "int4" and group in GROUPS and fact.k % group == 0:
+        if kind == "int4" and (group or fact.k) in GROUPS and fact.k % (group or fact.k) == 0:
             return name
     return ""
 
@@ -43,7 +43,7 @@ def replace_low_bit(model: ir.Model, site: OnnxSite, weight: torch.Tensor, value
         "zero": codes.zero.t().contiguous().numpy().astype(ml_dtypes.uint4),
     }
     held = [initializer(model.graph, f"{site.name}.{name}", array) for name, array in small.items()]
-    said = {"axis": 0, "block_size": codes.group}
+    said = {"axis": 0, "block_size": codes.group or weight.shape[1]}
     wide = ir.node("DequantizeLinear", held, said, name=f"{site.name}_dequantize")
     product = ir.node("MatMul", [site.x, wide.outputs[0]], name=f"{site.name}_product")
     nodes = [wide, product]

@@ -22,10 +22,11 @@ def differences(
     quiet.add_session_config_entry(*accuracy(exact=True))
     try:
         plain = ort.InferenceSession(str(path), quiet, providers=["CPUExecutionProvider"])
+        ours = session(path, cache_dir=cache_dir, exact=True)
     except Exception as error:  # whatever its C++ throws
-        raise BadModelFile(path=path.name, why=first_line(error)) from error
+        raise BadModelFile(path=path.name, why=first_line(error.__cause__ or error)) from error
     found = {}
-    for how, run in (("sparsec", session(path, cache_dir=cache_dir, exact=True)), ("plain", plain)):
+    for how, run in (("sparsec", ours), ("plain", plain)):
         feed = {said.name: value.numpy() for said, value in zip(run.get_inputs(), inputs, strict=True)}
         names = [said.name for said in run.get_outputs()]
         outputs = [torch.from_numpy(y) for y in run.run(names, feed)]

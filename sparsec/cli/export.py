@@ -34,8 +34,10 @@ def command(
     min_speedup: Annotated[
         float, typer.Option("--min-speedup", help="Over dense, that an operator of ours must be expected to have.")
     ] = 1.05,
-    batch: Annotated[int, typer.Option("--batch", "-b", help="Of the inputs that are traced; any runs.")] = 2,
-    tokens: Annotated[int, typer.Option("--tokens", "-p", help="Of the inputs that are traced; any number runs.")] = 16,
+    batch: Annotated[int, typer.Option("--batch", "-b", help="Of the inputs that are traced; any runs.", min=1)] = 2,
+    tokens: Annotated[
+        int, typer.Option("--tokens", "-p", help="Of the inputs that are traced; any number runs.", min=1)
+    ] = 16,
     verify: Annotated[bool, typer.Option(help="Run the file and compare it with PyTorch.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON and nothing else.")] = False,
 ) -> None:

@@ -333,3 +333,54 @@ def test_a_layer_that_is_dense_at_these_rows_says_where_it_would_not_be(tmp_path
     source = a_file(tmp_path / "a.onnx", [MATMUL], {"w": a_weight(shape=(SIDE, 32))})
     for layer in explain_file(source).layers:
         assert not (layer.decision == "dense" and layer.reason.startswith(("skips", "reads")))
+
+
+def test_lists_of_inputs_and_compiled_models_have_a_dynamic_batch(tmp_path: Path) -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(8, 8)
+
+        def forward(self, first: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+            return self.inner(first + torch.stack(others).sum(0))
+
+    class OfAList(Sum):
+        def forward(self, xs: list[torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
+            return super().forward(*xs)
+
+    xs = [torch.randn(3, 8) for _ in range(3)]
+    for model, args in ((Sum(), xs), (OfAList(), [xs]), (torch.compile(Sum(), backend="eager"), xs)):
+        export_onnx(model, args, tmp_path / "a.onnx")
+        options = onnxruntime.SessionOptions()
+        session = sparsec.onnx.session(tmp_path / "a.onnx", options)
+        more = [torch.randn(5, 8) for _ in xs]
+        feed = {said.name: x.numpy() for said, x in zip(session.get_inputs(), more, strict=True)}
+        want = model(*more) if len(args) > 1 else model(more)
+        np.testing.assert_allclose(session.run(None, feed)[0], want.detach().numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_weights_in_constant_nodes_are_found(tmp_path: Path) -> None:
+    held = helper.make_node("Constant", [], ["w"], value=numpy_helper.from_array(a_weight(), "w"))
+    source = a_file(tmp_path / "a.onnx", [held, MATMUL], {})
+    report = rewrite_file(source, tmp_path / "b.onnx", min_speedup=0)
+    assert [layer.decision for layer in report.layers] == ["bitmap+fp32"]
+    assert_same(source, tmp_path / "b.onnx", x=an_x())
+    again = rewrite_file(tmp_path / "b.onnx", tmp_path / "c.onnx")
+    assert [layer.decision for layer in again.layers] == ["Linear_bitmap_fp32"]
+    assert_same(source, tmp_path / "c.onnx", x=an_x())
+
+
+def test_what_a_runtime_cannot_run_is_one_sentence_and_no_file(tmp_path: Path) -> None:
+    with pytest.raises(BadModelFile, match=r"'a\.onnx' cannot be used as a model: .*"):
+        export_onnx(nn.Linear(8, 8).bfloat16(), (torch.randn(2, 8).bfloat16(),), tmp_path / "a.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("n", "k", "group"), [(64, 64, 64), (32, 128, 128), (48, 96, 32)])
+def test_groups_as_long_as_a_row_are_groups(tmp_path: Path, n: int, k: int, group: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(k, n))
+    sparsec.sparsify(model, {"method": "rtn", "bits": 4, "group": group}, progress=False)
+    report = export_onnx(model, (torch.randn(2, k),), tmp_path / "a.onnx")
+    assert [layer.decision[:4] for layer in report.layers] == ["int4"], report
+    assert "exact=True" in str(report)
