@@ -329,7 +329,8 @@ def _plan(s: Site, policy: Policy, target: Target) -> Plan:
     m = _rows(s.x_shape)
     if target.whole_graphs:
         policy = replace(policy, formats=onnx.formats_of(policy.formats, s.x))
-    return Plan(s.fqn, s.kind, policy, transposed=s.transposed, m=m, x=s.x, w=s.w, gates=gates, conv=s.conv)
+    origin = s.gate.origin if s.gate and "skip" in gates else ""
+    return Plan(s.fqn, s.kind, policy, "", s.transposed, m, s.x, s.w, gates, s.conv, origin)
 
 
 def _gates(s: Site) -> str:

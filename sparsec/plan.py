@@ -38,7 +38,8 @@ class Plan:
     quantised, as ``Site.x`` says it. ``w``: how the weight is computed (``expression.encode``); "": it is a tensor.
     ``gates``: the loops that activation sparsity allows, ``skip`` and ``select``, each with ``=`` and the share that is
     left where the graph says it.
-    ``conv``: how a convolution walks; None for everything else.
+    ``origin``: what makes the zeros of x, as ``ActFact.origin`` says it. ``conv``: how a convolution walks; None for
+    everything else.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Plan:
     w: str = ""
     gates: str = ""
     conv: Conv | None = None
+    origin: str = ""
 
     @property
     def loops(self) -> tuple[tuple[str, float | None], ...]:
@@ -70,7 +72,7 @@ class Plan:
 
     def encode(self) -> str:
         body = {"n": self.name, "k": self.kind, "a": self.act, "t": int(self.transposed), "m": self.m}
-        body |= {"x": self.x, "w": self.w, "g": self.gates, "o": OPS}
+        body |= {"x": self.x, "w": self.w, "g": self.gates, "z": self.origin, "o": OPS}
         body["c"] = [*self.conv.numbers, *self.conv.image] if self.conv else []
         return json.dumps({**{k: v for k, v in body.items() if v}, "p": json.loads(self.policy.encode())})
 
@@ -81,5 +83,5 @@ class Plan:
         policy = Policy.decode(json.dumps(body.get("p", {})))
         act, transposed, m = body.get("a", ""), bool(body.get("t")), body.get("m", 0)
         conv = Conv.of(body["c"]) if body.get("c") else None
-        x, w, gates = (body.get(key, "") for key in "xwg")
-        return cls(body.get("n", ""), body["k"], policy, act, transposed, m, x, w, gates, conv)
+        x, w, gates, origin = (body.get(key, "") for key in "xwgz")
+        return cls(body.get("n", ""), body["k"], policy, act, transposed, m, x, w, gates, conv, origin)

@@ -6,7 +6,7 @@ of. Nothing here knows in which order readers and writers see it; a value with a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch.fx import Graph, Node
 
@@ -57,6 +57,17 @@ def overwritten(graph: Graph) -> set[Node]:
 def changed(graph: Graph) -> set[Node]:
     """Nodes that something writes to later: what they held at first is not to be had at the end."""
     return {node for node, _, _ in _changes(graph)}
+
+
+def changed_between(nodes: Iterable[Node], first: Node, last: Node) -> bool:
+    """Whether something that comes after ``first`` and before ``last`` writes to what one of ``nodes`` shows."""
+    shown = {near for node in nodes for near in _family(node)}
+    here = first.next
+    while here is not last and here.op != "root":
+        if written(here) in shown:
+            return True
+        here = here.next
+    return written(last) in shown
 
 
 def _changes(graph: Graph) -> Iterator[tuple[Node, int, Mapping[Node, int]]]:

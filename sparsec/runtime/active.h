@@ -46,4 +46,25 @@ Active active_columns(const at::Tensor &rows) {
   return found;
 }
 
+template <class Bits, class T>
+bool finite(const T *x, int64_t m, int64_t k, int64_t stride, Bits infinity) {
+  Bits most = 0;
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < k; ++j) {
+      Bits bits;
+      __builtin_memcpy(&bits, x + i * stride + j, sizeof bits);
+      bits &= static_cast<Bits>(~Bits{0}) >> 1;
+      most = bits > most ? bits : most;
+    }
+  return most < infinity;
+}
+
+// Whether rows [M, K] (unit inner stride; fp32 or bf16) hold no infinity and no NaN.
+bool all_finite(const at::Tensor &rows) {
+  const int64_t m = rows.size(0), k = rows.size(1), stride = rows.stride(0);
+  if (rows.scalar_type() == at::kBFloat16)
+    return finite<uint16_t>(rows.const_data_ptr<c10::BFloat16>(), m, k, stride, 0x7f80);
+  return finite<uint32_t>(rows.const_data_ptr<float>(), m, k, stride, 0x7f800000);
+}
+
 }  // namespace

@@ -228,8 +228,9 @@ Tensor needed_through(const Entry &e, const Tensor &rows, const Tensor &needed, 
   bool own = route && route->pack.empty();  // the kernel reads the weight itself, row after row without gaps
   if (!route || !rule.sane() || (own && !parts[0].is_contiguous())) return rows_through(e, rows, parts, b, x_scale);
   Active active = active_columns(needed);
-  bool skips = active.count <= route->most;
-  e.meter.note(skips, active.count, e.n);
+  // Zero times what an infinity gives is NaN, which must come out.
+  bool skips = active.count <= route->most && all_finite(rows);
+  if (skips || !e.at(rows.size(0), kSkip)) e.meter.note(skips, active.count, e.n);  // else rows_through notes the call
   if (!skips) return rows_through(e, rows, parts, b, x_scale);
   Tensor read = rule.raw() ? rows : quantised_rows(rows, rule);
   Tensor y = at::zeros({rows.size(0), e.n}, rows.options());

@@ -355,7 +355,7 @@ def _rates(fact: WeightFact, dtype: str, target: Target, plan: Plan) -> Rates:
 
 def gates_of(fact: WeightFact, plan: Plan) -> tuple[tuple[str, float | None], ...]:
     """(loop, share left) of each loop that the plan allows: as calibrated for this weight, else as the graph says."""
-    counted = rate_of(fact.key, cache=plan.policy.cache_dir) if plan.loops and fact.key else None
+    counted = rate_of(fact.key, plan.origin, plan.policy.cache_dir) if plan.loops and fact.key else None
     left = 1.0 - counted.at(max(plan.m, 1)) if counted else None
     return tuple((loop, left if loop == "skip" and left is not None else said) for loop, said in plan.loops)
 
