@@ -8,6 +8,7 @@ step. What was written is run before it is called done, with and without the lib
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import inspect
 import io
 import os
@@ -143,9 +144,23 @@ def write(
     return OnnxReport(str(path), tuple(layers), size, dense, errors)
 
 
-def rewrite_file(source: str | Path, path: str | Path, **said: Any) -> OnnxReport:
-    """As ``export_onnx`` for an ONNX file from any tool. ``said``: keywords of ``write``. Raises BadModelFile."""
-    return write(loaded(source), Path(path), **said)
+def rewrite_file(source: str | Path, path: str | Path, verify: bool = True, **said: Any) -> OnnxReport:
+    """As ``export_onnx`` for an ONNX file from any tool. ``said``: keywords of ``write``. ``verify``: run both files on
+    inputs that are made up, where ONNX Runtime is installed and takes such. Raises BadModelFile, VerifyError."""
+    model = loaded(source)
+    has_runtime = importlib.util.find_spec("onnxruntime") is not None
+
+    def run(partial: Path) -> Errors:
+        from sparsec.onnx_verify import differences, example, first_difference
+
+        if (made := example(Path(source))) is None:
+            return {}
+        inputs, wanted = made
+        errors = differences(partial, inputs, wanted, said.get("cache_dir", ""))
+        checked(errors, str(path), lambda: first_difference(partial, inputs, ALLOWED, said.get("cache_dir", "")))
+        return errors
+
+    return write(model, Path(path), **said, check=run if verify and has_runtime else None)
 
 
 def explain_file(source: str | Path, min_speedup: float = 1.05, cache_dir: str = "", rows: int = 1) -> OnnxReport:

@@ -27,7 +27,7 @@ def text_of(report: OnnxReport) -> str:
     ]
     for how, of in report.errors.items():
         what = "with our library" if how == "sparsec" else "without"
-        lines.append(f"largest error against PyTorch, {what}: {max(of.values(), default=0.0):.1e}")
+        lines.append(f"largest error, {what}: {max(of.values(), default=0.0):.1e}")
     if any(layer.decision.startswith("int4") for layer in report.layers):
         lines.append("sessions round what layers of 4 bits read to 8 bits, except with exact=True, as it was run here")
     return "\n".join(lines)

@@ -34,6 +34,29 @@ def differences(
     return found
 
 
+def example(path: Path) -> tuple[list[torch.Tensor], list[torch.Tensor]] | None:
+    """Inputs that a file can be called with and what plain ONNX Runtime gives for them; None where it takes no inputs
+    that can be made up: sizes that are not said are 2, floats are normal, whole numbers 1."""
+    ort = runtime()
+    quiet = ort.SessionOptions()
+    quiet.log_severity_level = 4
+    quiet.add_session_config_entry(*accuracy(exact=True))
+    torch_types = {"tensor(float)": torch.float32, "tensor(int64)": torch.int64, "tensor(int32)": torch.int32}
+    made, generator = [], torch.Generator().manual_seed(0)
+    try:
+        run = ort.InferenceSession(str(path), quiet, providers=["CPUExecutionProvider"])
+        for said in run.get_inputs():
+            sizes = [size if isinstance(size, int) else 2 for size in said.shape]
+            dtype = torch_types[said.type]
+            normal = torch.randn(sizes, generator=generator)
+            made.append(normal if dtype == torch.float32 else torch.ones(sizes, dtype=dtype))
+        feed = {said.name: value.numpy() for said, value in zip(run.get_inputs(), made, strict=True)}
+        found = [torch.from_numpy(y) for y in run.run(None, feed)]
+    except Exception:  # whatever its C++ throws, and types that are not among those
+        return None
+    return made, found
+
+
 def first_difference(path: Path, inputs: Sequence[torch.Tensor], allowed: float, cache_dir: str = "") -> str:
     """The first operator of ours that gives something else with the library than its body does without; "" where none
     does, so that what differs from PyTorch is what ``torch.onnx`` wrote."""

@@ -45,7 +45,7 @@ def command(
 
     Each operator has a body in standard ONNX, so the file runs in any ONNX Runtime, at the speed of a dense model;
     sparsec.onnx.session(path) runs our kernels. A causal model takes and gives its KV cache. What was written is run
-    both ways and compared with PyTorch.
+    both ways and compared with PyTorch, or with the file it was made of.
     """
     if onnx is None:
         raise BadOptionValue(key="onnx", value="", expected="say what to write, as in --onnx model.onnx")
@@ -54,14 +54,18 @@ def command(
     said = {"portable": portable, "compress": compress, "external": external, "min_speedup": min_speedup}
     with progress("sparsec export") as step:
         step(0, 1, f"writing {onnx}")
-        report = _rewritten(from_onnx, onnx, said) if from_onnx else _exported(model, onnx, batch, tokens, verify, said)
+        report = (
+            _rewritten(from_onnx, onnx, verify, said)
+            if from_onnx
+            else _exported(model, onnx, batch, tokens, verify, said)
+        )
     emit_json(report.to_dict()) if as_json else print(report)
 
 
-def _rewritten(source: Path, path: Path, said: dict[str, Any]) -> OnnxReport:
+def _rewritten(source: Path, path: Path, verify: bool, said: dict[str, Any]) -> OnnxReport:
     from sparsec.export_onnx import rewrite_file
 
-    return rewrite_file(source, path, **said)
+    return rewrite_file(source, path, verify, **said)
 
 
 def _exported(spec: str, path: Path, batch: int, tokens: int, verify: bool, said: dict[str, Any]) -> OnnxReport:

@@ -16,6 +16,7 @@ from torch import nn
 
 import sparsec
 import sparsec.onnx
+from sparsec import onnx_rewrite as rewriting
 from sparsec.codegen.onnx import bodies
 from sparsec.codegen.onnx.ops import STANDARD
 from sparsec.errors import BadModelFile, BadOptionValue, VerifyError, WriteFailed
@@ -384,3 +385,33 @@ def test_groups_as_long_as_a_row_are_groups(tmp_path: Path, n: int, k: int, grou
     report = export_onnx(model, (torch.randn(2, k),), tmp_path / "a.onnx")
     assert [layer.decision[:4] for layer in report.layers] == ["int4"], report
     assert "exact=True" in str(report)
+
+
+def test_a_rewritten_file_is_compared_with_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = a_file(tmp_path / "a.onnx", [MATMUL], {"w": a_weight()})
+    report = rewrite_file(source, tmp_path / "b.onnx", min_speedup=0)
+    assert {how: max(of.values()) < 1e-5 for how, of in report.errors.items()} == {"sparsec": True, "plain": True}
+    initializers = rewriting._initializers
+
+    def wrong(graph: Any, name: str, op: Any, packed: Any) -> Any:
+        packed.tensors[1].mul_(2)  # the values of a bitmap
+        return initializers(graph, name, op, packed)
+
+    monkeypatch.setattr(rewriting, "_initializers", wrong)
+    with pytest.raises(VerifyError):
+        rewrite_file(source, tmp_path / "c.onnx", min_speedup=0)
+    assert not (tmp_path / "c.onnx").exists()
+    report = rewrite_file(source, tmp_path / "c.onnx", verify=False, min_speedup=0)
+    assert report.errors == {}
+
+
+def test_a_file_whose_inputs_cannot_be_made_up_is_written_all_the_same(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Reshape", ["x", "five"], ["h"]),  # wants another size than the one that is made up
+        helper.make_node("MatMul", ["h", "w"], ["y"]),
+    ]
+    constants = {"w": a_weight(), "five": np.array([5, SIDE])}
+    source = a_file(tmp_path / "a.onnx", nodes, constants)
+    report = rewrite_file(source, tmp_path / "b.onnx", min_speedup=0)
+    assert report.errors == {}
+    assert_same(source, tmp_path / "b.onnx", x=an_x(5))
