@@ -96,6 +96,7 @@ INLINE void run_block(const SparsecCall *call, int64_t chunk, int64_t chunks, F1
 }
 
 EXPORT void sparsec_run(const SparsecCall *call, int64_t tile_begin, int64_t tile_end) {
+  if (!call->m) return;
   alignas(64) F16 sums[kSumChunks * kChunkVectors], total[kSumChunks * kChunkVectors];
   int64_t chunk = tile_begin * tile_chunks(call), last = tile_end * tile_chunks(call), all = ceil_div(call->n, kChunk);
   const int64_t most = kSumChunks / call->m < kBlockChunks ? kSumChunks / call->m : kBlockChunks;
