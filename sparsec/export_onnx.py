@@ -96,11 +96,7 @@ def export_onnx(
     inputs = _tensors([*args, *said.values()])
 
     def run(partial: Path) -> Errors:
-        from sparsec.onnx_verify import differences, first_difference
-
-        errors = differences(partial, inputs, _tensors(model(*args, **said)), cache_dir)
-        checked(errors, str(path), lambda: first_difference(partial, inputs, ALLOWED, cache_dir))
-        return errors
+        return _compared(partial, str(path), inputs, _tensors(model(*args, **said)), cache_dir)
 
     with evaluating(model):
         return write(
@@ -151,14 +147,10 @@ def rewrite_file(source: str | Path, path: str | Path, verify: bool = True, **sa
     has_runtime = importlib.util.find_spec("onnxruntime") is not None
 
     def run(partial: Path) -> Errors:
-        from sparsec.onnx_verify import differences, example, first_difference
+        from sparsec.onnx_verify import example
 
-        if (made := example(Path(source))) is None:
-            return {}
-        inputs, wanted = made
-        errors = differences(partial, inputs, wanted, said.get("cache_dir", ""))
-        checked(errors, str(path), lambda: first_difference(partial, inputs, ALLOWED, said.get("cache_dir", "")))
-        return errors
+        made = example(Path(source))
+        return {} if made is None else _compared(partial, str(path), *made, said.get("cache_dir", ""))
 
     return write(model, Path(path), **said, check=run if verify and has_runtime else None)
 
@@ -210,6 +202,17 @@ def _converted(model: ir.Model) -> None:
         version_converter.convert_version(model, OPSET, fallback=True)
     if model.opset_imports.get("") != OPSET:
         raise ValueError(f"its opset {model.opset_imports.get('')} cannot be converted to {OPSET}")
+
+
+def _compared(
+    partial: Path, path: str, inputs: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], cache_dir: str
+) -> Errors:
+    """The errors of a file that is to become ``path``. Raises VerifyError."""
+    from sparsec.onnx_verify import differences, first_difference
+
+    errors = differences(partial, inputs, wanted, cache_dir)
+    checked(errors, path, lambda: first_difference(partial, inputs, ALLOWED, cache_dir))
+    return errors
 
 
 def checked(errors: Errors, path: str, first: Callable[[], str] = str) -> None:

@@ -93,21 +93,26 @@ def operators(model: ir.Model) -> list[OnnxLayer]:
             continue
         n, k = (int(node.attributes[name].value) for name in ("n", "k"))
         held = [v.const_value for v in node.inputs[2:] if v is not None and v.const_value is not None]
-        kept = _kept({(t.name or "").rpartition(".")[2]: t.numpy() for t in held})
+        kept = _kept({(t.name or "").rpartition(".")[2]: t.numpy() for t in held}, n, k)
         name = (node.name or node.op_type).removesuffix(f"_{node.op_type}")
         why, size = "an operator of sparsec already", sum(t.nbytes for t in held)
         found.append(OnnxLayer(name, n, k, 1 - kept / (n * k), node.op_type, why, size, 1.0))
     return found
 
 
-def _kept(pack: dict[str, Array]) -> int:
-    """How many weights an operator of ours keeps, from the tensors of its pack."""
+def _kept(pack: dict[str, Array], n: int, k: int) -> int:
+    """How many of n x k weights an operator of ours keeps, from the tensors of its pack."""
     if "lanes" in pack:
         return int(pack["start"][-2])
     masks = pack.get("masks", np.zeros(0, np.uint8)).view(np.uint8)
     if masks.size:
         return int(np.unpackbits(masks).sum(dtype=np.int64))
-    return int(np.count_nonzero(pack["codes"] != 128)) if "codes" in pack else 0  # 128 stands for 0
+    tiles, steps = -(-n // 16), -(-k // 16) * 4
+    codes = pack.get("codes", masks)[: 64 * tiles * steps]
+    if codes.size < 64 * tiles * steps:  # no pack of ours
+        return 0
+    codes = codes.reshape(tiles, steps, 16, 4).swapaxes(1, 2)  # int_steps.h
+    return int(np.count_nonzero(codes.reshape(16 * tiles, 4 * steps)[:n, :k] != 128))  # 128 stands for 0
 
 
 @dataclass(frozen=True)
@@ -145,8 +150,7 @@ def _site(model: ir.Model, site: OnnxSite, machine: _Machine, packs: dict[str, l
     fact = profile(weight)
     on_grid = before is not None and "int8" in stored_types(fact.values)
     row = OnnxLayer(site.name, n, k, fact.sparsity, "dense", NO_ZEROS_SKIPPED, weight.nbytes, 1.0)
-    standard = model.opset_imports.get("", bodies.OPSET) or bodies.OPSET
-    if machine.low_bits and before is None and standard >= LOW_BIT_OPSET and (four := low_bit(fact)):
+    if machine.low_bits and before is None and _opset(model) >= LOW_BIT_OPSET and (four := low_bit(fact)):
         size = replace_low_bit(model, site, weight, four, fact.key)
         return replace(row, decision=four, reason=low_bit_why, bytes=size, expected=weight.nbytes / size)
     x = "int8" if on_grid else ""
@@ -174,6 +178,10 @@ def _site(model: ir.Model, site: OnnxSite, machine: _Machine, packs: dict[str, l
     size = sum(v.const_value.nbytes for v in values if v.const_value is not None)
     gain = first.dense_s / first.ours_s if first.ours_s else 1.0
     return replace(row, decision=first.format, bytes=size, expected=gain)
+
+
+def _opset(model: ir.Model) -> int:
+    return model.opset_imports.get("") or bodies.OPSET
 
 
 def _elsewhere(decision: Decision, rows: int) -> str:
@@ -208,8 +216,7 @@ def _replace(
     node.metadata_props.update(site.nodes[0].metadata_props)
     site.put(model.graph, [node])
     if (DOMAIN, op.name, "") not in model.functions:
-        opset = model.opset_imports.get("", bodies.OPSET) or bodies.OPSET
-        model.functions[DOMAIN, op.name, ""] = ir.serde.deserialize_function(bodies.function(op, opset))
+        model.functions[DOMAIN, op.name, ""] = ir.serde.deserialize_function(bodies.function(op, _opset(model)))
 
 
 def _initializers(graph: ir.Graph, name: str, op: Op, packed: Packed) -> list[ir.Value]:

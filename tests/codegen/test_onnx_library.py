@@ -20,6 +20,7 @@ from onnx import helper, numpy_helper
 from sparsec.codegen import cpp, reference
 from sparsec.codegen.onnx import bodies
 from sparsec.codegen.onnx.ops import DOMAIN, LAYOUT, STANDARD, Op, compile_library
+from sparsec.onnx_rewrite import _kept
 
 BITMAP, INTEGER, FIXED, *DENSE, INDEX = STANDARD
 X_SCALE = 1 / 64  # of operators that round all of x with one; clips what is beyond 2
@@ -148,6 +149,13 @@ def test_x_may_have_any_number_of_axes(library: Path, op: Op, shape: tuple[int, 
     (y,) = a_session(a_model(op, (32, 64), tensors_of(op, weight, bias)), library).run(None, {"x": x.numpy()})
     assert y.shape == (*shape[:-1], 32)
     torch.testing.assert_close(torch.from_numpy(y), wanted(op, x, weight, bias), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("op", STANDARD, ids=lambda op: op.name)
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+def test_a_pack_tells_how_many_weights_it_keeps(op: Op, density: float) -> None:
+    weight = a_weight(op, 33, 70, density)
+    assert _kept(tensors_of(op, weight, torch.zeros(33)), 33, 70) == int(weight.count_nonzero())
 
 
 @pytest.mark.parametrize("op", STANDARD, ids=lambda op: op.name)
